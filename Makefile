@@ -20,5 +20,17 @@ debug: ## build/run-debug: with AddressSanitizer and UndefinedBehaviorSanitizer
 	@mkdir -p build
 	$(CC) -O1 -g $(RULES) -march=native -fsanitize=address,undefined -fno-sanitize-recover=all run.c -o build/run-debug -lm
 
+# The tests' programs include run.c: one for each instruction set that this machine may have.
+TEST_FLAGS = $(RULES) -Wno-unused-function -g
+ARCH_-native = -march=native
+ARCH_-v4 = -march=x86-64-v4
+ARCH_-v3 = -march=x86-64-v3
+ARCH_-portable =
+build/probe%: tests/probe.c run.c Makefile
+	@mkdir -p build
+	$(CC) -O2 $(TEST_FLAGS) $(ARCH_$*) $(OPENMP) $< -o $@ -lm
+build/probe: build/probe-native
+	cp $< $@
+
 help: ## this text
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
