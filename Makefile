@@ -1,36 +1,69 @@
 # twofiles: `make help` says what there is.
 
 CC ?= cc
-CFLAGS = -O3
+CFLAGS ?= -O3
 WARNINGS = -Wall -Wextra -Wshadow -Wconversion -Wno-unknown-pragmas
-# No -ffast-math: a sum keeps the order that run.c gives it, and products and sums are fused only where it says so.
+# No -ffast-math: sums keep the order that run.c gives them, and a * b + c is fused only where run.c says so.
 RULES = -std=c11 -ffp-contract=off -fno-math-errno $(WARNINGS)
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+OUT = run
+PYTHON = .venv/bin/python
 
-.PHONY: help portable debug test check clean
-
-run: run.c Makefile ## for this machine's CPU, with OpenMP where the compiler has it
+run: run.c Makefile ## the program, for this machine's CPU, with OpenMP where the compiler has it
 	$(if $(OPENMP),,@echo "$(CC) has no OpenMP: run will use one thread")
-	$(CC) $(CFLAGS) $(RULES) -march=native $(OPENMP) run.c -o run -lm
+	$(CC) $(CFLAGS) $(RULES) -march=native $(OPENMP) run.c -o $(OUT) -lm
 
-portable: ## for any CPU of this kind: slower
-	$(CC) $(CFLAGS) $(RULES) $(OPENMP) run.c -o run -lm
+.PHONY: portable debug test check lint clean help
 
-debug: ## build/run-debug: with AddressSanitizer and UndefinedBehaviorSanitizer
+portable: ## the same for any CPU of this kind, without its newer instructions: slow
+	$(CC) $(CFLAGS) $(RULES) $(OPENMP) run.c -o $(OUT) -lm
+
+debug: build/run-debug ## build/run-debug, with AddressSanitizer and UndefinedBehaviorSanitizer
+build/run-debug: run.c Makefile
 	@mkdir -p build
-	$(CC) -O1 -g $(RULES) -march=native -fsanitize=address,undefined -fno-sanitize-recover=all run.c -o build/run-debug -lm
+	$(CC) $(RULES) -march=native $(SANITIZE) run.c -o $@ -lm
 
-# The tests' programs include run.c: one for each instruction set that this machine may have.
-TEST_FLAGS = $(RULES) -Wno-unused-function -g
-ARCH_-native = -march=native
-ARCH_-v4 = -march=x86-64-v4
-ARCH_-v3 = -march=x86-64-v3
-ARCH_-portable =
-build/probe%: tests/probe.c run.c Makefile
-	@mkdir -p build
-	$(CC) -O2 $(TEST_FLAGS) $(ARCH_$*) $(OPENMP) $< -o $@ -lm
-build/probe: build/probe-native
-	cp $< $@
+# The tests' own programs include run.c; build/NAME-VARIANT is one of them for one kind of CPU or compiler.
+build/%-native: FLAGS = -O2 -march=native $(OPENMP)
+build/%-portable: FLAGS = -O2
+build/%-v3: FLAGS = -O2 -march=x86-64-v3
+build/%-v4: FLAGS = -O2 -march=x86-64-v4
+build/%-sanitized: FLAGS = -march=native $(SANITIZE)
+build/%-clang: CC = clang
+build/%-clang: FLAGS = -O2 -march=native
+build/%-neon build/%-neon-bf16: CC = aarch64-linux-gnu-gcc
+build/%-neon: FLAGS = -O2 -static
+build/%-neon-bf16: FLAGS = -O2 -static -march=armv8.6-a+bf16
+COMPILE = @mkdir -p build && $(CC) $(RULES) -Wno-unused-function $(FLAGS) $< -o $@ -lm
+build/unit-%: tests/unit.c run.c Makefile
+	$(COMPILE)
+build/probe-%: tests/probe.c run.c Makefile
+	$(COMPILE)
+
+.venv/installed: requirements.txt tests/requirements.txt
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	touch $@
+
+test: run .venv/installed ## all tests, in a Python environment of their own, .venv
+	$(PYTHON) -m pytest -q -n 2 tests
+
+check: build/run-debug run .venv/installed lint ## more: sanitizers, other compilers and CPUs, fuzzing, linters
+	RUN=build/run-debug $(PYTHON) -m pytest -q -n 2 tests/test_cli.py tests/test_badinput.py tests/test_tokenizer.py
+	VARIANTS=sanitized,clang,neon,neon-bf16 $(PYTHON) -m pytest -q -n 2 tests/test_unit.py tests/test_builds.py
+	VARIANTS=v3,portable $(PYTHON) -m pytest -q -n 2 tests/test_reference.py
+	$(PYTHON) tests/fuzz.py --run build/run-debug --seconds 30
+
+lint: .venv/installed
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy --strict export.py models
+	.venv/bin/clang-format --dry-run -Werror run.c tests/*.c
+	if command -v shellcheck; then shellcheck .ci/run; else echo "SKIPPED: shellcheck is not installed"; fi
+
+clean: ## removes what was built, but not .venv
+	rm -rf run build
 
 help: ## this text
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12

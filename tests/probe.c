@@ -13,31 +13,29 @@
 #define NO_MAIN
 #include "../run.c"
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "isa")) {
         puts(isa());
         return 0;
     }
-    if (argc < 7) {
+    if (argc < 7)
         die(USAGE, "probe: expected MODEL THREADS CHUNK LAYERS OUT TOKEN...");
-    }
     Model m = open_model(argv[1]);
     int threads = (int)parse_integer("THREADS", argv[2], 1, 64);
     size_t chunk = (size_t)parse_integer("CHUNK", argv[3], 1, MAX_BATCH);
     m.h.n_layers = (uint32_t)parse_integer("LAYERS", argv[4], 0, m.h.n_layers);
-    if (m.h.n_layers == 0) {
+    if (m.h.n_layers == 0)
         memcpy(&m.h, m.map, sizeof m.h);
-    }
-    size_t T = (size_t)argc - 6, D = m.h.dim, Q = m.q_dim, width = Q + 2 * m.kv_dim, F = m.h.hidden_dim, V = m.h.vocab_size;
+    size_t T = (size_t)argc - 6, D = m.h.dim, Q = m.q_dim, width = Q + 2 * m.kv_dim, F = m.h.hidden_dim,
+           V = m.h.vocab_size;
     uint32_t *tokens = allocate(T, sizeof *tokens, "tokens");
-    for (size_t t = 0; t < T; t++) {
+    for (size_t t = 0; t < T; t++)
         tokens[t] = (uint32_t)parse_integer("TOKEN", argv[6 + t], 0, (long long)V - 1);
-    }
     State s = open_state(&m, T, threads);
     chunk = smaller(chunk, s.batch);
     float *x = allocate(T * D, sizeof *x, "x"), *qkv = allocate(T * width, sizeof *qkv, "qkv");
-    float *attended = allocate(T * Q, sizeof *attended, "attended"), *hidden = allocate(T * F, sizeof *hidden, "hidden");
+    float *attended = allocate(T * Q, sizeof *attended, "attended"),
+          *hidden = allocate(T * F, sizeof *hidden, "hidden");
     float *logits = allocate(T * V, sizeof *logits, "logits");
     for (size_t pos = 0; pos < T; pos += chunk) {
         size_t n = smaller(chunk, T - pos);
@@ -52,9 +50,8 @@ int main(int argc, char **argv)
         }
     }
     FILE *out = fopen(argv[5], "wb");
-    if (!out) {
+    if (!out)
         die(CANNOT, "%s: cannot write", argv[5]);
-    }
     fwrite(x, sizeof *x, T * D, out);
     fwrite(qkv, sizeof *x, T * width, out);
     fwrite(attended, sizeof *x, T * Q, out);

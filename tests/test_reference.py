@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builds import build, variants
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import export  # noqa: E402
+import export
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 131  # no multiple of any tile
-PROBES = [name for name in os.environ.get("PROBES", "probe").split(",") if name]
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
@@ -131,20 +130,23 @@ def reference(model: Any, tokens: list[int]) -> tuple[list[dict[str, np.ndarray]
     return layers, logits
 
 
-@pytest.fixture(scope="session", params=PROBES)
-def probe(request: pytest.FixtureRequest) -> Path:
-    path = ROOT / "build" / request.param
-    made = subprocess.run(["make", "-s", f"build/{request.param}"], cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    return path
+@pytest.fixture(scope="session", params=variants("native"))
+def probe(request: pytest.FixtureRequest) -> list[str]:
+    return build("probe", request.param)
 
 
 def run_probe(
-    probe: Path, file: Path, tokens: list[int], c: export.Config, threads: int = 1, chunk: int = 512, layers: int = 0
+    probe: list[str],
+    file: Path,
+    tokens: list[int],
+    c: export.Config,
+    threads: int = 1,
+    chunk: int = 512,
+    layers: int = 0,
 ) -> dict[str, np.ndarray]:
     out = file.with_suffix(".out")
-    args = [probe, file, threads, chunk, layers, out, *tokens]
-    done = subprocess.run([str(a) for a in args], capture_output=True, text=True)
+    args = [*probe, file, threads, chunk, layers, out, *tokens]
+    done = subprocess.run([str(a) for a in args], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     data = np.fromfile(out, np.float32)
     widths = {
@@ -171,7 +173,7 @@ TOKENS = [int(i) for i in np.random.default_rng(1).integers(0, VOCAB, 150)]
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_agrees_with_transformers(
-    probe: Path, name: str, dtype: str, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
+    probe: list[str], name: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, config, arrays = random_model(name, dtype)
     file = tmp_path / "m.bin"
@@ -179,7 +181,7 @@ def test_agrees_with_transformers(
     layers, logits = reference(model, TOKENS)
 
     # Where the CPU multiplies bf16 by bf16, activations are rounded to bf16: one part in 256.
-    isa = subprocess.run([str(probe), "isa"], capture_output=True, text=True).stdout
+    isa = subprocess.run([*probe, "isa"], capture_output=True, text=True, check=True).stdout
     tolerance = 0.03 if dtype == "bf16" and "BF16" in isa else 0.003
     worst: dict[str, float] = {}
     for layer, expected in enumerate(layers):
@@ -206,7 +208,9 @@ def test_agrees_with_transformers(
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("name", ["mha", "gqa", "odd", "head_dim", "bias"])
-def test_bits_do_not_depend_on_threads_or_batches(probe: Path, name: str, dtype: str, tmp_path: Path) -> None:
+def test_bits_do_not_depend_on_threads_or_batches(
+    probe: list[str], name: str, dtype: str, tmp_path: Path
+) -> None:
     _, config, arrays = random_model(name, dtype)
     file = tmp_path / "m.bin"
     export.write_model(file, export.ArraySource(config, arrays), some_tokenizer(), dtype)
@@ -215,4 +219,6 @@ def test_bits_do_not_depend_on_threads_or_batches(probe: Path, name: str, dtype:
         for chunk in (1, 2, 7, 64, len(TOKENS)):
             found = run_probe(probe, file, TOKENS, config, threads, chunk)
             for key, value in expected.items():
-                assert value.tobytes() == found[key].tobytes(), f"{key}, {threads} threads, batches of {chunk}"
+                assert value.tobytes() == found[key].tobytes(), (
+                    f"{key}, {threads} threads, batches of {chunk}"
+                )

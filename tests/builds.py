@@ -1,0 +1,50 @@
+"""Builds tests/unit.c and tests/probe.c for the CPUs and compilers that this machine has or can imitate."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+X86 = platform.machine() == "x86_64"
+CPU = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+
+# What each variant (see the Makefile) needs: flags of the CPU, or programs.
+NEEDS: dict[str, list[str]] = {
+    "native": [],
+    "portable": [],
+    "sanitized": [],
+    "v3": ["avx2", "fma", "f16c"],
+    "v4": ["avx512f", "avx512bw", "avx512dq", "avx512vl"],
+    "clang": ["clang"],
+    "neon": ["aarch64-linux-gnu-gcc", "qemu-aarch64"],
+    "neon-bf16": ["aarch64-linux-gnu-gcc", "qemu-aarch64"],
+}
+
+
+def variants(default: str) -> list[str]:
+    """Those named by $VARIANTS, or the default ones."""
+    return os.environ.get("VARIANTS", default).split(",")
+
+
+def build(program: str, variant: str) -> list[str]:
+    """The command that runs it; skips the test if this machine lacks something."""
+    if missing := [need for need in NEEDS[variant] if need not in CPU and not shutil.which(need)]:
+        pytest.skip(f"{variant} needs {', '.join(missing)}")
+    target = f"build/{program}-{variant}"
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "lock").open(
+        "w"
+    ) as lock:  # pytest-xdist's workers must not build the same at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = subprocess.run(["make", "-s", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "warning" not in made.stderr, made.stderr
+    emulator = ["qemu-aarch64", "-cpu", "max"] if variant.startswith("neon") else []
+    return [*emulator, str(ROOT / target)]

@@ -1,0 +1,528 @@
+"""Every bad file is one line on standard error and exit status 1, never a crash."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import resource
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from files import (
+    ADD_BOS,
+    BYTE,
+    CONTROL,
+    MODEL_FIELDS,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Model,
+    Piece,
+    Program,
+    Vocabulary,
+    chain_model,
+    default_vocabulary,
+    fix,
+    patch,
+)
+
+HUGE = 0xFFFFFFFF
+NAN = float("nan")
+INF = float("inf")
+
+
+class Victim:
+    """A good model and tokenizer in a folder of their own, to be spoilt."""
+
+    def __init__(self, run: Program, folder: Path) -> None:
+        self.run = run
+        self.path = folder / "m.bin"
+        self.tokenizer_path = folder / "m.tokenizer.bin"
+        self.model = Model(max_seq_len=16, dim=20, hidden_dim=24).randomise()
+        self.model.write(self.path)
+        self.data = self.path.read_bytes()
+        self.tokens = self.tokenizer_path.read_bytes()
+        run.ok(self.path, "-n", 2)
+
+    def bad_model(self, data: bytes, *says: object) -> str:
+        self.path.write_bytes(data)
+        return self.run.fails(1, self.path, "-n", 2, says=[self.path, *says]).stderr
+
+    def bad_tokenizer(self, data: bytes, *says: object) -> str:
+        self.tokenizer_path.write_bytes(data)
+        for args in [(self.path, "-n", 2), ("-m", "tokenize", "-i", "the cat", "-z", self.tokenizer_path)]:
+            stderr = self.run.fails(1, *args, says=[self.tokenizer_path, *says]).stderr
+        return stderr
+
+
+@pytest.fixture
+def victim(run: Program, tmp_path: Path) -> Victim:
+    return Victim(run, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files that are no files of ours
+
+
+def spoil_path(path: Path, how: str) -> str:
+    """Puts something at `path` that cannot be used; returns what the message says about it."""
+    path.unlink()
+    if how == "missing":
+        return "No such file"
+    if how == "directory":
+        path.mkdir()
+        return "directory"
+    if how == "loop":
+        path.symlink_to(path)
+        return "symbolic links"
+    if how == "device":
+        path.symlink_to("/dev/null")
+        return "found no regular file"
+    path.write_bytes({"empty": b"", "one byte": b"t", "text": b"To be, or not to be\n" * 1000}[how])
+    return {"empty": "found 0 bytes", "one byte": "found 1 bytes", "text": 'found "To be, o"'}[how]
+
+
+KINDS = ["missing", "directory", "loop", "device", "empty", "one byte", "text"]
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_no_weights_file(victim: Victim, how: str) -> None:
+    found = spoil_path(victim.path, how)
+    victim.run.fails(1, victim.path, says=[victim.path, "expected", found])
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_no_tokenizer_file(victim: Victim, how: str) -> None:
+    found = spoil_path(victim.tokenizer_path, how)
+    args = ["-z", victim.tokenizer_path]
+    victim.run.fails(1, victim.path, *args, says=[victim.tokenizer_path, "expected", found])
+    victim.run.fails(1, "-m", "tokenize", *args, says=[victim.tokenizer_path, "expected", found])
+
+
+def test_no_permission(victim: Victim) -> None:
+    become_nobody: Callable[[], None] | None = None
+    if os.geteuid() == 0:  # root may read anything, so the child becomes someone else
+
+        def become_nobody() -> None:
+            os.setuid(65534)
+
+        folder = victim.path.parent
+        while folder != folder.parent:
+            if folder.stat().st_mode & 0o005 != 0o005:
+                try:
+                    folder.chmod(folder.stat().st_mode | 0o055)
+                except OSError:
+                    pytest.skip(f"nobody cannot get to {folder}")
+            folder = folder.parent
+    if not os.access(victim.run.path, os.X_OK):
+        pytest.skip("the program is not executable")
+    victim.path.chmod(0)
+    try:
+        victim.run.fails(
+            1, victim.path, says=[victim.path, "expected", "Permission denied"], preexec=become_nobody
+        )
+    except PermissionError:
+        pytest.skip("another user may not run the program where it lies")
+    victim.path.chmod(0o644)
+    victim.tokenizer_path.chmod(0)
+    victim.run.fails(1, victim.path, says=[victim.tokenizer_path, "Permission denied"], preexec=become_nobody)
+
+
+# The beginnings of formats that people have, 8 KB of each.
+FOREIGN = {
+    "llama2.c": struct.pack("<7i", 64, 172, 5, 8, 4, 512, 512) + bytes(8164),
+    "llama2.c version 1": struct.pack("<2I", 0x616B3432, 1) + bytes(8184),
+    "GGUF": b"GGUF" + struct.pack("<IQQ", 3, 201, 24) + b"\x01" * 8168,
+    "safetensors": struct.pack("<Q", 8000) + b'{"__metadata__":{"format":"pt"}}' + b" " * 8152,
+    "PyTorch": b"PK\x03\x04" + b"\x00" * 8188,
+    "zeros": bytes(8192),
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\n" + b"x" * 8149,
+    "almost ours": b"twofilez" + bytes(8184),
+    "ours, swapped": b"twotoken" + bytes(8184),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_formats(victim: Victim, name: str) -> None:
+    victim.bad_model(FOREIGN[name], "not a weights file", 'expected the first 8 bytes "twofiles"', "found")
+
+
+@pytest.mark.parametrize("name", [n for n in FOREIGN if n != "ours, swapped"])
+def test_foreign_tokenizers(victim: Victim, name: str) -> None:
+    victim.bad_tokenizer(FOREIGN[name], "not a tokenizer file", '"twotoken"', "found")
+
+
+def test_a_tokenizer_in_place_of_the_model_and_the_reverse(victim: Victim) -> None:
+    victim.run.fails(
+        1, victim.tokenizer_path, "-z", victim.tokenizer_path, says=["a weights file", "twotoken"]
+    )
+    victim.run.fails(1, victim.path, "-z", victim.path, says=["a tokenizer file", "twofiles"])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The weights file
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["as it was", "with its size in the header"])
+def test_truncated_weights(victim: Victim, fixed: bool) -> None:
+    ends = {*range(97), 4094, 4095, 4096, 4097, 4098, len(victim.data) - 1}
+    for _, start, end in victim.model.offsets():
+        ends |= {start - 1, start, start + 1, end - 1, end, end + 1}
+    for end in sorted(ends - {len(victim.data), len(victim.data) + 1}):
+        data = victim.data[:end]
+        stderr = victim.bad_model(fix(data) if fixed else data, "expected", "found")
+        assert str(end) in stderr, stderr
+
+
+def test_weights_that_are_too_long(victim: Victim) -> None:
+    n = len(victim.data)
+    for extra in [1, 2, 63, 64, 4096]:
+        longer = victim.data + bytes(extra)
+        victim.bad_model(longer, f"expected {n} bytes", f"found {n + extra}")
+        victim.bad_model(fix(longer), f"expected {n} bytes", f"found {n + extra}")
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 2**31, 2**32, 2**63, 2**64 - 1])
+def test_a_wrong_size_in_the_header(victim: Victim, size: int) -> None:
+    victim.bad_model(
+        patch(victim.data, file_size=size), "size", f"expected {size}", f"found {len(victim.data)}"
+    )
+
+
+SIZES = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, value) for name in SIZES for value in (0, HUGE, 0x80000000, 0x7FFFFFFF)],
+        *[("version", v) for v in (0, 2, 0x01000000, HUGE)],
+        *[("dtype", v) for v in (0, 3, HUGE)],
+        *[("flags", v) for v in (8, 16, 9, 1 << 31, HUGE)],
+        ("n_kv_heads", 3),
+        ("n_kv_heads", 5),
+        ("n_kv_heads", 8),
+        ("head_dim", 7),
+        ("head_dim", 1),
+        *[("norm_eps", v) for v in (NAN, -1e-5, INF, -INF, 2.0)],
+        *[("rope_theta", v) for v in (NAN, -10000.0, INF, 0.0, -0.0)],
+        *[("rope_scaling", v) for v in (3, HUGE)],
+    ],
+)
+def test_header_fields(victim: Victim, name: str, value: float) -> None:
+    stderr = victim.bad_model(patch(victim.data, **{name: value}), name, "expected", "found")
+    if isinstance(value, int):
+        assert f"found {value}" in stderr
+
+
+@pytest.mark.parametrize("name", [n for n in SIZES if n != "max_seq_len"])
+@pytest.mark.parametrize("change", [-1, 1, 2, 1000])
+def test_sizes_that_do_not_fit_the_file(victim: Victim, name: str, change: int) -> None:
+    offset, _ = MODEL_FIELDS[name]
+    value = struct.unpack_from("<I", victim.data, offset)[0] + change
+    victim.bad_model(patch(victim.data, **{name: value}), "expected", "found")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dim": 1 << 31, "vocab_size": 1 << 31},  # 2^63 bytes, 2^64 in all
+        {"dim": 1 << 16, "vocab_size": 1 << 31, "n_layers": 1 << 16},
+        {
+            "dim": 1 << 20,
+            "vocab_size": 1 << 24,
+            "hidden_dim": 1 << 22,
+            "n_layers": 1 << 12,
+            "n_heads": 1 << 14,
+        },
+        {"n_heads": 1 << 16, "n_kv_heads": 1 << 16, "head_dim": 1 << 16},  # 2^32 each way
+        {"n_heads": 1 << 14, "n_kv_heads": 1 << 14, "head_dim": 1 << 10, "dim": 1 << 20},
+        {"n_layers": 1 << 31},
+        dict.fromkeys(SIZES, HUGE - 1),
+        dict.fromkeys(SIZES, 1 << 16),
+    ],
+)
+def test_products_that_overflow(victim: Victim, fields: dict[str, int]) -> None:
+    victim.bad_model(patch(victim.data, **fields), "expected", "found")
+
+
+GOOD_LLAMA3 = {
+    "rope_scaling": 2,
+    "rope_factor": 8.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_max_seq_len": 8192,
+}
+
+
+def test_good_rope_scaling(victim: Victim) -> None:
+    for fields in [GOOD_LLAMA3, {"rope_scaling": 1, "rope_factor": 2.0}]:
+        victim.path.write_bytes(patch(victim.data, **fields))
+        victim.run.ok(victim.path, "-n", 3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *[{"rope_scaling": 1, "rope_factor": v} for v in (0.0, -1.0, NAN, INF)],
+        *[GOOD_LLAMA3 | {"rope_factor": v} for v in (0.0, -1.0, NAN, INF)],
+        *[GOOD_LLAMA3 | {"rope_low_freq_factor": v} for v in (0.0, -1.0, NAN, INF, 4.0, 5.0)],
+        *[GOOD_LLAMA3 | {"rope_high_freq_factor": v} for v in (0.0, -1.0, NAN, INF, 1.0)],
+        GOOD_LLAMA3 | {"rope_original_max_seq_len": 0},
+    ],
+)
+def test_bad_rope_scaling(victim: Victim, fields: dict[str, Any]) -> None:
+    victim.bad_model(patch(victim.data, **fields), "rope", "expected", "found")
+
+
+def test_padding_of_the_header(victim: Victim) -> None:
+    for at in [96, 97, 127, 128, 1000, 4094, 4095]:
+        data = bytearray(victim.data)
+        data[at] = 1 + at % 255
+        victim.bad_model(bytes(data), f"byte {at} ", "expected 0", f"found {1 + at % 255}")
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize(
+    "name", ["embedding", "0.attn_norm", "0.wqkv", "1.wo", "1.w_down", "final_norm", "classifier"]
+)
+def test_weights_that_are_not_finite(
+    run: Program, tmp_path: Path, dtype: str, value: float, name: str
+) -> None:
+    path = tmp_path / "m.bin"
+    model = Model(dtype=dtype, max_seq_len=16).randomise()
+    tensor = model.weights[name]
+    if name == "embedding":
+        tensor[1, 3] = value  # of bos
+    else:
+        tensor.reshape(-1)[5] = value
+    model.write(path)
+    commands: list[list[object]] = [["-t", 0], ["-t", 1], ["-k", 2], ["--json"]]
+    for args in commands:
+        result = run(path, "-n", 2, *args, leaks=False)
+        assert result.status == 1, result
+        assert result.stderr.startswith("run: ") and result.stderr.count("\n") == 1, result
+        assert "not finite" in result.stderr and str(path) in result.stderr, result
+        assert result.stdout.strip() == b"", result
+
+
+def test_sums_that_overflow(run: Program, tmp_path: Path) -> None:
+    model = Model(dtype="bf16", max_seq_len=16).randomise()
+    model.weights["classifier"] *= np.float32(3e37)
+    model.weights["final_norm"] *= np.float32(1e30)
+    model.write(tmp_path / "m.bin")
+    run.fails(1, tmp_path / "m.bin", "-n", 2, says=["not finite", tmp_path / "m.bin"])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tokenizer file
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["as it was", "with its size and hash"])
+def test_truncated_tokenizers(victim: Victim, fixed: bool) -> None:
+    offsets = victim.model.vocabulary.entry_offsets()
+    ends = {*range(96), len(victim.tokens) - 1}
+    for start in [*offsets[:5], *offsets[256:262], *offsets[-4:]]:
+        ends |= {start - 1, start, start + 1, start + 4, start + 11, start + 12, start + 13}
+    args = ["-m", "tokenize", "-z", victim.tokenizer_path]
+    for end in sorted(e for e in ends if e < len(victim.tokens)):
+        data = victim.tokens[:end]
+        victim.tokenizer_path.write_bytes(fix(data) if fixed else data)
+        victim.run.fails(1, *args, says=[victim.tokenizer_path, "expected", "found"])
+
+
+def test_an_entry_across_the_last_page(victim: Victim) -> None:
+    """What is mapped ends with a page: to read on is to crash."""
+    for at in range(4085, 4096):  # where the second entry starts, whose 12 bytes end beyond 4096
+        pieces = (Piece(b"x" * (at - 92)), *victim.model.vocabulary.pieces)
+        victim.bad_tokenizer(
+            fix(Vocabulary(pieces).to_bytes()[:4096]), "token 1:", "expected 12 bytes", "found"
+        )
+    pieces = (Piece(b"x" * (4080 - 92)), Piece(b"more than four"), *victim.model.vocabulary.pieces)
+    victim.bad_tokenizer(
+        fix(Vocabulary(pieces).to_bytes()[:4096]), "token 1:", "length", "expected 1 to 4", "found 14"
+    )
+
+
+def test_a_tokenizer_that_is_too_long(victim: Victim) -> None:
+    for extra in [1, 12, 13]:
+        longer = victim.tokens + bytes(extra)
+        victim.bad_tokenizer(longer, f"expected {len(victim.tokens)} bytes", f"found {len(longer)}")
+        victim.bad_tokenizer(fix(longer), f"expected {len(victim.tokens)} bytes", f"found {len(longer)}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        *[("version", v, f"found {v}") for v in (0, 2, HUGE)],
+        *[("kind", v, "found") for v in (0, 3, HUGE)],
+        *[("flags", v, "found") for v in (4, 1 << 31, HUGE)],
+        *[("vocab_size", v, "found") for v in (0, 1, 10**6, 1 << 24, (1 << 24) + 1, 1 << 31, HUGE)],
+        *[("bos_id", v, f"found {v}") for v in (-1, -2, 10**6, 0x7FFFFFFF, -0x80000000)],
+        *[("unk_id", v, f"found {v}") for v in (-2, 10**6, 0x7FFFFFFF, -0x80000000)],
+        *[("n_stop_ids", v, "found") for v in (8, 1 << 31, HUGE)],
+        *[("stop_ids", v, f"found {v}") for v in (-1, -2, 10**6, 0x7FFFFFFF)],
+        *[("file_size", v, "found") for v in (0, 80, 2**32, 2**64 - 1)],
+        *[("vocab_hash", v, "found") for v in (0, 1, 2**64 - 1)],
+    ],
+)
+def test_tokenizer_header_fields(victim: Victim, name: str, value: int, found: str) -> None:
+    victim.bad_tokenizer(patch(victim.tokens, **{name: value}), "expected", found)
+
+
+@pytest.mark.parametrize("name", ["bos_id", "unk_id", "stop id"])
+def test_ids_one_past_the_end(victim: Victim, name: str) -> None:
+    field = "stop_ids" if name == "stop id" else name
+    n = len(victim.model.vocabulary)
+    victim.bad_tokenizer(patch(victim.tokens, **{field: n}), name, f"to {n - 1}", f"found {n}")
+
+
+@pytest.mark.parametrize("entry", [0, 2, 3, 130, 258, 259, -1])
+@pytest.mark.parametrize("length", [0, 3, 0x7FFFFFFF, 0x80000000, HUGE, HUGE - 11, HUGE - 12])
+def test_lengths_of_tokens(victim: Victim, entry: int, length: int) -> None:
+    at = victim.model.vocabulary.entry_offsets()[:-1][entry]
+    data = bytearray(victim.tokens)
+    struct.pack_into("<I", data, at, length)
+    victim.bad_tokenizer(fix(bytes(data)), "expected", "found")
+
+
+@pytest.mark.parametrize("type", [0, USER_DEFINED, 7, 1 << 31, HUGE])
+@pytest.mark.parametrize("entry", [0, 100, 270])
+def test_types_of_tokens(victim: Victim, entry: int, type: int) -> None:
+    at = victim.model.vocabulary.entry_offsets()[entry]
+    data = bytearray(victim.tokens)
+    struct.pack_into("<I", data, at + 4, type)
+    victim.bad_tokenizer(fix(bytes(data)), f"token {entry}", "type", "expected", f"found {type}")
+
+
+def test_scores_that_are_no_numbers(victim: Victim) -> None:
+    for entry in [0, 100, 270]:
+        for bits in [0x7FC00000, 0xFFC00000, 0x7F800001]:
+            at = victim.model.vocabulary.entry_offsets()[entry]
+            data = bytearray(victim.tokens)
+            struct.pack_into("<I", data, at + 8, bits)
+            victim.bad_tokenizer(fix(bytes(data)), f"token {entry}", "score", "expected", "found")
+
+
+def with_piece(vocabulary: Vocabulary, id: int, piece: Piece) -> bytes:
+    pieces = list(vocabulary.pieces)
+    pieces[id] = piece
+    return Vocabulary(tuple(pieces)).to_bytes()
+
+
+def test_byte_tokens(victim: Victim) -> None:
+    vocabulary = victim.model.vocabulary
+    victim.bad_tokenizer(with_piece(vocabulary, 100, Piece(b"ab", BYTE)), "token 100", "expected", "found 2")
+    for type in [NORMAL, CONTROL, UNKNOWN]:
+        victim.bad_tokenizer(with_piece(vocabulary, 100, Piece(b"a", type)), "byte", "expected", "found 255")
+    victim.bad_tokenizer(with_piece(vocabulary, 100, Piece(b"b", BYTE)), "byte", "expected", "found 255")
+    none = Vocabulary(tuple(p for p in vocabulary.pieces if p.type != BYTE), unk_id=-1)
+    victim.bad_tokenizer(none.to_bytes(), "byte tokens", "expected", "unk")
+
+
+def test_unused_tokens_may_be_empty_and_only_they(victim: Victim) -> None:
+    vocabulary = victim.model.vocabulary
+    for type in [NORMAL, UNKNOWN, CONTROL, BYTE]:
+        victim.bad_tokenizer(
+            with_piece(vocabulary, 270, Piece(b"", type)), "token 270", "length", "expected", "found 0"
+        )
+    victim.tokenizer_path.write_bytes(with_piece(vocabulary, 270, Piece(b"", UNUSED)))
+    victim.run.ok("-m", "tokenize", "-i", "the cat", "-z", victim.tokenizer_path)
+
+
+def test_any_flipped_bit_of_the_vocabulary(victim: Victim) -> None:
+    for at in np.random.default_rng(1).integers(80, len(victim.tokens), 40):
+        data = bytearray(victim.tokens)
+        data[at] ^= 1 << int(at) % 8
+        victim.tokenizer_path.write_bytes(data)
+        victim.run.fails(
+            1, "-m", "tokenize", "-z", victim.tokenizer_path, says=[victim.tokenizer_path, "expected"]
+        )
+
+
+def test_another_models_tokenizer(victim: Victim) -> None:
+    bigger = default_vocabulary(extra=[b"zz"])
+    victim.tokenizer_path.write_bytes(bigger.to_bytes())
+    n = len(bigger)
+    says = [victim.tokenizer_path, victim.path, f"expected {n - 1}", f"found {n}"]
+    victim.run.fails(1, victim.path, says=says)
+    victim.run.fails(
+        1, victim.path, "-m", "tokenize", "-i", "a", says=says
+    )  # a model given is a model checked
+    same_size = with_piece(victim.model.vocabulary, len(victim.model.vocabulary) - 1, Piece(b"\xc3\xa8"))
+    victim.tokenizer_path.write_bytes(same_size)
+    hashes = [f"{v:016x}" for v in (victim.model.vocabulary.hash, struct.unpack_from("<Q", same_size, 72)[0])]
+    says = [victim.tokenizer_path, victim.path, f"hash {hashes[0]}", f"found {hashes[1]}"]
+    victim.run.fails(1, victim.path, says=says)
+
+
+def test_tokenizers_of_the_least_size(run: Program, tmp_path: Path) -> None:
+    """One token is enough, if only to say <unk>."""
+    path = tmp_path / "t.bin"
+    path.write_bytes(
+        Vocabulary((Piece(b"<unk>", UNKNOWN),), bos_id=-1, unk_id=0, stop_ids=(), flags=0).to_bytes()
+    )
+    assert run.ok("-m", "tokenize", "-i", "some text", "-z", path).text == "0\n"
+    path.write_bytes(Vocabulary((Piece(b"a"),), bos_id=0, unk_id=0, stop_ids=(), flags=ADD_BOS).to_bytes())
+    assert run.ok("-m", "tokenize", "-i", "aba", "-z", path).text.split()[0] == "0"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.parametrize("megabytes", [150, 180, 200, 285, 290, 300, 310, 350, 600])
+def test_no_memory_for_the_context(run: Program, tmp_path: Path, megabytes: int) -> None:
+    """The message says how much memory is needed and which context fits; and then that one does fit."""
+    if run.sanitized:
+        pytest.skip("a limit of the address space does not go with AddressSanitizer")
+    context = 1 << 28
+    # The wide feed-forward layer makes the rest of the memory more than a trifle.
+    model = chain_model([1, 100, 101, 2], max_seq_len=context, n_kv_heads=2, head_dim=8, hidden_dim=8192)
+    path = model.write(tmp_path / "long.bin")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+
+    position = 2 * model.n_layers * model.n_kv_heads * model.head_dim * 2  # bytes
+    stderr = run.fails(
+        1, path, "-n", 0, "-j", 1, says=[path, "no memory", str(context)], preexec=limit
+    ).stderr
+    amount = re.search(r"([\d.]+) (MB|GB)", stderr)
+    assert amount, stderr
+    needed = float(amount[1]) * {"MB": 1e6, "GB": 1e9}[amount[2]]
+    assert math.isclose(needed, position * context, rel_tol=0.01), stderr
+    advice = re.search(r"-c (\d+)", stderr)
+    assert advice, stderr
+    assert int(advice[1]) * position > ((megabytes - 100) << 20) / 4, f"more than {advice[1]} would fit"
+    assert run.ok(path, "-n", 0, "-j", 1, "-c", advice[1], preexec=limit).stdout == b"ab\n"
+
+
+def test_a_context_beyond_all_memory(run: Program, tmp_path: Path) -> None:
+    """Nearly the largest sizes that a header may declare, in a file of holes: the cache has 2^64 bytes."""
+    if run.sanitized:
+        pytest.skip("AddressSanitizer ends the program itself when it asks for so much")
+    model = Model(
+        dim=1, hidden_dim=1, n_layers=1 << 12, n_heads=1 << 12, n_kv_heads=1 << 12, head_dim=1 << 10
+    )
+    model.max_seq_len = 1 << 28
+    path = tmp_path / "wide.bin"
+    size = model.offsets()[-1][2]
+    path.write_bytes(model.header(size))
+    path.with_suffix(".tokenizer.bin").write_bytes(model.vocabulary.to_bytes())
+    try:
+        os.truncate(path, size)
+    except OSError as error:
+        pytest.skip(f"no room for a file with holes: {error}")
+    try:
+        stderr = run.fails(1, path, "-n", 0, says=[path, "no memory"]).stderr
+    finally:
+        path.unlink()
+    assert "-c 0" not in stderr  # is no advice
