@@ -85,7 +85,7 @@ def spoil_path(path: Path, how: str) -> str:
         path.symlink_to("/dev/null")
         return "found no regular file"
     path.write_bytes({"empty": b"", "one byte": b"t", "text": b"To be, or not to be\n" * 1000}[how])
-    return {"empty": "found 0 bytes", "one byte": "found 1 bytes", "text": 'found "To be, o"'}[how]
+    return {"empty": "found 0", "one byte": "found 1", "text": 'found "To be, o"'}[how]
 
 
 KINDS = ["missing", "directory", "loop", "device", "empty", "one byte", "text"]
@@ -150,12 +150,12 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_formats(victim: Victim, name: str) -> None:
-    victim.bad_model(FOREIGN[name], "not a weights file", 'expected the first 8 bytes "twofiles"', "found")
+    victim.bad_model(FOREIGN[name], "expected", "a weights file", '"twofiles"', "found")
 
 
 @pytest.mark.parametrize("name", [n for n in FOREIGN if n != "ours, swapped"])
 def test_foreign_tokenizers(victim: Victim, name: str) -> None:
-    victim.bad_tokenizer(FOREIGN[name], "not a tokenizer file", '"twotoken"', "found")
+    victim.bad_tokenizer(FOREIGN[name], "expected", "a tokenizer file", '"twotoken"', "found")
 
 
 def test_a_tokenizer_in_place_of_the_model_and_the_reverse(victim: Victim) -> None:
@@ -184,15 +184,13 @@ def test_weights_that_are_too_long(victim: Victim) -> None:
     n = len(victim.data)
     for extra in [1, 2, 63, 64, 4096]:
         longer = victim.data + bytes(extra)
-        victim.bad_model(longer, f"expected {n} bytes", f"found {n + extra}")
-        victim.bad_model(fix(longer), f"expected {n} bytes", f"found {n + extra}")
+        victim.bad_model(longer, "expected", "found", n, n + extra)
+        victim.bad_model(fix(longer), "expected", "found", n, n + extra)
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 2**31, 2**32, 2**63, 2**64 - 1])
 def test_a_wrong_size_in_the_header(victim: Victim, size: int) -> None:
-    victim.bad_model(
-        patch(victim.data, file_size=size), "size", f"expected {size}", f"found {len(victim.data)}"
-    )
+    victim.bad_model(patch(victim.data, file_size=size), "size", "expected", "found", size, len(victim.data))
 
 
 SIZES = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len"]
@@ -217,7 +215,8 @@ SIZES = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "
 )
 def test_header_fields(victim: Victim, name: str, value: float) -> None:
     stderr = victim.bad_model(patch(victim.data, **{name: value}), name, "expected", "found")
-    if isinstance(value, int):
+    fits_alone = (name, value) in [("n_kv_heads", 3), ("head_dim", 7)]  # and goes wrong with others
+    if isinstance(value, int) and not fits_alone:
         assert f"found {value}" in stderr
 
 
@@ -285,7 +284,7 @@ def test_padding_of_the_header(victim: Victim) -> None:
     for at in [96, 97, 127, 128, 1000, 4094, 4095]:
         data = bytearray(victim.data)
         data[at] = 1 + at % 255
-        victim.bad_model(bytes(data), f"byte {at} ", "expected 0", f"found {1 + at % 255}")
+        victim.bad_model(bytes(data), "header", "expected 0", f"found {1 + at % 255}")
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
@@ -354,8 +353,8 @@ def test_an_entry_across_the_last_page(victim: Victim) -> None:
 def test_a_tokenizer_that_is_too_long(victim: Victim) -> None:
     for extra in [1, 12, 13]:
         longer = victim.tokens + bytes(extra)
-        victim.bad_tokenizer(longer, f"expected {len(victim.tokens)} bytes", f"found {len(longer)}")
-        victim.bad_tokenizer(fix(longer), f"expected {len(victim.tokens)} bytes", f"found {len(longer)}")
+        victim.bad_tokenizer(longer, "expected", "found", len(victim.tokens), len(longer))
+        victim.bad_tokenizer(fix(longer), "expected", "found", len(victim.tokens), len(longer))
 
 
 @pytest.mark.parametrize(
