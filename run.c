@@ -130,7 +130,7 @@ typedef struct {
 
 // Maps a file, read-only. Nothing is read yet: the kernel brings in a page when it is first touched.
 static const void *map_file(const char *path, const char *magic, size_t min_size, const char *what, size_t *size) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe shall not block, it is refused below
     struct stat st;
     expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s made by export.py: %s", path, what, strerror(errno));
     expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
@@ -161,6 +161,11 @@ static void check_real(const char *path, const char *name, float value, float mi
            (double)value);
 }
 
+static void check_size(const char *path, uint64_t promised, size_t size) {
+    expect(promised == size, "%s: file size: expected %llu bytes by its header, found %zu: incomplete or damaged", path,
+           (unsigned long long)promised, size);
+}
+
 // Refuses nonsense, with bounds that keep every size computed from a header below 2^63.
 static void check_header(const Model *m) {
     const Header *h = &m->h;
@@ -172,9 +177,10 @@ static void check_header(const Model *m) {
     check(m->path, "n_layers", h->n_layers, 1, 1 << 12);
     check(m->path, "n_heads", h->n_heads, 1, 1 << 14);
     check(m->path, "n_kv_heads", h->n_kv_heads, 1, h->n_heads);
-    check(m->path, "n_heads modulo n_kv_heads", h->n_heads % h->n_kv_heads, 0, 0);
+    expect(h->n_heads % h->n_kv_heads == 0, "%s: n_kv_heads: expected a divisor of n_heads %u, found %u", m->path,
+           h->n_heads, h->n_kv_heads);
     check(m->path, "head_dim", h->head_dim, 2, 1 << 10);
-    check(m->path, "head_dim modulo 2", h->head_dim % 2, 0, 0);
+    expect(h->head_dim % 2 == 0, "%s: head_dim: expected an even number, found %u", m->path, h->head_dim);
     check(m->path, "vocab_size", h->vocab_size, 1, 1 << 24);
     check(m->path, "max_seq_len", h->max_seq_len, 1, 1 << 28);
     check_real(m->path, "norm_eps", h->norm_eps, 0, 1);
@@ -187,7 +193,7 @@ static void check_header(const Model *m) {
         check_real(m->path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
         check(m->path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
     }
-    check(m->path, "the header's file size", (int64_t)h->file_size, (int64_t)m->size, (int64_t)m->size);
+    check_size(m->path, h->file_size, m->size);
     for (size_t i = sizeof *h; i < HEADER_SPACE; i++)
         check(m->path, "the unused bytes of the header", m->map[i], 0, 0);
 }
@@ -613,15 +619,25 @@ static void swiglu(float *hidden, const float *gate_up, size_t T, size_t F) {
 
 enum { MAX_BATCH = 512, BATCH_BYTES = 32 << 20 }; // tokens in one pass, and what their activations may take
 
-// The KV cache is the one thing whose size the user chooses, so say what would fit.
-static _Noreturn void die_of_context(const Model *m, size_t context, double bytes) {
+// The bytes of the keys, or the values, of `context` positions. May be more than memory can address.
+static double cache_bytes(const Model *m, size_t context) {
+    double positions = (double)((context + KEYS - 1) / KEYS * KEYS);
+    return (double)m->h.n_layers * (double)m->kv_dim * positions * sizeof(uint16_t);
+}
+
+// The KV cache is the one thing whose size the user chooses, so say what would fit, with 64 MB for all the rest.
+static _Noreturn void die_of_context(const Model *m, size_t context) {
     size_t fits = context;
     void *trial = NULL;
-    while (!trial && (fits /= 2) > 1)
-        trial = malloc((size_t)(bytes / (double)context * (double)fits));
+    while (!trial && (fits /= 2)) {
+        double bytes = 2 * cache_bytes(m, fits) + (64 << 20);
+        trial = bytes < 0x1p62 ? malloc((size_t)bytes) : NULL;
+    }
     free(trial);
+    double needed = 2 * cache_bytes(m, context) / 1e6;
+    expect(fits, "%s: no memory for a KV cache of %zu positions: %.1f MB needed", m->path, context, needed);
     die(CANNOT, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c %zu would fit", m->path, context,
-        bytes / 1e6, fits);
+        needed, fits);
 }
 
 static State open_state(const Model *m, size_t context, int threads) {
@@ -632,12 +648,12 @@ static State open_state(const Model *m, size_t context, int threads) {
     s.batch = smaller(smaller(larger(BATCH_BYTES / per_token, 1), MAX_BATCH), context);
     s.wide_size = larger(BLOCK_ROWS * 1024, widest);
 
-    double cache = (double)m->h.n_layers * (double)K * (double)s.context * sizeof(uint16_t); // may pass 2^64
+    double cache = cache_bytes(m, context);
     s.k = cache < 0x1p62 ? aligned_alloc(64, (size_t)cache) : NULL;
     s.v = s.k ? aligned_alloc(64, (size_t)cache) : NULL;
     if (!s.v) {
         free(s.k);
-        die_of_context(m, context, 2 * cache);
+        die_of_context(m, context);
     }
     const struct {
         float **array;
@@ -703,6 +719,11 @@ static void feed(const Model *m, State *s, const uint32_t *tokens, size_t n, siz
     for (size_t done = 0; done < n; done += s->batch)
         forward(m, s, tokens + done, smaller(s->batch, n - done), pos + done);
     classify(m, s, (n - 1) % s->batch);
+    size_t bad = 0;
+    for (size_t i = 0; i < m->h.vocab_size; i++)
+        bad += !(fabsf(s->logits[i]) <= FLT_MAX);
+    expect(bad == 0, "%s: %zu logits after position %zu are not finite: the weights hold NaN, or are too large",
+           m->path, bad, pos + n - 1);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -765,14 +786,11 @@ static double random_number(uint64_t *state) {
     return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
 }
 
-// The likeliest token. Logits that are not finite mean that the weights are damaged, or too large.
+// The likeliest token.
 static uint32_t argmax(const float *logits, size_t n) {
     size_t best = 0;
-    for (size_t i = 0; i < n; i++) {
-        expect(fabsf(logits[i]) <= FLT_MAX, "the logit of token %zu is not finite (%f): the weights are damaged", i,
-               (double)logits[i]);
+    for (size_t i = 1; i < n; i++)
         best = logits[i] > logits[best] ? i : best;
-    }
     return (uint32_t)best;
 }
 
@@ -907,7 +925,7 @@ static void check_tokenizer_header(const Tokenizer *t, size_t size) {
     check(t->path, "n_stop_ids", h->n_stops, 0, MAX_STOPS);
     for (size_t i = 0; i < h->n_stops; i++)
         check(t->path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
-    check(t->path, "the header's file size", (int64_t)h->file_size, (int64_t)size, (int64_t)size);
+    check_size(t->path, h->file_size, size);
 }
 
 // Reads one entry of the vocabulary at `at` and returns where the next one starts.
@@ -1185,11 +1203,11 @@ static void print_json(Text text) {
     putchar('"');
 }
 
-// The prompt, from -i or -f, or an empty one. Memory of -f is the process's to the end.
-static Text read_prompt(const Options *o) {
+// The tokens of the prompt, which comes from -i or -f or is empty, for the caller to free.
+static uint32_t *read_prompt(const Tokenizer *t, const Options *o, size_t *n_tokens) {
     const char *name = o->prompt_file, *prompt = o->prompt ? o->prompt : "";
     if (!name)
-        return (Text){(const unsigned char *)prompt, strlen(prompt)};
+        return encode(t, (Text){(const unsigned char *)prompt, strlen(prompt)}, n_tokens);
     FILE *file = strcmp(name, "-") ? fopen(name, "rb") : stdin;
     unsigned char *bytes = NULL;
     size_t n = 0, capacity = 0, got = 1;
@@ -1204,13 +1222,15 @@ static Text read_prompt(const Options *o) {
     expect(file && !ferror(file), "%s: cannot read the prompt: %s", name, strerror(errno));
     if (file != stdin)
         fclose(file);
-    return (Text){bytes, n};
+    uint32_t *tokens = encode(t, (Text){bytes, n}, n_tokens);
+    free(bytes);
+    return tokens;
 }
 
 // The ids of the prompt on one line, as the model would receive them.
 static void tokenize(const Tokenizer *t, const Options *o) {
     size_t n;
-    uint32_t *tokens = encode(t, read_prompt(o), &n);
+    uint32_t *tokens = read_prompt(t, o, &n);
     fputs(o->json ? "{\"tokens\": [" : "", stdout);
     for (size_t i = 0; i < n; i++)
         printf("%s%u", i == 0 ? "" : o->json ? ", " : " ", tokens[i]);
@@ -1227,7 +1247,7 @@ static void tokenize(const Tokenizer *t, const Options *o) {
 // what follows, an object a token.
 static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     size_t n, made = 0, vocab = m->h.vocab_size;
-    uint32_t *tokens = encode(t, read_prompt(o), &n), token = NONE;
+    uint32_t *tokens = read_prompt(t, o, &n), token = NONE;
     size_t context = o->context ? o->context : m->h.max_seq_len;
     size_t limit = o->steps ? smaller(o->steps, context) : context;
     expect(n > 0, "an empty prompt: expected text (-i or -f), as %s has no bos token to start from", t->path);
@@ -1277,32 +1297,32 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
 // ------------------------------------------------------------------------------------------------
 // 7 The command line
 
-static const char usage[] =
-    "usage: run [MODEL] [options]        MODEL is a weights file (default: " DEFAULT_MODEL ")\n"
-    "\n"
-    "what to do\n"
-    "  -m MODE    generate (default): continue the prompt\n"
-    "             tokenize: print the prompt's token ids\n"
-    "  -i TEXT    the prompt (default: empty, the model begins)\n"
-    "  -f FILE    the prompt from a file, - for standard input\n"
-    "  -n N       stop after N tokens, the prompt included (default 256, 0 = fill the context)\n"
-    "  --json     print JSON: an object a token, or one for tokenize\n"
-    "\n"
-    "sampling\n"
-    "  -t T       temperature (default 1.0, 0 = always the likeliest token)\n"
-    "  -p P       top-p: sample from the likeliest tokens that have P together (default 0.9, 1 = off)\n"
-    "  -k K       top-k: sample from the K likeliest tokens (default 0 = off)\n"
-    "  -s SEED    the same seed gives the same text (default: the time)\n"
-    "\n"
-    "the machine\n"
-    "  -c N       context length in tokens (default: the model's)\n"
-    "  -j N       threads (default: the physical cores this process may use)\n"
-    "  -z FILE    tokenizer file (default: MODEL.tokenizer.bin, or tokenizer.bin beside it or here)\n"
-    "  -h, --help, --version\n"
-    "\n"
-    "examples\n"
-    "  run model.bin -i \"Once upon a time\" -t 0.8 -s 42\n"
-    "  run model.bin -m tokenize -f book.txt --json\n";
+static const char usage[] = "usage: run [MODEL] [options]     MODEL: weights (" DEFAULT_MODEL ")\n"
+                            "\n"
+                            "what to do\n"
+                            "  -m MODE   generate (default): continue the prompt\n"
+                            "            tokenize: print the prompt's token ids\n"
+                            "  -i TEXT   the prompt (default: empty, the model begins)\n"
+                            "  -f FILE   the prompt from a file, - for standard input\n"
+                            "  -n N      stop after N tokens, the prompt included (256; 0: full context)\n"
+                            "  --json    print JSON: an object a token, or one for tokenize\n"
+                            "\n"
+                            "sampling\n"
+                            "  -t T      temperature (1.0; 0: always the likeliest token)\n"
+                            "  -p P      top-p: of the likeliest tokens that have P together (0.9; 1: off)\n"
+                            "  -k K      top-k: of the K likeliest tokens (0: off)\n"
+                            "  -s SEED   the same seed gives the same text (default: the time)\n"
+                            "\n"
+                            "the machine\n"
+                            "  -c N      context length in tokens (default: the model's)\n"
+                            "  -j N      threads (default: the physical cores this process may use)\n"
+                            "  -z FILE   tokenizer (default: MODEL.tokenizer.bin for MODEL.bin, or\n"
+                            "            tokenizer.bin beside it, or here)\n"
+                            "  -h, --help, --version\n"
+                            "\n"
+                            "examples\n"
+                            "  run model.bin -i \"Once upon a time\" -t 0.8 -s 42\n"
+                            "  run model.bin -m tokenize -f book.txt --json\n";
 
 // Hyper-threads of a core share its arithmetic and its path to memory, so one thread a core is best.
 static int physical_cores(void) {
