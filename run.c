@@ -99,9 +99,9 @@ typedef struct {
 _Static_assert(sizeof(Header) == 96, "the compiler added padding to Header");
 
 typedef struct {
-    const void *data; // (rows, cols), in the mapped file
+    const void *data; // (rows, cols), rows `stride` elements apart
     Dtype dtype;
-    size_t rows, cols;
+    size_t rows, cols, stride;
 } Tensor;
 
 typedef struct {
@@ -203,7 +203,7 @@ static Tensor take(const Model *m, size_t *at, const char *name, size_t rows, si
     size_t start = (*at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     *at = start + rows * cols * sizeof(uint16_t);
     expect(*at <= m->size, "%s: %s: expected bytes %zu to %zu, found only %zu", m->path, name, start, *at, m->size);
-    return (Tensor){m->map + start, (Dtype)m->h.dtype, rows, cols};
+    return (Tensor){m->map + start, (Dtype)m->h.dtype, rows, cols, cols};
 }
 
 static Model open_model(const char *path) {
@@ -248,12 +248,13 @@ static Model open_model(const char *path) {
 // go on before all are done; without OpenMP, or outside a parallel region, it is a plain loop.
 
 enum {
-    TILE_ROWS = 4,   // a tile of a matrix product is so many rows of weights
-    TILE_TOKENS = 6, // by so many tokens
+    TILE_ROWS = 4,   // rows of weights that are multiplied at a time
+    TILE_TOKENS = 6, // tokens that each of them is multiplied with at a time
     BLOCK_ROWS = 64, // rows of weights that stay in the cache while all tokens pass
     KEYS = 64,       // keys and values that attention handles at a time
     QUERIES = 64,    // queries that pass by one block of keys
     QUERY_TILE = 4,  // queries that share each key and value loaded
+    INPUT_PAD = 32,  // elements between rows of State.input
 };
 
 static inline float float_of(uint32_t bits) {
@@ -299,16 +300,21 @@ static inline uint16_t f32_to_f16(float value) {
     return (uint16_t)(half | sign);
 }
 
+// Where element i of an array of any type is, and what it is.
 static inline const void *address(const void *array, Dtype dtype, size_t i) {
     return (const char *)array + i * (dtype == F32 ? sizeof(float) : sizeof(uint16_t));
 }
 
-// Element i of an array of any type.
 static inline float element(const void *array, Dtype dtype, size_t i) {
     const void *p = address(array, dtype, i);
     return dtype == F32    ? *(const float *)p
            : dtype == BF16 ? bf16_to_f32(*(const uint16_t *)p)
                            : f16_to_f32(*(const uint16_t *)p);
+}
+
+// `count` rows of a tensor, from row `first` on.
+static inline Tensor some_rows(Tensor t, size_t first, size_t count) {
+    return (Tensor){address(t.data, t.dtype, first * t.stride), t.dtype, count, t.cols, t.stride};
 }
 
 // e^x for x <= 0 within 3 units in the last place, and 0 below -87. Not libm's, because compilers make vector
@@ -348,9 +354,9 @@ static void weigh_ref(float *y, const float *a, const uint16_t *x, size_t m, siz
 
 // dot_ref
 static float dot(const void *a, Dtype a_type, const void *b, Dtype b_type, size_t n);
-// The dot products, to the bit, of TILE_ROWS rows of w (rows, n) with TILE_TOKENS of x (tokens, n), which are both
-// F32, or both BF16 where there is an instruction for it. They go, or are added, to out[t][r], rows `stride` apart.
-static void tile(float *out, size_t stride, bool add, const void *w, const void *x, Dtype dtype, size_t n);
+// TILE_ROWS rows of w by up to TILE_TOKENS rows of x, to the bits of `dot`: out[t][r] is, or with `add` is increased by,
+// their dot product; rows of out are `stride` apart.
+static void tile(float *out, size_t stride, bool add, Tensor w, Tensor x);
 // weigh_ref for one or QUERY_TILE vectors y, a at a time; x (m, n)
 static void weigh(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n);
 // An array of any type as f32.
@@ -361,21 +367,21 @@ static const char *isa(void);
 // The memory of one run: the KV cache and the activations of one batch.
 typedef struct {
     int threads;
-    size_t context;   // C, a multiple of KEYS
-    size_t batch;     // the largest T
-    uint16_t *k;      // (layers, G, C/KEYS, d, KEYS) f16   each block of KEYS keys is transposed
-    uint16_t *v;      // (layers, G, C, d) f16
-    float *x;         // (T, D)       the residual stream
-    float *norm;      // (T, D)       x, normalised
-    float *qkv;       // (T, Q + 2K)  queries, keys, values
-    float *attended;  // (T, Q)       what each head found
-    float *gate_up;   // (T, 2F)
-    float *hidden;    // (T, F)       silu(gate) * up
-    float *logits;    // (V)
-    float *cosine;    // (T, d/2)     RoPE's rotations at the positions of the batch
-    float *sine;      // (T, d/2)
-    uint16_t *narrow; // (T, max(D, Q, F)) bf16   a product's input, rounded
-    float *wide;      // (threads, wide_size)     a block of weights as f32
+    size_t context;  // C, a multiple of KEYS
+    size_t batch;    // the largest T
+    uint16_t *k;     // (layers, G, C/KEYS, d, KEYS) f16   each block of KEYS keys is transposed
+    uint16_t *v;     // (layers, G, C, d) f16
+    float *x;        // (T, D)       the residual stream
+    float *norm;     // (T, D)       x, normalised
+    float *qkv;      // (T, Q + 2K)  queries, keys, values
+    float *attended; // (T, Q)       what each head found
+    float *gate_up;  // (T, 2F)
+    float *hidden;   // (T, F)       silu(gate) * up
+    float *logits;   // (V)
+    float *cosine;   // (T, d/2)     RoPE's rotations at the positions of the batch
+    float *sine;     // (T, d/2)
+    float *input;    // (T, max(D, Q, F) + INPUT_PAD) f32 or bf16   a product's input, as tile wants it
+    float *wide;     // (threads, wide_size)     a block of weights as f32
     size_t wide_size;
 } State;
 
@@ -387,53 +393,53 @@ static size_t thread_number(void) {
 #endif
 }
 
-// One block of a matrix product: tiles where whole ones fit, dot products for the rest.
-static void multiply(float *out, size_t stride, bool add, const void *w, Dtype w_type, size_t rows, const void *x,
-                     Dtype x_type, size_t T, size_t n) {
-    size_t tokens, height; // of this tile
-    for (size_t t = 0; t < T; t += tokens) {
-        tokens = w_type == x_type && T - t >= TILE_TOKENS ? TILE_TOKENS : 1;
-        for (size_t r = 0; r < rows; r += height) {
-            height = tokens > 1 && rows - r >= TILE_ROWS ? TILE_ROWS : 1;
-            const void *w_r = address(w, w_type, r * n);
-            if (height > 1) {
-                tile(out + t * stride + r, stride, add, w_r, address(x, x_type, t * n), x_type, n);
-                continue;
+// All rows of w by all rows of x: tiles where whole ones fit, dot products for the rest.
+static void multiply(float *out, size_t stride, bool add, Tensor w, Tensor x) {
+    size_t whole = x.rows > 1 ? w.rows / TILE_ROWS * TILE_ROWS : 0; // for one token, it is best to read row by row
+    for (size_t t = 0; t < x.rows; t += TILE_TOKENS) { // these tokens stay in the innermost cache while the rows pass
+        Tensor tokens = some_rows(x, t, smaller(TILE_TOKENS, x.rows - t));
+        float *out_t = out + t * stride;
+        for (size_t r = 0; r < whole; r += TILE_ROWS)
+            tile(out_t + r, stride, add, some_rows(w, r, TILE_ROWS), tokens);
+        for (size_t r = whole; r < w.rows; r++)
+            for (size_t i = 0; i < tokens.rows; i++) {
+                const void *row = some_rows(w, r, 1).data, *token = some_rows(tokens, i, 1).data;
+                float sum = dot(row, w.dtype, token, x.dtype, w.cols);
+                out_t[i * stride + r] = add ? out_t[i * stride + r] + sum : sum;
             }
-            for (size_t i = t; i < t + tokens; i++) {
-                float sum = dot(w_r, w_type, address(x, x_type, i * n), x_type, n);
-                out[i * stride + r] = add ? out[i * stride + r] + sum : sum;
-            }
-        }
     }
 }
 
 // out[t][r] = sum_c w[r][c] x[t][c] for x (T, cols), w (rows, cols), out (T, rows); or out += it, with `add`.
 // The rows are dealt out among the threads. No sum is ever split, so its bits do not depend on the threads.
 static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
-    const void *input = x;
-    Dtype input_type = F32;
-    if (w.dtype == BF16 && has_bf16_dot()) { // the instruction takes both sides in bf16
+    Tensor in = {x, F32, T, w.cols, w.cols};
+    bool narrow = w.dtype == BF16 && has_bf16_dot(); // the instruction takes both sides in bf16
+    if (narrow || T > 1) {
+        // In a copy, with rows apart by no power of two: those would compete for the same places in the cache.
+        in = (Tensor){s->input, narrow ? BF16 : F32, T, w.cols, w.cols + INPUT_PAD};
 #pragma omp for
         for (size_t t = 0; t < T; t++)
-            for (size_t c = t * w.cols; c < (t + 1) * w.cols; c++)
-                s->narrow[c] = f32_to_bf16(x[c]);
-        input = s->narrow;
-        input_type = BF16;
+            if (narrow)
+                for (size_t c = 0; c < w.cols; c++)
+                    ((uint16_t *)s->input)[t * in.stride + c] = f32_to_bf16(x[t * w.cols + c]);
+            else
+                memcpy(s->input + t * in.stride, x + t * w.cols, w.cols * sizeof *x);
     }
-    bool batch = T >= TILE_TOKENS;
-    bool widened = batch && input_type == F32; // converting a block of weights pays off for many tokens
-    size_t block = !batch ? 1 : widened ? smaller(BLOCK_ROWS, s->wide_size / w.cols) : BLOCK_ROWS;
+    bool widened = !narrow && T >= TILE_TOKENS; // for many tokens, it pays off to convert the weights once
+    size_t block = T == 1 ? 1 : T < TILE_TOKENS ? TILE_ROWS : BLOCK_ROWS;
+    if (widened)
+        block = smaller(block, s->wide_size / w.cols / TILE_ROWS * TILE_ROWS);
 #pragma omp for schedule(static)
     for (size_t r = 0; r < w.rows; r += block) {
-        size_t rows = smaller(block, w.rows - r);
-        const void *weights = address(w.data, w.dtype, r * w.cols);
+        Tensor rows = some_rows(w, r, smaller(block, w.rows - r));
         if (widened) {
             float *wide = s->wide + thread_number() * s->wide_size;
-            widen(wide, weights, w.dtype, rows * w.cols);
-            weights = wide;
+            widen(wide, rows.data, w.dtype, rows.rows * w.cols);
+            rows.data = wide;
+            rows.dtype = F32;
         }
-        multiply(out + r, w.rows, add, weights, widened ? F32 : w.dtype, rows, input, input_type, T, w.cols);
+        multiply(out + r, w.rows, add, rows, in);
     }
 }
 
@@ -569,7 +575,8 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
         max[i] = -INFINITY;
         sum[i] = 0;
     }
-    for (size_t start = 0; start < sees[count - 1]; start += KEYS) {
+    size_t longest = pos + (first + count - 1) / group + 1;
+    for (size_t start = 0; start < longest; start += KEYS) {
         size_t block = cache_block(m, s, layer, g, start), queries;
         for (size_t i = 0; i < count; i += queries) {
             queries = count - i >= QUERY_TILE ? QUERY_TILE : 1;
@@ -643,10 +650,10 @@ static _Noreturn void die_of_context(const Model *m, size_t context) {
 static State open_state(const Model *m, size_t context, int threads) {
     size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
     size_t widest = larger(larger(D, Q), F);
-    size_t per_token = (2 * D + 2 * Q + 2 * K + 3 * F + d) * sizeof(float) + widest * sizeof(uint16_t);
+    size_t per_token = (2 * D + 2 * Q + 2 * K + 3 * F + d + widest + INPUT_PAD) * sizeof(float);
     State s = {.threads = threads, .context = (context + KEYS - 1) / KEYS * KEYS};
     s.batch = smaller(smaller(larger(BATCH_BYTES / per_token, 1), MAX_BATCH), context);
-    s.wide_size = larger(BLOCK_ROWS * 1024, widest);
+    s.wide_size = larger(BLOCK_ROWS * 2048, TILE_ROWS * widest);
 
     double cache = cache_bytes(m, context);
     s.k = cache < 0x1p62 ? aligned_alloc(64, (size_t)cache) : NULL;
@@ -667,16 +674,16 @@ static State open_state(const Model *m, size_t context, int threads) {
                   {&s.logits, m->h.vocab_size},
                   {&s.cosine, s.batch * d / 2},
                   {&s.sine, s.batch * d / 2},
+                  {&s.input, s.batch * (widest + INPUT_PAD)},
                   {&s.wide, (size_t)threads * s.wide_size}};
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
-    s.narrow = allocate(s.batch * widest, sizeof(uint16_t), "the activations");
     return s;
 }
 
 static void close_state(State *s) {
-    void *const memory[] = {s->k,      s->v,      s->x,      s->norm, s->qkv,    s->attended, s->gate_up,
-                            s->hidden, s->logits, s->cosine, s->sine, s->narrow, s->wide};
+    void *const memory[] = {s->k,      s->v,      s->x,      s->norm, s->qkv,   s->attended, s->gate_up,
+                            s->hidden, s->logits, s->cosine, s->sine, s->input, s->wide};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
         free(memory[i]);
 }
@@ -1454,7 +1461,7 @@ static void check_pair(const Model *m, const Tokenizer *t) {
 #include <immintrin.h>
 #define ISA "AVX-512"
 typedef __m512 vec;
-enum { W = 16, CHAINS = 2, COLUMNS = 4, GROUP = 6 };
+enum { W = 16, CHAINS = 1, PAIR_CHAINS = 1, GROUP = 6, COLUMNS = 4 };
 INLINE vec fill(float x) { return _mm512_set1_ps(x); }
 INLINE vec load_f32(const float *p) { return _mm512_loadu_ps(p); }
 INLINE vec load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
@@ -1464,7 +1471,12 @@ INLINE vec load_bf16(const uint16_t *p) {
 INLINE void store(float *p, vec a) { _mm512_storeu_ps(p, a); }
 INLINE vec plus(vec a, vec b) { return _mm512_add_ps(a, b); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE float total(vec a) { return _mm512_reduce_add_ps(a); }
+INLINE __m256 halved(vec a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
+INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
+    __m256 ab = _mm256_hadd_ps(halved(a), halved(b)), cd = _mm256_hadd_ps(halved(c), halved(d));
+    __m256 sums = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
 #ifdef __AVX512BF16__
 #define BF16_DOT "AVX-512 BF16"
 INLINE vec multiply_add_pairs(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
@@ -1475,7 +1487,7 @@ INLINE vec multiply_add_pairs(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, 
 #include <immintrin.h>
 #define ISA "AVX2"
 typedef __m256 vec;
-enum { W = 8, CHAINS = 4, COLUMNS = 2, GROUP = 3 };
+enum { W = 8, CHAINS = 4, PAIR_CHAINS = 1, GROUP = 3, COLUMNS = 2 };
 INLINE vec fill(float x) { return _mm256_set1_ps(x); }
 INLINE vec load_f32(const float *p) { return _mm256_loadu_ps(p); }
 INLINE vec load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
@@ -1485,10 +1497,9 @@ INLINE vec load_bf16(const uint16_t *p) {
 INLINE void store(float *p, vec a) { _mm256_storeu_ps(p, a); }
 INLINE vec plus(vec a, vec b) { return _mm256_add_ps(a, b); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE float total(vec a) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
+    __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
@@ -1496,7 +1507,7 @@ INLINE float total(vec a) {
 #include <arm_neon.h>
 #define ISA "NEON"
 typedef float32x4_t vec;
-enum { W = 4, CHAINS = 4, COLUMNS = 4, GROUP = 6 };
+enum { W = 4, CHAINS = 4, PAIR_CHAINS = 4, GROUP = 6, COLUMNS = 4 };
 INLINE vec fill(float x) { return vdupq_n_f32(x); }
 INLINE vec load_f32(const float *p) { return vld1q_f32(p); }
 INLINE vec load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
@@ -1504,7 +1515,9 @@ INLINE vec load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u
 INLINE void store(float *p, vec a) { vst1q_f32(p, a); }
 INLINE vec plus(vec a, vec b) { return vaddq_f32(a, b); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
-INLINE float total(vec a) { return vaddvq_f32(a); }
+INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+}
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 #define BF16_DOT "NEON BF16"
 INLINE vec multiply_add_pairs(vec a, vec b, vec c) {
@@ -1516,7 +1529,7 @@ INLINE vec multiply_add_pairs(vec a, vec b, vec c) {
 
 #define ISA "portable"
 typedef float vec __attribute__((vector_size(16)));
-enum { W = 4, CHAINS = 4, COLUMNS = 2, GROUP = 3 };
+enum { W = 4, CHAINS = 4, PAIR_CHAINS = 1, GROUP = 3, COLUMNS = 2 };
 INLINE vec fill(float x) { return (vec){x, x, x, x}; }
 INLINE vec load_f32(const float *p) { return (vec){p[0], p[1], p[2], p[3]}; }
 INLINE vec load_f16(const uint16_t *p) {
@@ -1528,7 +1541,11 @@ INLINE vec load_bf16(const uint16_t *p) {
 INLINE void store(float *p, vec a) { memcpy(p, &a, sizeof a); }
 INLINE vec plus(vec a, vec b) { return a + b; }
 INLINE vec multiply_add(vec a, vec b, vec c) { return a * b + c; }
-INLINE float total(vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
+    const vec all[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++)
+        out[i] = (all[i][0] + all[i][1]) + (all[i][2] + all[i][3]);
+}
 
 #endif
 
@@ -1550,6 +1567,14 @@ INLINE vec load(const void *array, Dtype dtype, bool pairs, size_t i) {
     return pairs || dtype == F32 ? load_f32(p) : dtype == BF16 ? load_bf16(p) : load_f16(p);
 }
 
+// gcc would rather load an operand anew for each multiplication, from memory, than once into a register. That is slow.
+INLINE vec in_register(vec a) {
+#if defined(__x86_64__)
+    __asm__("" : "+v"(a));
+#endif
+    return a;
+}
+
 INLINE vec accumulate(vec a, vec b, vec sum, bool pairs) {
     return pairs ? multiply_add_pairs(a, b, sum) : multiply_add(a, b, sum);
 }
@@ -1557,20 +1582,22 @@ INLINE vec accumulate(vec a, vec b, vec sum, bool pairs) {
 // dot_ref for types that are known when it is compiled
 INLINE float dot_typed(const void *a, Dtype a_type, const void *b, Dtype b_type, size_t n) {
     const bool pairs = in_pairs(a_type, b_type);
-    const size_t step = pairs ? 2 * W : W;
-    vec sums[CHAINS];
-    for (size_t j = 0; j < CHAINS; j++)
+    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
+    vec sums[CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
+    for (size_t j = 0; j < chains; j++)
         sums[j] = fill(0);
     size_t i = 0;
-    for (; i + CHAINS * step <= n; i += CHAINS * step)
-        for (size_t j = 0; j < CHAINS; j++)
+    for (; i + chains * step <= n; i += chains * step)
+        for (size_t j = 0; j < chains; j++)
             sums[j] =
                 accumulate(load(a, a_type, pairs, i + j * step), load(b, b_type, pairs, i + j * step), sums[j], pairs);
-    for (size_t j = 0; j < CHAINS && i + step <= n; j++, i += step)
+    for (size_t j = 0; j < chains && i + step <= n; j++, i += step)
         sums[j] = accumulate(load(a, a_type, pairs, i), load(b, b_type, pairs, i), sums[j], pairs);
-    for (size_t j = 1; j < CHAINS; j++)
+    for (size_t j = 1; j < chains; j++)
         sums[0] = plus(sums[0], sums[j]);
-    return total(sums[0]) + dot_ref(address(a, a_type, i), a_type, address(b, b_type, i), b_type, n - i);
+    float sum[4];
+    sum4(sum, sums[0], sums[0], sums[0], sums[0]);
+    return sum[0] + dot_ref(address(a, a_type, i), a_type, address(b, b_type, i), b_type, n - i);
 }
 
 static float dot(const void *a, Dtype a_type, const void *b, Dtype b_type, size_t n) {
@@ -1581,45 +1608,60 @@ static float dot(const void *a, Dtype a_type, const void *b, Dtype b_type, size_
     return a_type == BF16 ? dot_typed(a, BF16, b, F32, n) : dot_typed(a, F16, b, F32, n);
 }
 
-// tile for a type that is known when it is compiled, and so many tokens that all sums are registers
-INLINE void tile_typed(float *out, size_t stride, bool add, const void *w, const void *x, Dtype dtype, size_t n) {
-    const bool pairs = in_pairs(dtype, dtype);
-    const size_t step = pairs ? 2 * W : W;
-    size_t tail = n / step * step;
+// tile for types and a number of tokens that are known when it is compiled, so that all sums are registers
+INLINE void tile_fixed(float *out, size_t stride, bool add, Tensor w, Dtype w_type, Tensor x, Dtype x_type,
+                       size_t tokens) {
+    const bool pairs = in_pairs(w_type, x_type);
+    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
+    size_t n = w.cols, tail = n / step * step;
     vec sums[GROUP][TILE_ROWS];
-    for (size_t j = 0; j < CHAINS; j++) {
+    for (size_t j = 0; j < chains; j++) {
         vec chain[GROUP][TILE_ROWS];
-        for (size_t t = 0; t < GROUP; t++)
+        for (size_t t = 0; t < tokens; t++)
             for (size_t r = 0; r < TILE_ROWS; r++)
                 chain[t][r] = fill(0);
-        for (size_t i = j * step; i < tail; i += CHAINS * step) {
+        for (size_t i = j * step; i < tail; i += chains * step) {
             vec rows[TILE_ROWS];
             for (size_t r = 0; r < TILE_ROWS; r++)
-                rows[r] = load(w, dtype, pairs, r * n + i);
-            for (size_t t = 0; t < GROUP; t++) {
-                vec token = load(x, dtype, pairs, t * n + i);
+                rows[r] = load(w.data, w_type, pairs, r * w.stride + i);
+            for (size_t t = 0; t < tokens; t++) {
+                vec token = in_register(load(x.data, x_type, pairs, t * x.stride + i));
                 for (size_t r = 0; r < TILE_ROWS; r++)
                     chain[t][r] = accumulate(rows[r], token, chain[t][r], pairs);
             }
         }
-        for (size_t t = 0; t < GROUP; t++)
+        for (size_t t = 0; t < tokens; t++)
             for (size_t r = 0; r < TILE_ROWS; r++)
                 sums[t][r] = j == 0 ? chain[t][r] : plus(sums[t][r], chain[t][r]);
     }
-    for (size_t t = 0; t < GROUP; t++)
-        for (size_t r = 0; r < TILE_ROWS; r++) {
-            float sum = total(sums[t][r]) + dot_ref(address(w, dtype, r * n + tail), dtype,
-                                                    address(x, dtype, t * n + tail), dtype, n - tail);
-            out[t * stride + r] = add ? out[t * stride + r] + sum : sum;
-        }
+    for (size_t t = 0; t < tokens; t++) {
+        float sum[TILE_ROWS], *place = out + t * stride;
+        sum4(sum, sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+        for (size_t r = 0; tail < n && r < TILE_ROWS; r++)
+            sum[r] += dot_ref(address(w.data, w_type, r * w.stride + tail), w_type,
+                              address(x.data, x_type, t * x.stride + tail), x_type, n - tail);
+        for (size_t r = 0; r < TILE_ROWS; r++)
+            place[r] = add ? place[r] + sum[r] : sum[r];
+    }
 }
 
-static void tile(float *out, size_t stride, bool add, const void *w, const void *x, Dtype dtype, size_t n) {
-    for (size_t t = 0; t < TILE_TOKENS; t += GROUP)
-        if (dtype == BF16)
-            tile_typed(out + t * stride, stride, add, w, address(x, BF16, t * n), BF16, n);
-        else
-            tile_typed(out + t * stride, stride, add, w, address(x, F32, t * n), F32, n);
+INLINE void tile_typed(float *out, size_t stride, bool add, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
+    size_t t = 0;
+    for (; t + GROUP <= x.rows; t += GROUP)
+        tile_fixed(out + t * stride, stride, add, w, w_type, some_rows(x, t, GROUP), x_type, GROUP);
+    for (; t < x.rows; t++)
+        tile_fixed(out + t * stride, stride, add, w, w_type, some_rows(x, t, 1), x_type, 1);
+}
+
+static void tile(float *out, size_t stride, bool add, Tensor w, Tensor x) {
+    if (x.dtype == BF16)
+        tile_typed(out, stride, add, w, BF16, x, BF16);
+    else if (w.dtype == F32)
+        tile_typed(out, stride, add, w, F32, x, F32);
+    else if (w.dtype == BF16)
+        tile_typed(out, stride, add, w, BF16, x, F32);
+    else
+        tile_typed(out, stride, add, w, F16, x, F32);
 }
 
 // weigh_ref for `columns` vectors of columns from column `first` on; the numbers of both are known when it is compiled

@@ -41,7 +41,7 @@ static double exact_dot(const void *a, Dtype a_type, const void *b, Dtype b_type
     return sum;
 }
 
-// The pairs of types that dot takes; tile takes the first, and the last where the CPU has an instruction for it.
+// The pairs of types that dot and tile take, the last one where the CPU has an instruction for it.
 static const Dtype PAIRS[][2] = {{F32, F32}, {BF16, F32}, {F16, F32}, {BF16, BF16}};
 
 static size_t n_pairs(void) { return has_bf16_dot() ? 4 : 3; }
@@ -123,28 +123,28 @@ static void test_dot(void) {
 // A tile gives the same bits as dot: this is why a batch's size does not matter.
 static void test_tile_has_the_bits_of_dot(void) {
     for (size_t n = 1; n < 400; n += n < 140 ? 1 : 37)
-        for (size_t p = 0; p < n_pairs(); p += 3) {
-            Dtype dtype = PAIRS[p][0];
-            const void *w = random_array(dtype, TILE_ROWS * n, 0), *x = random_array(dtype, TILE_TOKENS * n, n % 3);
-            enum { STRIDE = TILE_ROWS + 3 };
-            float out[TILE_TOKENS][STRIDE];
-            for (int add = 0; add < 2; add++) {
-                for (size_t t = 0; t < TILE_TOKENS; t++)
-                    for (size_t r = 0; r < STRIDE; r++)
-                        out[t][r] = 0.75f;
-                tile(out[0], STRIDE, add, w, x, dtype, n);
+        for (size_t p = 0; p < n_pairs(); p++)
+            for (size_t tokens = 1; tokens <= TILE_TOKENS; tokens++) {
+                Dtype w_type = PAIRS[p][0], x_type = PAIRS[p][1];
+                enum { STRIDE = TILE_ROWS + 3 };
+                Tensor w = {random_array(w_type, TILE_ROWS * (n + 1), 0), w_type, TILE_ROWS, n, n + 1};
+                Tensor x = {random_array(x_type, tokens * (n + 2), n % 3), x_type, tokens, n, n + 2};
+                float out[TILE_TOKENS][STRIDE];
+                for (size_t i = 0; i < TILE_TOKENS * STRIDE; i++)
+                    out[i / STRIDE][i % STRIDE] = 0.75f;
+                bool add = tokens % 2;
+                tile(out[0], STRIDE, add, w, x);
                 for (size_t t = 0; t < TILE_TOKENS; t++)
                     for (size_t r = 0; r < STRIDE; r++) {
                         float expected = 0.75f;
-                        if (r < TILE_ROWS) {
-                            expected = dot(address(w, dtype, r * n), dtype, address(x, dtype, t * n), dtype, n);
+                        if (t < tokens && r < TILE_ROWS) {
+                            expected = dot(some_rows(w, r, 1).data, w_type, some_rows(x, t, 1).data, x_type, n);
                             expected = add ? 0.75f + expected : expected;
                         }
                         CHECK(bits_of(out[t][r]) == bits_of(expected), "n %zu, row %zu, token %zu: %g, not %g", n, r, t,
                               (double)out[t][r], (double)expected);
                     }
             }
-        }
 }
 
 static void test_widen(void) {
@@ -206,12 +206,12 @@ static void test_matmul(void) {
             for (size_t rows = 1; rows < 150; rows += 1 + rows / 2)
                 for (size_t T = 1; T < 20; T += T < 8 ? 1 : 5) {
                     Dtype dtype = PAIRS[p][0];
-                    Tensor w = {random_array(dtype, rows * cols, 0), dtype, rows, cols};
+                    Tensor w = {random_array(dtype, rows * cols, 0), dtype, rows, cols, cols};
                     float *x = random_array(F32, T * cols, 0), *out = random_array(F32, T * rows + 1, 0);
                     float *before = allocate(T * rows + 1, sizeof *out, "a test");
                     memcpy(before, out, (T * rows + 1) * sizeof *out);
-                    State s = {.threads = 1, .wide_size = larger(700, cols)};
-                    s.narrow = allocate(T * cols, sizeof *s.narrow, "a test");
+                    State s = {.threads = 1, .wide_size = larger(700, TILE_ROWS * cols)};
+                    s.input = allocate(T * (cols + INPUT_PAD), sizeof *s.input, "a test");
                     s.wide = allocate(s.wide_size, sizeof *s.wide, "a test");
                     bool add = T % 2;
                     matmul(out, x, w, T, add, &s);
@@ -225,7 +225,7 @@ static void test_matmul(void) {
                                   "%zu x %zu, token %zu of %zu, row %zu", rows, cols, t, T, r);
                         }
                     CHECK(out[T * rows] == before[T * rows], "wrote behind the end");
-                    free(s.narrow);
+                    free(s.input);
                     free(s.wide);
                     free(before);
                 }
@@ -234,7 +234,7 @@ static void test_matmul(void) {
 static void test_rmsnorm(void) {
     for (size_t n = 1; n < 100; n++) {
         float *x = random_array(F32, n, 1), out[100];
-        Tensor weight = {random_array(BF16, n, 0), BF16, 1, n};
+        Tensor weight = {random_array(BF16, n, 0), BF16, 1, n, n};
         rmsnorm(out, x, weight, 1, 0.01f);
         double mean = exact_dot(x, F32, x, F32, n) / (double)n;
         for (size_t i = 0; i < n; i++) {
