@@ -222,3 +222,54 @@ def test_bits_do_not_depend_on_threads_or_batches(
                 assert value.tobytes() == found[key].tobytes(), (
                     f"{key}, {threads} threads, batches of {chunk}"
                 )
+
+
+def llama2c_file(c: export.Config, arrays: dict[str, np.ndarray]) -> bytes:
+    """The checkpoint as llama2.c would have it: float32, and the rows of wq and wk in RoPE's pairs."""
+
+    def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
+        halves = w.reshape(heads, 2, c.head_dim // 2, -1)
+        return halves.swapaxes(1, 2).reshape(w.shape)
+
+    def layers(name: str, heads: int = 0) -> bytes:
+        all_of_them = [export.widened(arrays[f"model.layers.{i}.{name}.weight"]) for i in range(c.n_layers)]
+        return b"".join((interleaved(w, heads) if heads else w).tobytes() for w in all_of_them)
+
+    head = [
+        c.dim,
+        c.hidden_dim,
+        c.n_layers,
+        c.n_heads,
+        c.n_kv_heads,
+        VOCAB if c.tied else -VOCAB,
+        c.max_seq_len,
+    ]
+    parts = [
+        np.array(head, np.int32).tobytes(),
+        export.widened(arrays["model.embed_tokens.weight"]).tobytes(),
+        layers("input_layernorm"),
+        layers("self_attn.q_proj", c.n_heads),
+        layers("self_attn.k_proj", c.n_kv_heads),
+        layers("self_attn.v_proj"),
+        layers("self_attn.o_proj"),
+        layers("post_attention_layernorm"),
+        layers("mlp.gate_proj"),
+        layers("mlp.down_proj"),
+        layers("mlp.up_proj"),
+        export.widened(arrays["model.norm.weight"]).tobytes(),
+        bytes(4 * c.max_seq_len * c.head_dim),  # its tables of cosines and sines
+        b"" if c.tied else export.widened(arrays["lm_head.weight"]).tobytes(),
+    ]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "mqa", "tied", "odd"])
+def test_a_llama2c_file_becomes_the_same_weights_file(name: str, dtype: str, tmp_path: Path) -> None:
+    """Interleaved and halved q/k rows are one model: what transformers was compared with above."""
+    _, config, arrays = random_model(name, dtype)
+    direct, detour, source = tmp_path / "direct.bin", tmp_path / "detour.bin", tmp_path / "llama2c.bin"
+    export.write_model(direct, export.ArraySource(config, arrays), some_tokenizer(), dtype)
+    source.write_bytes(llama2c_file(config, arrays))
+    assert export.write_model(detour, export.open_source(str(source)), some_tokenizer(), "auto") == dtype
+    assert detour.read_bytes() == direct.read_bytes()
