@@ -575,14 +575,18 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
         max[i] = -INFINITY;
         sum[i] = 0;
     }
-    size_t longest = pos + (first + count - 1) / group + 1;
-    for (size_t start = 0; start < longest; start += KEYS) {
+    size_t end = pos + (first + count - 1) / group + 1; // what the last query sees
+    for (size_t start = 0; start < end; start += KEYS) {
         size_t block = cache_block(m, s, layer, g, start), queries;
         for (size_t i = 0; i < count; i += queries) {
             queries = count - i >= QUERY_TILE ? QUERY_TILE : 1;
             float scores[QUERY_TILE][KEYS] = {0};
-            float *score[QUERY_TILE] = {scores[0], scores[1], scores[2], scores[3]};
-            const float *weight[QUERY_TILE] = {scores[0], scores[1], scores[2], scores[3]};
+            float *score[QUERY_TILE];
+            const float *weight[QUERY_TILE];
+            for (size_t j = 0; j < QUERY_TILE; j++)
+                weight[j] = score[j] = scores[j];
+            // score[j] = sum_c q[c] k[c][j]: with the keys transposed, the scores are a weighted sum of rows, too. Slots
+            // behind the last position hold anything; the softmax does not look at them.
             weigh(score, q + i, queries, s->k + block, d, KEYS);
             size_t visible = 0; // grows with j, so that the last one counts for all
             for (size_t j = 0; j < queries; j++) {
@@ -655,13 +659,11 @@ static State open_state(const Model *m, size_t context, int threads) {
     s.batch = smaller(smaller(larger(BATCH_BYTES / per_token, 1), MAX_BATCH), context);
     s.wide_size = larger(BLOCK_ROWS * 2048, TILE_ROWS * widest);
 
-    double cache = cache_bytes(m, context);
-    s.k = cache < 0x1p62 ? aligned_alloc(64, (size_t)cache) : NULL;
-    s.v = s.k ? aligned_alloc(64, (size_t)cache) : NULL;
-    if (!s.v) {
-        free(s.k);
+    double bytes = 2 * cache_bytes(m, context);
+    s.k = bytes < 0x1p62 ? aligned_alloc(64, (size_t)bytes) : NULL;
+    if (!s.k)
         die_of_context(m, context);
-    }
+    s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
     const struct {
         float **array;
         size_t size;
@@ -682,8 +684,8 @@ static State open_state(const Model *m, size_t context, int threads) {
 }
 
 static void close_state(State *s) {
-    void *const memory[] = {s->k,      s->v,      s->x,      s->norm, s->qkv,   s->attended, s->gate_up,
-                            s->hidden, s->logits, s->cosine, s->sine, s->input, s->wide};
+    void *const memory[] = {s->k,      s->x,      s->norm,   s->qkv,  s->attended, s->gate_up,
+                            s->hidden, s->logits, s->cosine, s->sine, s->input,    s->wide};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
         free(memory[i]);
 }
@@ -803,20 +805,19 @@ static uint32_t argmax(const float *logits, size_t n) {
 
 // Keeps the top_k likeliest tokens, and of those only as many as it takes to have top_p of their probability. They come
 // off a heap, so the vocabulary is never sorted as a whole. Returns their number, and their probability in `mass`.
+//                              (top-k: Fan et al. 2018; top-p, or nucleus sampling: Holtzman et al. 2020)
 static size_t keep_likeliest(Sampler *s, size_t n, double *mass) {
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
-    // Those before the last one kept have less than top_p together, so it is the largest that shares 1 - top_p.
-    double least = s->top_k ? 0 : (1 - top_p) / (double)n;
+    double target = s->top_k ? 1 : top_p; // with top_k, top_p is of what that has kept
+    // Those before the last one kept have less than the target, so it is the largest that shares the rest.
+    double least = (1 - target) / (double)n;
     s->heap.n = 0;
     for (size_t i = 0; i < n; i++)
         if ((double)s->probabilities[i] >= least)
             heap_push(&s->heap, (Item){.key = s->probabilities[i], .index = (uint32_t)i});
-    size_t limit = s->top_k ? smaller(s->top_k, n) : n, count = 0;
-    *mass = 0;
-    while (count < limit && s->heap.n && (s->top_k || *mass < top_p)) {
+    size_t limit = s->top_k ? s->top_k : n, count = 0;
+    for (*mass = 0; count < limit && s->heap.n && *mass < target; *mass += (double)s->kept[count++].key)
         s->kept[count] = heap_pop(&s->heap);
-        *mass += (double)s->kept[count++].key;
-    }
     double enough = s->top_k ? top_p * *mass : *mass;
     while (count > 1 && *mass - (double)s->kept[count - 1].key >= enough)
         *mass -= (double)s->kept[--count].key;
@@ -1074,8 +1075,8 @@ static size_t encode_word(const Tokenizer *t, Bpe *bpe, Text word, uint32_t *tok
         push_pair(t, bpe, i);
     while (bpe->pairs.n) {
         Item pair = heap_pop(&bpe->pairs);
-        Symbol *first = &symbols[pair.index], *second = first->next == NONE ? first : &symbols[first->next];
-        if (first->text.n == 0 || second == first || first->text.n + second->text.n != pair.length)
+        Symbol *first = &symbols[pair.index], *second = first->next == NONE ? NULL : &symbols[first->next];
+        if (first->text.n == 0 || !second || first->text.n + second->text.n != pair.length)
             continue; // one of the two has been merged with another since
         first->text.n = pair.length;
         second->text.n = 0;
@@ -1087,9 +1088,11 @@ static size_t encode_word(const Tokenizer *t, Bpe *bpe, Text word, uint32_t *tok
     }
     for (uint32_t i = 0; i != NONE; i = symbols[i].next) {
         uint32_t id = find_piece(t, symbols[i].text);
-        if (id != NONE)
+        if (id != NONE) {
             tokens[n_tokens++] = id;
-        for (size_t b = 0; id == NONE && b < symbols[i].text.n; b++) { // a token for each byte, or one <unk> for all
+            continue;
+        }
+        for (size_t b = 0; b < symbols[i].text.n; b++) { // a token for each byte, or one <unk> for all
             uint32_t byte = t->byte_id[symbols[i].text.bytes[b]];
             if (byte != (uint32_t)t->h.unk_id || n_tokens == 0 || tokens[n_tokens - 1] != byte)
                 tokens[n_tokens++] = byte;
@@ -1167,10 +1170,13 @@ typedef struct {
     size_t n;
 } Printer;
 
+static bool is_control(Text c) { // U+0000 to U+001F and U+007F to U+009F
+    return *c.bytes < 0x20 || *c.bytes == 0x7f || (*c.bytes == 0xc2 && c.n > 1 && c.bytes[1] < 0xa0);
+}
+
 // A terminal must not obey what a model says, so control characters, and stray bytes, are shown as \x1b.
 static void print_character(const Printer *p, Text c, bool valid) {
-    unsigned char b = c.bytes[0];
-    bool control = (b < 0x20 && b != '\n' && b != '\t') || b == 0x7f || (b == 0xc2 && c.n == 2 && c.bytes[1] < 0xa0);
+    bool control = is_control(c) && *c.bytes != '\n' && *c.bytes != '\t';
     for (size_t i = 0; i < c.n; i++)
         printf(p->terminal && (control || !valid) ? "\\x%02x" : "%c", c.bytes[i]);
 }
@@ -1201,8 +1207,8 @@ static void print_json(Text text) {
     for (size_t i = 0; i < text.n;) {
         Text rest = {text.bytes + i, text.n - i};
         int length = utf8_length(rest);
-        if (length <= 0 || *rest.bytes < 0x20 || *rest.bytes == 0x7f)
-            printf("\\u%04x", length <= 0 ? 0xfffd : *rest.bytes);
+        if (length <= 0 || is_control(rest))
+            printf("\\u%04x", length <= 0 ? 0xfffd : rest.bytes[length - 1]); // of c2 9b, the last byte is the number
         else
             printf("%s%.*s", *rest.bytes == '"' || *rest.bytes == '\\' ? "\\" : "", length, (const char *)rest.bytes);
         i += length > 0 ? (size_t)length : 1;
@@ -1254,14 +1260,14 @@ static void tokenize(const Tokenizer *t, const Options *o) {
 // what follows, an object a token.
 static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     size_t n, made = 0, vocab = m->h.vocab_size;
-    uint32_t *tokens = read_prompt(t, o, &n), token = NONE;
+    uint32_t *tokens = read_prompt(t, o, &n), token;
     size_t context = o->context ? o->context : m->h.max_seq_len;
     size_t limit = o->steps ? smaller(o->steps, context) : context;
     expect(n > 0, "an empty prompt: expected text (-i or -f), as %s has no bos token to start from", t->path);
     expect(n <= limit, "the prompt: expected at most %zu tokens (%s), found %zu", limit,
            limit == context ? "the context, -c" : "-n", n);
     State s = open_state(m, limit, o->threads);
-    Sampler sampler = {o->temperature, o->top_p, o->top_k, o->seed, {0}, NULL, NULL};
+    Sampler sampler = {.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
     sampler.kept = allocate(vocab, sizeof *sampler.kept, "sampling");
     sampler.probabilities = allocate(vocab, sizeof *sampler.probabilities, "sampling");
     Printer printer = {.terminal = isatty(STDOUT_FILENO)};
@@ -1272,11 +1278,10 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     double start = seconds();
     feed(m, &s, tokens, n, 0);
     double first = seconds();
-    while (made == 0 || (!is_stop(t, token) && n + made <= limit)) {
-        if (made > 0)
-            feed(m, &s, &token, 1, n + made - 1);
+    for (size_t pos = n;; pos++) { // so many tokens are in the cache
         token = sample(&sampler, s.logits, vocab);
-        Text text = decode(t, token, n + made++);
+        made++;
+        Text text = decode(t, token, pos);
         if (o->json) {
             printf("{\"id\": %u, \"text\": ", token);
             print_json(text);
@@ -1285,15 +1290,19 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
             print_text(&printer, text);
         }
         flush_output();
+        if (is_stop(t, token) || pos == limit)
+            break;
+        feed(m, &s, &token, 1, pos);
     }
     double end = seconds();
+    double speed = made > 1 ? (double)(made - 1) / (end - first) : 0; // the prompt gave the first one
     print_pending(&printer, true);
     fputs(o->json ? "" : "\n", stdout);
     flush_output();
     if (!is_stop(t, token) && limit == context && o->steps != context)
         fprintf(stderr, "run: the context of %zu tokens is full\n", context);
     fprintf(stderr, "\nprompt: %zu tokens, %.1f tok/s; then: %zu tokens, %.1f tok/s; seed %llu\n", n,
-            (double)n / (first - start), made, (double)made / (end - first), (unsigned long long)o->seed);
+            (double)n / (first - start), made, speed, (unsigned long long)o->seed);
     free(sampler.heap.items);
     free(sampler.kept);
     free(sampler.probabilities);
@@ -1351,7 +1360,8 @@ static int physical_cores(void) {
     }
     return cores > 0 ? cores : 1;
 #else
-    return (int)larger(1, (size_t)sysconf(_SC_NPROCESSORS_ONLN));
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    return cores > 0 ? (int)cores : 1;
 #endif
 }
 
@@ -1449,27 +1459,20 @@ static void check_pair(const Model *m, const Tokenizer *t) {
 // ------------------------------------------------------------------------------------------------
 // 8 Appendix: SIMD
 //
-// An instruction set is a dozen inlines over vectors of W floats. The inner loops are written once, over them.
+// An instruction set is a handful of inlines over vectors of W floats. The inner loops are written once, over them.
 // A sum is made by CHAINS accumulators of W lanes: number j takes the vectors j, j + CHAINS, ... of the operands. A
 // chain of dependent additions is slow, so `dot` works on all of them at a time; `tile` has many sums to work on,
 // and takes the accumulators one after the other. The sums are the same, bit for bit.
 
 #define INLINE static inline __attribute__((always_inline))
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
 
 #include <immintrin.h>
 #define ISA "AVX-512"
-typedef __m512 vec;
 enum { W = 16, CHAINS = 1, PAIR_CHAINS = 1, GROUP = 6, COLUMNS = 4 };
-INLINE vec fill(float x) { return _mm512_set1_ps(x); }
-INLINE vec load_f32(const float *p) { return _mm512_loadu_ps(p); }
+typedef __m512 vec;
 INLINE vec load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE vec load_bf16(const uint16_t *p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
-}
-INLINE void store(float *p, vec a) { _mm512_storeu_ps(p, a); }
-INLINE vec plus(vec a, vec b) { return _mm512_add_ps(a, b); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE __m256 halved(vec a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
 INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
@@ -1486,16 +1489,9 @@ INLINE vec multiply_add_pairs(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, 
 
 #include <immintrin.h>
 #define ISA "AVX2"
-typedef __m256 vec;
 enum { W = 8, CHAINS = 4, PAIR_CHAINS = 1, GROUP = 3, COLUMNS = 2 };
-INLINE vec fill(float x) { return _mm256_set1_ps(x); }
-INLINE vec load_f32(const float *p) { return _mm256_loadu_ps(p); }
+typedef __m256 vec;
 INLINE vec load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-INLINE vec load_bf16(const uint16_t *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
-}
-INLINE void store(float *p, vec a) { _mm256_storeu_ps(p, a); }
-INLINE vec plus(vec a, vec b) { return _mm256_add_ps(a, b); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
     __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
@@ -1506,14 +1502,9 @@ INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
 
 #include <arm_neon.h>
 #define ISA "NEON"
-typedef float32x4_t vec;
 enum { W = 4, CHAINS = 4, PAIR_CHAINS = 4, GROUP = 6, COLUMNS = 4 };
-INLINE vec fill(float x) { return vdupq_n_f32(x); }
-INLINE vec load_f32(const float *p) { return vld1q_f32(p); }
+typedef float32x4_t vec;
 INLINE vec load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-INLINE vec load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
-INLINE void store(float *p, vec a) { vst1q_f32(p, a); }
-INLINE vec plus(vec a, vec b) { return vaddq_f32(a, b); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
@@ -1528,18 +1519,11 @@ INLINE vec multiply_add_pairs(vec a, vec b, vec c) {
 #else // any other CPU: the compiler's own vectors
 
 #define ISA "portable"
-typedef float vec __attribute__((vector_size(16)));
 enum { W = 4, CHAINS = 4, PAIR_CHAINS = 1, GROUP = 3, COLUMNS = 2 };
-INLINE vec fill(float x) { return (vec){x, x, x, x}; }
-INLINE vec load_f32(const float *p) { return (vec){p[0], p[1], p[2], p[3]}; }
+typedef float vec __attribute__((vector_size(16)));
 INLINE vec load_f16(const uint16_t *p) {
     return (vec){f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])};
 }
-INLINE vec load_bf16(const uint16_t *p) {
-    return (vec){bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])};
-}
-INLINE void store(float *p, vec a) { memcpy(p, &a, sizeof a); }
-INLINE vec plus(vec a, vec b) { return a + b; }
 INLINE vec multiply_add(vec a, vec b, vec c) { return a * b + c; }
 INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
     const vec all[4] = {a, b, c, d};
@@ -1557,6 +1541,26 @@ INLINE vec multiply_add_pairs(vec a, vec b, vec c) { return multiply_add(a, b, c
 static bool has_bf16_dot(void) { return false; }
 static const char *isa(void) { return ISA; }
 #endif
+
+// What gcc and clang can say for vectors of any length.
+typedef uint32_t vec_u32 __attribute__((vector_size(4 * W)));
+typedef uint16_t vec_u16 __attribute__((vector_size(2 * W)));
+
+INLINE vec fill(float x) { return x - (vec){0}; } // x + 0 would turn -0 into 0
+
+INLINE vec load_f32(const void *p) {
+    vec a;
+    memcpy(&a, p, sizeof a);
+    return a;
+}
+
+INLINE vec load_bf16(const void *p) {
+    vec_u16 a;
+    memcpy(&a, p, sizeof a);
+    return (vec)(__builtin_convertvector(a, vec_u32) << 16);
+}
+
+INLINE void store(float *p, vec a) { memcpy(p, &a, sizeof a); }
 
 // Both operands in bf16: a register holds 2W of each, and an instruction multiplies and adds them in pairs.
 INLINE bool in_pairs(Dtype a, Dtype b) { return a == BF16 && b == BF16; }
@@ -1594,7 +1598,7 @@ INLINE float dot_typed(const void *a, Dtype a_type, const void *b, Dtype b_type,
     for (size_t j = 0; j < chains && i + step <= n; j++, i += step)
         sums[j] = accumulate(load(a, a_type, pairs, i), load(b, b_type, pairs, i), sums[j], pairs);
     for (size_t j = 1; j < chains; j++)
-        sums[0] = plus(sums[0], sums[j]);
+        sums[0] = sums[0] + sums[j];
     float sum[4];
     sum4(sum, sums[0], sums[0], sums[0], sums[0]);
     return sum[0] + dot_ref(address(a, a_type, i), a_type, address(b, b_type, i), b_type, n - i);
@@ -1632,7 +1636,7 @@ INLINE void tile_fixed(float *out, size_t stride, bool add, Tensor w, Dtype w_ty
         }
         for (size_t t = 0; t < tokens; t++)
             for (size_t r = 0; r < TILE_ROWS; r++)
-                sums[t][r] = j == 0 ? chain[t][r] : plus(sums[t][r], chain[t][r]);
+                sums[t][r] = j == 0 ? chain[t][r] : (vec)(sums[t][r] + chain[t][r]);
     }
     for (size_t t = 0; t < tokens; t++) {
         float sum[TILE_ROWS], *place = out + t * stride;
