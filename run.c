@@ -21,7 +21,7 @@
  *
  * Two promises shape the code. The bits of a token's logits depend on the tokens before it alone, never
  * on the number of threads or on how a prompt was cut into batches: every sum has one fixed order.
- * And a bad file or flag is one clear line on standard error, never a crash.
+ * And a bad file, as it is when opened, or a bad flag is one clear line on standard error, never a crash.
  */
 #define _GNU_SOURCE // sched_getaffinity
 #include <errno.h>
@@ -1611,6 +1611,8 @@ static float dot(const void *a, Dtype a_type, const void *b, Dtype b_type, size_
         return dot_typed(a, F32, b, F32, n);
     return a_type == BF16 ? dot_typed(a, BF16, b, F32, n) : dot_typed(a, F16, b, F32, n);
 }
+
+_Static_assert(TILE_ROWS == 4, "sum4 adds up the four rows of a tile");
 
 // tile for types and a number of tokens that are known when it is compiled, so that all sums are registers
 INLINE void tile_fixed(float *out, size_t stride, bool add, Tensor w, Dtype w_type, Tensor x, Dtype x_type,

@@ -41,7 +41,7 @@ def test_a_large_file_is_ready_at_once(run: Program, shape: str, tmp_path: Path)
     assert min(times) < (0.1 if not run.sanitized else 1)
 
 
-@pytest.mark.parametrize(("shape", "layers", "prompt"), [("1b", 2, 600), ("70b", 1, 70)])
+@pytest.mark.parametrize(("shape", "layers", "prompt"), [("1b", 2, 600), ("70b", 1, 250)])
 def test_own_memory_is_the_cache_and_64_mb(
     run: Program, shape: str, layers: int, prompt: int, tmp_path: Path
 ) -> None:
