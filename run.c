@@ -10,7 +10,7 @@
  *   3 The forward pass    the whole Transformer
  *   4 Sampling            from logits to the next token
  *   5 The tokenizer       from text to tokens and back
- *   6 Modes               generate, tokenize
+ *   6 Modes               generate, tokenize, bench
  *   7 The command line
  *   8 Appendix: SIMD      three inner loops again, for AVX-512, AVX2, NEON
  *
@@ -248,13 +248,14 @@ static Model open_model(const char *path) {
 // go on before all are done; without OpenMP, or outside a parallel region, it is a plain loop.
 
 enum {
-    TILE_ROWS = 4,   // rows of weights that are multiplied at a time
-    TILE_TOKENS = 6, // tokens that each of them is multiplied with at a time
-    BLOCK_ROWS = 64, // rows of weights that stay in the cache while all tokens pass
-    KEYS = 64,       // keys and values that attention handles at a time
-    QUERIES = 64,    // queries that pass by one block of keys
-    QUERY_TILE = 4,  // queries that share each key and value loaded
-    INPUT_PAD = 32,  // elements between rows of State.input
+    TILE_ROWS = 4,      // rows of weights that are multiplied at a time
+    TILE_TOKENS = 6,    // tokens that each of them is multiplied with at a time
+    BLOCK_ROWS = 64,    // rows of weights that stay in the cache while all tokens pass
+    CHUNK_BYTES = 4096, // of each row of tokens, multiplied at a time
+    KEYS = 64,          // keys and values that attention handles at a time
+    QUERIES = 64,       // queries that pass by one block of keys
+    QUERY_TILE = 4,     // queries that share each key and value loaded
+    INPUT_PAD = 32,     // elements between rows of State.input
 };
 
 static inline float float_of(uint32_t bits) {
@@ -317,6 +318,11 @@ static inline Tensor some_rows(Tensor t, size_t first, size_t count) {
     return (Tensor){address(t.data, t.dtype, first * t.stride), t.dtype, count, t.cols, t.stride};
 }
 
+// `count` of its columns, from column `first` on.
+static inline Tensor some_cols(Tensor t, size_t first, size_t count) {
+    return (Tensor){address(t.data, t.dtype, first), t.dtype, t.rows, count, t.stride};
+}
+
 // e^x for x <= 0 within 3 units in the last place, and 0 below -87. Not libm's, because compilers make vector
 // code of this one: x = n ln 2 + r, e^r is a polynomial, and 2^n goes straight into the exponent's bits.
 static inline float exp_negative(float x) {
@@ -354,19 +360,21 @@ static void weigh_ref(float *y, const float *a, const uint16_t *x, size_t m, siz
 
 // dot_ref
 static float dot(const void *a, Dtype a_type, const void *b, Dtype b_type, size_t n);
-// TILE_ROWS rows of w by up to TILE_TOKENS rows of x, to the bits of `dot`: out[t][r] is, or with `add` is increased by,
-// their dot product; rows of out are `stride` apart.
-static void tile(float *out, size_t stride, bool add, Tensor w, Tensor x);
+// TILE_ROWS rows of w by up to TILE_TOKENS rows of x, to the bits of `dot`: out[t][r] += their dot product, where rows of
+// out are `stride` apart.
+static void tile(float *out, size_t stride, Tensor w, Tensor x);
 // weigh_ref for one or QUERY_TILE vectors y, a at a time; x (m, n)
 static void weigh(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n);
 // An array of any type as f32.
 static void widen(float *out, const void *array, Dtype dtype, size_t n);
+// Only multiplications of what is in registers, as f32 or in pairs of bf16; returns the number of operations.
+static double multiply_only(bool pairs, size_t rounds);
 static bool has_bf16_dot(void);
 static const char *isa(void);
 
 // The memory of one run: the KV cache and the activations of one batch.
 typedef struct {
-    int threads;
+    size_t threads;
     size_t context;  // C, a multiple of KEYS
     size_t batch;    // the largest T
     uint16_t *k;     // (layers, G, C/KEYS, d, KEYS) f16   each block of KEYS keys is transposed
@@ -393,25 +401,26 @@ static size_t thread_number(void) {
 #endif
 }
 
-// All rows of w by all rows of x: tiles where whole ones fit, dot products for the rest.
-static void multiply(float *out, size_t stride, bool add, Tensor w, Tensor x) {
+// out[t][r] += sum_c w[r][c] x[t][c]: tiles where whole ones fit, dot products for the rest. Long rows are taken in
+// chunks that stay in the innermost cache, as those of TILE_TOKENS tokens do while the rows of w pass.
+static void multiply(float *out, size_t stride, Tensor w, Tensor x) {
     size_t whole = x.rows > 1 ? w.rows / TILE_ROWS * TILE_ROWS : 0; // for one token, it is best to read row by row
-    for (size_t t = 0; t < x.rows; t += TILE_TOKENS) { // these tokens stay in the innermost cache while the rows pass
-        Tensor tokens = some_rows(x, t, smaller(TILE_TOKENS, x.rows - t));
-        float *out_t = out + t * stride;
-        for (size_t r = 0; r < whole; r += TILE_ROWS)
-            tile(out_t + r, stride, add, some_rows(w, r, TILE_ROWS), tokens);
+    size_t chunk = CHUNK_BYTES / (x.dtype == F32 ? sizeof(float) : sizeof(uint16_t));
+    for (size_t c = 0; c < w.cols; c += chunk) {
+        Tensor rows = some_cols(w, c, smaller(chunk, w.cols - c)), tokens = some_cols(x, c, rows.cols);
+        for (size_t t = 0; t < x.rows; t += TILE_TOKENS)
+            for (size_t r = 0; r < whole; r += TILE_ROWS)
+                tile(out + t * stride + r, stride, some_rows(rows, r, TILE_ROWS),
+                     some_rows(tokens, t, smaller(TILE_TOKENS, x.rows - t)));
         for (size_t r = whole; r < w.rows; r++)
-            for (size_t i = 0; i < tokens.rows; i++) {
-                const void *row = some_rows(w, r, 1).data, *token = some_rows(tokens, i, 1).data;
-                float sum = dot(row, w.dtype, token, x.dtype, w.cols);
-                out_t[i * stride + r] = add ? out_t[i * stride + r] + sum : sum;
-            }
+            for (size_t t = 0; t < x.rows; t++)
+                out[t * stride + r] +=
+                    dot(some_rows(rows, r, 1).data, w.dtype, some_rows(tokens, t, 1).data, x.dtype, rows.cols);
     }
 }
 
 // out[t][r] = sum_c w[r][c] x[t][c] for x (T, cols), w (rows, cols), out (T, rows); or out += it, with `add`.
-// The rows are dealt out among the threads. No sum is ever split, so its bits do not depend on the threads.
+// The rows are dealt out among the threads, and no thread shares a sum with another.
 static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
     Tensor in = {x, F32, T, w.cols, w.cols};
     bool narrow = w.dtype == BF16 && has_bf16_dot(); // the instruction takes both sides in bf16
@@ -439,7 +448,9 @@ static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, Sta
             rows.data = wide;
             rows.dtype = F32;
         }
-        multiply(out + r, w.rows, add, rows, in);
+        for (size_t t = 0; t < T && !add; t++)
+            memset(out + t * w.rows + r, 0, rows.rows * sizeof *out);
+        multiply(out + r, w.rows, rows, in);
     }
 }
 
@@ -651,7 +662,7 @@ static _Noreturn void die_of_context(const Model *m, size_t context) {
         needed, fits);
 }
 
-static State open_state(const Model *m, size_t context, int threads) {
+static State open_state(const Model *m, size_t context, size_t threads) {
     size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
     size_t widest = larger(larger(D, Q), F);
     size_t per_token = (2 * D + 2 * Q + 2 * K + 3 * F + d + widest + INPUT_PAD) * sizeof(float);
@@ -677,7 +688,7 @@ static State open_state(const Model *m, size_t context, int threads) {
                   {&s.cosine, s.batch * d / 2},
                   {&s.sine, s.batch * d / 2},
                   {&s.input, s.batch * (widest + INPUT_PAD)},
-                  {&s.wide, (size_t)threads * s.wide_size}};
+                  {&s.wide, threads * s.wide_size}};
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
     return s;
@@ -694,7 +705,7 @@ static void close_state(State *s) {
 // what the last layer makes of each token is left in s->x (T, D).
 static void forward(const Model *m, State *s, const uint32_t *tokens, size_t T, size_t pos) {
     const float eps = m->h.norm_eps;
-#pragma omp parallel num_threads(s->threads)
+#pragma omp parallel num_threads((int)s->threads)
     {
         embed(s->x, m->embedding, tokens, T);
         rope_table(&m->h, s, pos, T);
@@ -716,7 +727,7 @@ static void forward(const Model *m, State *s, const uint32_t *tokens, size_t T, 
 
 // The score of each token of the vocabulary to come after token t of the last batch: s->logits (V).
 static void classify(const Model *m, State *s, size_t t) {
-#pragma omp parallel num_threads(s->threads)
+#pragma omp parallel num_threads((int)s->threads)
     {
         rmsnorm(s->norm, s->x + t * m->h.dim, m->final_norm, 1, m->h.norm_eps);
         matmul(s->logits, s->norm, m->classifier, 1, false, s);
@@ -1147,9 +1158,8 @@ static bool is_stop(const Tokenizer *t, uint32_t token) {
 typedef struct {
     const char *model, *tokenizer, *mode, *prompt, *prompt_file;
     float temperature, top_p;
-    size_t top_k, steps, context;
-    int threads;
-    uint64_t seed;
+    uint64_t top_k, steps, context, threads, seed;
+    uint64_t prefill, decode, repeat; // what bench measures: tokens, and how often
     bool json;
 } Options;
 
@@ -1310,6 +1320,141 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     close_state(&s);
 }
 
+// Bytes a second of a plain read of the whole weights file: generation reads nearly all of it for each token.
+static double read_speed(const Model *m, size_t threads) {
+    (void)threads; // without OpenMP
+    const uint64_t *words = (const void *)m->map;
+    uint64_t sum = 0;
+    double start = seconds();
+#pragma omp parallel for num_threads((int)threads) reduction(+ : sum)
+    for (size_t i = 0; i < m->size / sizeof *words; i++)
+        sum += words[i];
+    double speed = (double)m->size / (seconds() - start);
+    volatile uint64_t used = sum; // or the compiler would leave out the loop
+    (void)used;
+    return speed;
+}
+
+// Floating-point operations a second of the instruction that a prompt's matrix products are made of.
+static double multiply_speed(const Model *m, size_t threads) {
+    (void)threads; // without OpenMP
+    bool pairs = m->h.dtype == BF16 && has_bf16_dot();
+    double operations = 0, start = seconds();
+#pragma omp parallel num_threads((int)threads) reduction(+ : operations)
+    operations += multiply_only(pairs, 20000);
+    return operations / (seconds() - start);
+}
+
+enum { MAX_REPEAT = 100 };
+
+// A kind of work, measured several times.
+typedef struct {
+    const char *name;
+    size_t tokens, pos, step; // so many tokens from this position on, so many at a time
+    double work;              // a token's floating-point operations, or the bytes that it reads
+    double (*limit_of)(const Model *m, size_t threads); // the most of such work that the machine does in a second
+    double speed[MAX_REPEAT], limit[MAX_REPEAT], share[MAX_REPEAT]; // tokens a second; that limit; how near to it
+} Measurement;
+
+// The limit changes from minute to minute on many machines, so it is measured between the steps.
+static void measure(const Model *m, State *s, const uint32_t *tokens, Measurement *r, size_t i) {
+    double limits = r->limit_of(m, s->threads), n_limits = 1, working = 0;
+    for (size_t t = 0; t < r->tokens; t += r->step, n_limits++) {
+        double start = seconds();
+        feed(m, s, tokens + t, r->step, r->pos + t);
+        working += seconds() - start;
+        limits += r->limit_of(m, s->threads);
+    }
+    r->speed[i] = (double)r->tokens / working;
+    r->limit[i] = limits / n_limits;
+    r->share[i] = r->speed[i] * r->work / r->limit[i];
+}
+
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void print_measurement(Measurement *r, size_t n, bool json) {
+    double *samples[] = {r->speed, r->limit, r->share};
+    for (size_t i = 0; i < 3; i++)
+        qsort(samples[i], n, sizeof(double), ascending);
+    bool reads = r->limit_of == read_speed;
+    double speed = r->speed[n / 2], min = r->speed[0], max = r->speed[n - 1], limit = r->limit[n / 2] / 1e9;
+    if (json)
+        printf(", \"%s\": {\"tokens\": %zu, \"position\": %zu, \"tok_s\": %.6g, \"tok_s_min\": %.6g, "
+               "\"tok_s_max\": %.6g, \"%s\": %.6g, \"%s\": %.6g, \"ratio\": %.4f}",
+               r->name, r->tokens, r->pos, speed, min, max, reads ? "gb_s" : "gflops", speed * r->work / 1e9,
+               reads ? "read_gb_s" : "peak_gflops", limit, r->share[n / 2]);
+    else
+        printf("| %-13s | %6zu | %8zu | %9.2f | %9.2f | %9.2f | %7.1f %-6s | %7.1f %-6s | %5.2f |\n", r->name,
+               r->tokens, r->pos, speed, min, max, speed * r->work / 1e9, reads ? "GB/s" : "GFLOPS", limit,
+               reads ? "GB/s" : "GFLOPS", r->share[n / 2]);
+}
+
+// Measures a prompt, and generation at the start and at the end of the context.
+static void bench(const Model *m, const Options *o) {
+    const Header *h = &m->h;
+    size_t context = o->context ? o->context : smaller(h->max_seq_len, 4096), n = o->repeat;
+    size_t prefill = o->prefill ? o->prefill : smaller(512, context);
+    size_t decode = o->decode ? o->decode : smaller(64, context), tail = context - decode;
+    if (larger(prefill, decode) > context)
+        die(USAGE, "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
+            larger(prefill, decode));
+    State s = open_state(m, context, o->threads);
+    uint64_t random = 0;
+    for (uint16_t *kv = s.k; kv < s.v + (s.v - s.k); kv++) // as if there had been tokens at all positions
+        *kv = f32_to_f16((float)random_number(&random) - 0.5f);
+    uint32_t *tokens = allocate(context, sizeof *tokens, "the prompt");
+    for (size_t i = 0; i < context; i++)
+        tokens[i] = (uint32_t)(random_number(&random) * h->vocab_size);
+
+    // A product of n weights takes 2n operations. Attention multiplies each query with the keys, and the scores with
+    // the values, of the positions so far.
+    double T = (double)prefill, layers = h->n_layers;
+    double embedding = (double)h->vocab_size * h->dim, parameters = (double)(m->size - HEADER_SPACE) / 2;
+    double product =
+        layers * ((double)m->layers[0].wqkv.rows * h->dim + (double)m->q_dim * h->dim + 3.0 * h->hidden_dim * h->dim);
+    double operations = 2 * product + 2 * embedding / T + layers * 4 * (double)m->q_dim * (T + 1) / 2;
+    double weights = (double)m->size - (h->flags & TIED ? 0 : 2 * embedding);
+    double cached = 2 * cache_bytes(m, context) / (double)s.context; // for a position
+    double average = ((double)decode + 1) / 2;
+    Measurement all[] = {
+        {.name = "prefill", .tokens = prefill, .step = prefill, .work = operations, .limit_of = multiply_speed},
+        {.name = "decode", .tokens = decode, .step = 1, .work = weights + cached * average, .limit_of = read_speed},
+        {.name = "decode_at_end", .tokens = decode, .pos = tail, .step = 1, .limit_of = read_speed},
+    };
+    all[2].work = all[1].work + cached * (double)tail;
+    enum { KINDS = sizeof all / sizeof *all };
+    read_speed(m, s.threads); // the pages that are not in memory yet
+    feed(m, &s, tokens, smaller(prefill, 16), 0);
+    for (size_t i = 0; i < n; i++)
+        for (size_t kind = 0; kind < KINDS; kind++)
+            measure(m, &s, tokens, &all[kind], i);
+
+    const char *dtype = h->dtype == BF16 ? "bf16" : "f16";
+    uint64_t hash = hash_of((Text){(const unsigned char *)s.logits, h->vocab_size * sizeof(float)});
+    if (o->json) {
+        fputs("{\"model\": ", stdout);
+        print_json((Text){(const unsigned char *)m->path, strlen(m->path)});
+        printf(", \"dtype\": \"%s\", \"params\": %.0f, \"file_bytes\": %zu, \"threads\": %zu, \"isa\": \"%s\", "
+               "\"context\": %zu, \"repeat\": %zu, \"logits_hash\": \"%016llx\"",
+               dtype, parameters, m->size, s.threads, isa(), context, n, (unsigned long long)hash);
+    } else {
+        printf("%s: %.4g million parameters in %s, %.4g GB; %s, %zu threads; median of %zu; logits %016llx\n\n",
+               m->path, parameters / 1e6, dtype, (double)m->size / 1e9, isa(), s.threads, n, (unsigned long long)hash);
+        printf("| work          | tokens | position |     tok/s |       min |       max |           rate |          "
+               "limit | share "
+               "|\n|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|----------"
+               "-----:|------:|\n");
+    }
+    for (size_t kind = 0; kind < KINDS; kind++)
+        print_measurement(&all[kind], n, o->json);
+    fputs(o->json ? "}\n" : "", stdout);
+    free(tokens);
+    close_state(&s);
+}
+
 // ------------------------------------------------------------------------------------------------
 // 7 The command line
 
@@ -1318,10 +1463,11 @@ static const char usage[] = "usage: run [MODEL] [options]     MODEL: weights (" 
                             "what to do\n"
                             "  -m MODE   generate (default): continue the prompt\n"
                             "            tokenize: print the prompt's token ids\n"
+                            "            bench: measure this machine with this model\n"
                             "  -i TEXT   the prompt (default: empty, the model begins)\n"
                             "  -f FILE   the prompt from a file, - for standard input\n"
                             "  -n N      stop after N tokens, the prompt included (256; 0: full context)\n"
-                            "  --json    print JSON: an object a token, or one for tokenize\n"
+                            "  --json    print JSON: an object a token, or one for tokenize and bench\n"
                             "\n"
                             "sampling\n"
                             "  -t T      temperature (1.0; 0: always the likeliest token)\n"
@@ -1336,17 +1482,22 @@ static const char usage[] = "usage: run [MODEL] [options]     MODEL: weights (" 
                             "            tokenizer.bin beside it, or here)\n"
                             "  -h, --help, --version\n"
                             "\n"
+                            "bench\n"
+                            "  --prefill N   tokens of the prompt (512)\n"
+                            "  --decode N    tokens generated (64), at the start and end of the context\n"
+                            "  --repeat N    how often (5)\n"
+                            "\n"
                             "examples\n"
                             "  run model.bin -i \"Once upon a time\" -t 0.8 -s 42\n"
-                            "  run model.bin -m tokenize -f book.txt --json\n";
+                            "  run model.bin -m bench\n";
 
 // Hyper-threads of a core share its arithmetic and its path to memory, so one thread a core is best.
-static int physical_cores(void) {
+static unsigned physical_cores(void) {
 #ifdef __linux__
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed))
         return 1;
-    int cores = 0;
+    unsigned cores = 0;
     for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
         char path[96];
         size_t sibling = cpu; // the first hyper-thread of its core
@@ -1361,32 +1512,63 @@ static int physical_cores(void) {
     return cores > 0 ? cores : 1;
 #else
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    return cores > 0 ? (int)cores : 1;
+    return cores > 0 ? (unsigned)cores : 1;
 #endif
 }
 
-static long long parse_integer(const char *flag, const char *text, long long min, long long max) {
-    char *end;
-    errno = 0;
-    long long value = strtoll(text, &end, 10);
-    if (end == text || *end || errno || value < min || value > max)
-        die(USAGE, "%s: expected a whole number from %lld to %lld, found '%s'", flag, min, max, text);
-    return value;
-}
+typedef struct {
+    const char *flag;
+    enum { TEXT, NUMBER, INTEGER, SWITCH } kind;
+    void *target; // const char *, float, uint64_t, bool
+    long long min, max;
+} Option;
 
-static float parse_number(const char *flag, const char *text, double min, double max) {
-    char *end;
-    double value = strtod(text, &end);
-    if (end == text || *end || !(value >= min && value <= max))
-        die(USAGE, "%s: expected a number from %g to %g, found '%s'", flag, min, max, text);
-    return (float)value;
+static void set_option(const Option *option, const char *text) {
+    char *end = NULL;
+    bool good = true;
+    if (option->kind == TEXT) {
+        *(const char **)option->target = text;
+    } else if (option->kind == NUMBER) {
+        float value = *(float *)option->target = strtof(text, &end);
+        good = value >= (float)option->min && value <= (float)option->max;
+    } else if (option->kind == INTEGER) {
+        errno = 0;
+        long long value = strtoll(text, &end, 10);
+        good = !errno && value >= option->min && value <= option->max;
+        *(uint64_t *)option->target = (uint64_t)value;
+    }
+    if (!good || (end && (end == text || *end)))
+        die(USAGE, "%s: expected a %s from %lld to %lld, found '%s'", option->flag,
+            option->kind == INTEGER ? "whole number" : "number", option->min, option->max, text);
 }
 
 static Options parse_options(int argc, char **argv) {
-    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = 256, .threads = physical_cores()};
+    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = 256};
+    o.repeat = 5;
+    o.threads = physical_cores();
     o.seed = (uint64_t)time(NULL);
+    const Option options[] = {
+        {"-m", TEXT, &o.mode, 0, 0},
+        {"-i", TEXT, &o.prompt, 0, 0},
+        {"-f", TEXT, &o.prompt_file, 0, 0},
+        {"-z", TEXT, &o.tokenizer, 0, 0},
+        {"-t", NUMBER, &o.temperature, 0, 1000000},
+        {"-p", NUMBER, &o.top_p, 0, 1},
+        {"-k", INTEGER, &o.top_k, 0, INT32_MAX},
+        {"-n", INTEGER, &o.steps, 0, INT32_MAX},
+        {"-s", INTEGER, &o.seed, 0, INT64_MAX},
+        {"-c", INTEGER, &o.context, 1, INT32_MAX},
+        {"-j", INTEGER, &o.threads, 1, 1024},
+        {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX},
+        {"--decode", INTEGER, &o.decode, 1, INT32_MAX},
+        {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT},
+        {"--json", SWITCH, &o.json, 0, 0},
+    };
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i];
+        const Option *option = options, *end = options + sizeof options / sizeof *options;
+        while (option < end && strcmp(flag, option->flag))
+            option++;
         if (*flag != '-') {
             if (o.model)
                 die(USAGE, "expected one MODEL, found '%s' and '%s'", o.model, flag);
@@ -1399,32 +1581,20 @@ static Options parse_options(int argc, char **argv) {
             printf("twofiles %s (%s)\n", VERSION, isa());
             flush_output();
             exit(0);
-        } else if (!strcmp(flag, "--json")) {
-            o.json = true;
-        } else if (strlen(flag) != 2 || !strchr("tpknsifzmcj", flag[1])) {
+        } else if (option == end) {
             die(USAGE, "unknown flag '%s'", flag);
+        } else if (option->kind == SWITCH) {
+            *(bool *)option->target = true;
         } else if (++i == argc) {
             die(USAGE, "%s: expected a value, found the end of the command line", flag);
         } else {
-            switch (flag[1]) {
-            case 't': o.temperature = parse_number(flag, argv[i], 0, 1e6); break;
-            case 'p': o.top_p = parse_number(flag, argv[i], 0, 1); break;
-            case 'k': o.top_k = (size_t)parse_integer(flag, argv[i], 0, INT32_MAX); break;
-            case 'n': o.steps = (size_t)parse_integer(flag, argv[i], 0, INT32_MAX); break;
-            case 's': o.seed = (uint64_t)parse_integer(flag, argv[i], 0, INT64_MAX); break;
-            case 'c': o.context = (size_t)parse_integer(flag, argv[i], 1, INT32_MAX); break;
-            case 'j': o.threads = (int)parse_integer(flag, argv[i], 1, 1024); break;
-            case 'i': o.prompt = argv[i]; break;
-            case 'f': o.prompt_file = argv[i]; break;
-            case 'z': o.tokenizer = argv[i]; break;
-            case 'm': o.mode = argv[i]; break;
-            }
+            set_option(option, argv[i]);
         }
     }
     if (o.prompt && o.prompt_file)
         die(USAGE, "expected one of -i and -f, found both");
-    if (strcmp(o.mode, "generate") && strcmp(o.mode, "tokenize"))
-        die(USAGE, "-m: expected generate or tokenize, found '%s'", o.mode);
+    if (strcmp(o.mode, "generate") && strcmp(o.mode, "tokenize") && strcmp(o.mode, "bench"))
+        die(USAGE, "-m: expected generate, tokenize or bench, found '%s'", o.mode);
     return o;
 }
 
@@ -1615,8 +1785,7 @@ static float dot(const void *a, Dtype a_type, const void *b, Dtype b_type, size_
 _Static_assert(TILE_ROWS == 4, "sum4 adds up the four rows of a tile");
 
 // tile for types and a number of tokens that are known when it is compiled, so that all sums are registers
-INLINE void tile_fixed(float *out, size_t stride, bool add, Tensor w, Dtype w_type, Tensor x, Dtype x_type,
-                       size_t tokens) {
+INLINE void tile_fixed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens) {
     const bool pairs = in_pairs(w_type, x_type);
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     size_t n = w.cols, tail = n / step * step;
@@ -1647,27 +1816,27 @@ INLINE void tile_fixed(float *out, size_t stride, bool add, Tensor w, Dtype w_ty
             sum[r] += dot_ref(address(w.data, w_type, r * w.stride + tail), w_type,
                               address(x.data, x_type, t * x.stride + tail), x_type, n - tail);
         for (size_t r = 0; r < TILE_ROWS; r++)
-            place[r] = add ? place[r] + sum[r] : sum[r];
+            place[r] += sum[r];
     }
 }
 
-INLINE void tile_typed(float *out, size_t stride, bool add, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
+INLINE void tile_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
     size_t t = 0;
     for (; t + GROUP <= x.rows; t += GROUP)
-        tile_fixed(out + t * stride, stride, add, w, w_type, some_rows(x, t, GROUP), x_type, GROUP);
+        tile_fixed(out + t * stride, stride, w, w_type, some_rows(x, t, GROUP), x_type, GROUP);
     for (; t < x.rows; t++)
-        tile_fixed(out + t * stride, stride, add, w, w_type, some_rows(x, t, 1), x_type, 1);
+        tile_fixed(out + t * stride, stride, w, w_type, some_rows(x, t, 1), x_type, 1);
 }
 
-static void tile(float *out, size_t stride, bool add, Tensor w, Tensor x) {
+static void tile(float *out, size_t stride, Tensor w, Tensor x) {
     if (x.dtype == BF16)
-        tile_typed(out, stride, add, w, BF16, x, BF16);
+        tile_typed(out, stride, w, BF16, x, BF16);
     else if (w.dtype == F32)
-        tile_typed(out, stride, add, w, F32, x, F32);
+        tile_typed(out, stride, w, F32, x, F32);
     else if (w.dtype == BF16)
-        tile_typed(out, stride, add, w, BF16, x, F32);
+        tile_typed(out, stride, w, BF16, x, F32);
     else
-        tile_typed(out, stride, add, w, F16, x, F32);
+        tile_typed(out, stride, w, F16, x, F32);
 }
 
 // weigh_ref for `columns` vectors of columns from column `first` on; the numbers of both are known when it is compiled
@@ -1715,6 +1884,27 @@ static void widen(float *out, const void *array, Dtype dtype, size_t n) {
         out[i] = element(array, dtype, i);
 }
 
+INLINE double multiply_only_typed(bool pairs, size_t rounds) {
+    vec sums[GROUP][TILE_ROWS], factor = in_register(fill(0)); // as many sums as tile has
+    for (size_t t = 0; t < GROUP; t++)
+        for (size_t r = 0; r < TILE_ROWS; r++)
+            sums[t][r] = in_register(fill(0));
+    for (size_t i = 0; i < rounds; i++)
+        for (size_t t = 0; t < GROUP; t++)
+            for (size_t r = 0; r < TILE_ROWS; r++)
+                sums[t][r] = accumulate(factor, factor, sums[t][r], pairs);
+    volatile vec used; // or the compiler would leave out the loop
+    for (size_t t = 0; t < GROUP; t++)
+        for (size_t r = 0; r < TILE_ROWS; r++)
+            used = sums[t][r];
+    (void)used;
+    return (double)rounds * GROUP * TILE_ROWS * W * (pairs ? 4 : 2);
+}
+
+static double multiply_only(bool pairs, size_t rounds) {
+    return pairs ? multiply_only_typed(true, rounds) : multiply_only_typed(false, rounds);
+}
+
 #ifndef NO_MAIN // the tests include this file and have a main of their own
 int main(int argc, char **argv) {
     Options o = parse_options(argc, argv);
@@ -1733,6 +1923,8 @@ int main(int argc, char **argv) {
         check_pair(&m, &t);
     if (only_tokens)
         tokenize(&t, &o);
+    else if (!strcmp(o.mode, "bench"))
+        bench(&m, &o);
     else
         generate(&m, &t, &o);
     flush_output();

@@ -13,6 +13,12 @@
 #define NO_MAIN
 #include "../run.c"
 
+static size_t number(const char *name, const char *text, long long min, long long max) {
+    uint64_t value;
+    set_option(&(Option){name, INTEGER, &value, min, max}, text);
+    return value;
+}
+
 int main(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "isa")) {
         puts(isa());
@@ -21,16 +27,16 @@ int main(int argc, char **argv) {
     if (argc < 7)
         die(USAGE, "probe: expected MODEL THREADS CHUNK LAYERS OUT TOKEN...");
     Model m = open_model(argv[1]);
-    int threads = (int)parse_integer("THREADS", argv[2], 1, 64);
-    size_t chunk = (size_t)parse_integer("CHUNK", argv[3], 1, MAX_BATCH);
-    m.h.n_layers = (uint32_t)parse_integer("LAYERS", argv[4], 0, m.h.n_layers);
+    size_t threads = number("THREADS", argv[2], 1, 64);
+    size_t chunk = number("CHUNK", argv[3], 1, MAX_BATCH);
+    m.h.n_layers = (uint32_t)number("LAYERS", argv[4], 0, m.h.n_layers);
     if (m.h.n_layers == 0)
         memcpy(&m.h, m.map, sizeof m.h);
     size_t T = (size_t)argc - 6, D = m.h.dim, Q = m.q_dim, width = Q + 2 * m.kv_dim, F = m.h.hidden_dim,
            V = m.h.vocab_size;
     uint32_t *tokens = allocate(T, sizeof *tokens, "tokens");
     for (size_t t = 0; t < T; t++)
-        tokens[t] = (uint32_t)parse_integer("TOKEN", argv[6 + t], 0, (long long)V - 1);
+        tokens[t] = (uint32_t)number("TOKEN", argv[6 + t], 0, (long long)V - 1);
     State s = open_state(&m, T, threads);
     chunk = smaller(chunk, s.batch);
     float *x = allocate(T * D, sizeof *x, "x"), *qkv = allocate(T * width, sizeof *qkv, "qkv");

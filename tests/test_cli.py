@@ -407,6 +407,73 @@ def test_json_of_tokenize(run: Program, tiny: Model, tiny_path: Path) -> None:
     assert found["pieces"][:2] == ["<s>", " the"]
 
 
+def bench(run: Program, path: Path, *args: object) -> dict[str, Any]:
+    measured = json.loads(run.ok(path, "-m", "bench", "--json", "--repeat", 3, *args).stdout)
+    assert isinstance(measured, dict)
+    return measured
+
+
+def test_json_of_bench(run: Program, tiny: Model, tiny_path: Path) -> None:
+    b = bench(run, tiny_path, "--prefill", 20, "--decode", 4, "-c", 30, "-j", 1)
+    size = tiny_path.stat().st_size
+    assert (b["model"], b["file_bytes"], b["threads"]) == (str(tiny_path), size, 1)
+    assert (b["context"], b["repeat"]) == (30, 3)
+    assert b["dtype"] in ("bf16", "f16") and b["isa"] and re.fullmatch("[0-9a-f]{16}", b["logits_hash"])
+    assert 0.9 * size < 2 * b["params"] + 4096 <= size  # the rest fills up to 64 bytes
+    assert {k: (b[k]["tokens"], b[k]["position"]) for k in ("prefill", "decode", "decode_at_end")} == {
+        "prefill": (20, 0),
+        "decode": (4, 0),
+        "decode_at_end": (4, 26),
+    }
+    for kind, rate, limit in [
+        ("prefill", "gflops", "peak_gflops"),
+        ("decode", "gb_s", "read_gb_s"),
+        ("decode_at_end", "gb_s", "read_gb_s"),
+    ]:
+        work = b[kind]
+        assert 0 < work["tok_s_min"] <= work["tok_s"] <= work["tok_s_max"]
+        assert work[rate] > 0 and work[limit] > 0 and 0 < work["ratio"]
+
+
+def test_bench_counts_bytes_and_operations(run: Program, tiny: Model, tiny_path: Path) -> None:
+    b = bench(run, tiny_path, "--prefill", 20, "--decode", 4, "-c", 30, "-j", 1)
+    m = tiny
+    q, kv = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
+    layer = m.dim * (2 * q + 2 * kv + 3 * m.hidden_dim)
+    classifier = m.dim * m.vocab_size
+    attention = 4 * q * (20 + 1) / 2
+    operations = m.n_layers * (2 * layer + attention) + 2 * classifier / 20
+    assert b["prefill"]["gflops"] * 1e9 == pytest.approx(operations * b["prefill"]["tok_s"], rel=1e-4)
+    unread = 0 if tiny.flags & TIED else 2 * classifier
+    read = tiny_path.stat().st_size - unread + 4 * m.n_layers * kv * (1 + 2 + 3 + 4) / 4
+    assert b["decode"]["gb_s"] * 1e9 == pytest.approx(read * b["decode"]["tok_s"], rel=1e-4)
+    read += 4 * m.n_layers * kv * 26
+    assert b["decode_at_end"]["gb_s"] * 1e9 == pytest.approx(read * b["decode_at_end"]["tok_s"], rel=1e-4)
+
+
+def test_bench_has_the_same_logits_for_any_threads(run: Program, tiny_path: Path) -> None:
+    hashes = {bench(run, tiny_path, "--prefill", 9, "-j", j)["logits_hash"] for j in (1, 2, 3)}
+    assert len(hashes) == 1
+    assert bench(run, tiny_path, "--prefill", 8, "-c", 20, "--decode", 3)["logits_hash"] not in hashes
+
+
+def test_bench_prints_a_markdown_table(run: Program, tiny_path: Path) -> None:
+    lines = run.ok(tiny_path, "-m", "bench", "--decode", 2, "--repeat", 2).text.splitlines()
+    assert str(tiny_path) in lines[0] and "threads" in lines[0] and not lines[1]
+    head, rule, *rows = lines[2:]
+    assert set(rule) <= set("|-:") and len(rows) == 3
+    assert {len(row) for row in [head, rule, *rows]} == {len(head)} and {row.count("|") for row in rows} == {
+        10
+    }
+
+
+def test_bench_refuses_more_than_the_context(run: Program, tiny_path: Path) -> None:
+    for flag in ("--prefill", "--decode"):
+        run.fails(2, tiny_path, "-m", "bench", "-c", 16, flag, 17, says=[flag, 16, 17])
+    for flag, value in [("--repeat", "0"), ("--repeat", "101"), ("--prefill", "0"), ("--decode", "x")]:
+        run.fails(2, tiny_path, "-m", "bench", flag, value, says=[flag, value])
+
+
 def test_every_byte_is_valid_json(run: Program, tmp_path: Path) -> None:
     ids = byte_ids(bytes(range(256)))
     path = chain_model([BOS, *ids, STOP], max_seq_len=300).write(tmp_path / "bytes.bin")

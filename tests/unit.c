@@ -132,15 +132,12 @@ static void test_tile_has_the_bits_of_dot(void) {
                 float out[TILE_TOKENS][STRIDE];
                 for (size_t i = 0; i < TILE_TOKENS * STRIDE; i++)
                     out[i / STRIDE][i % STRIDE] = 0.75f;
-                bool add = tokens % 2;
-                tile(out[0], STRIDE, add, w, x);
+                tile(out[0], STRIDE, w, x);
                 for (size_t t = 0; t < TILE_TOKENS; t++)
                     for (size_t r = 0; r < STRIDE; r++) {
                         float expected = 0.75f;
-                        if (t < tokens && r < TILE_ROWS) {
-                            expected = dot(some_rows(w, r, 1).data, w_type, some_rows(x, t, 1).data, x_type, n);
-                            expected = add ? 0.75f + expected : expected;
-                        }
+                        if (t < tokens && r < TILE_ROWS)
+                            expected += dot(some_rows(w, r, 1).data, w_type, some_rows(x, t, 1).data, x_type, n);
                         CHECK(bits_of(out[t][r]) == bits_of(expected), "n %zu, row %zu, token %zu: %g, not %g", n, r, t,
                               (double)out[t][r], (double)expected);
                     }
@@ -229,6 +226,34 @@ static void test_matmul(void) {
                     free(s.wide);
                     free(before);
                 }
+}
+
+// Rows longer than a chunk, too: one token's products are the same bits in every batch.
+static void test_matmul_has_the_same_bits_in_any_batch(void) {
+    const size_t batches[] = {2, TILE_TOKENS - 1, TILE_TOKENS, TILE_TOKENS + 1, 20};
+    for (size_t p = 1; p < 3; p++) // weights in bf16, f16
+        for (size_t cols = 1000; cols < 5500; cols += 743)
+            for (size_t i = 0; i < sizeof batches / sizeof *batches; i++) {
+                enum { ROWS = 70 };
+                size_t T = batches[i];
+                Tensor w = {random_array(PAIRS[p][0], ROWS * cols, 0), PAIRS[p][0], ROWS, cols, cols};
+                float *x = random_array(F32, T * cols, 0), *out = random_array(F32, T * ROWS, 0), one[ROWS];
+                State s = {.threads = 1, .wide_size = TILE_ROWS * cols};
+                s.input = allocate(T * (cols + INPUT_PAD), sizeof *s.input, "a test");
+                s.wide = allocate(s.wide_size, sizeof *s.wide, "a test");
+                bool add = T % 2;
+                float *before = allocate(T * ROWS, sizeof *out, "a test");
+                memcpy(before, out, T * ROWS * sizeof *out);
+                matmul(out, x, w, T, add, &s);
+                for (size_t t = 0; t < T; t++) {
+                    memcpy(one, before + t * ROWS, sizeof one);
+                    matmul(one, x + t * cols, w, 1, add, &s);
+                    CHECK(!memcmp(one, out + t * ROWS, sizeof one), "%zu columns, token %zu of %zu", cols, t, T);
+                }
+                free(s.input);
+                free(s.wide);
+                free(before);
+            }
 }
 
 static void test_rmsnorm(void) {
@@ -445,6 +470,7 @@ int main(int argc, char **argv) {
         {"widen", test_widen},
         {"weigh", test_weigh},
         {"matmul", test_matmul},
+        {"matmul_has_the_same_bits_in_any_batch", test_matmul_has_the_same_bits_in_any_batch},
         {"rmsnorm", test_rmsnorm},
         {"swiglu", test_swiglu},
         {"soften", test_soften},
