@@ -323,6 +323,9 @@ static inline Tensor some_cols(Tensor t, size_t first, size_t count) {
     return (Tensor){address(t.data, t.dtype, first), t.dtype, t.rows, count, t.stride};
 }
 
+// Long sums are taken in chunks of so many columns: CHUNK_BYTES of each row of the input.
+static inline size_t chunk_of(Dtype dtype) { return CHUNK_BYTES / (dtype == F32 ? sizeof(float) : sizeof(uint16_t)); }
+
 // e^x for x <= 0 within 3 units in the last place, and 0 below -87. Not libm's, because compilers make vector
 // code of this one: x = n ln 2 + r, e^r is a polynomial, and 2^n goes straight into the exponent's bits.
 static inline float exp_negative(float x) {
@@ -358,10 +361,10 @@ static void weigh_ref(float *y, const float *a, const uint16_t *x, size_t m, siz
             y[c] += a[j] * f16_to_f32(x[j * stride + c]);
 }
 
-// dot_ref
-static float dot(const void *a, Dtype a_type, const void *b, Dtype b_type, size_t n);
-// TILE_ROWS rows of w by up to TILE_TOKENS rows of x, to the bits of `dot`: out[t][r] += their dot product, where rows of
-// out are `stride` apart.
+// out[r] += the dot product of row r of w with x (1, cols), for all rows of w, chunk by chunk
+static void dot_rows(float *out, Tensor w, Tensor x);
+// TILE_ROWS rows of w by up to TILE_TOKENS rows of x, for one chunk of columns, to the bits of dot_rows: out[t][r] += their
+// dot product, where rows of out are `stride` apart
 static void tile(float *out, size_t stride, Tensor w, Tensor x);
 // weigh_ref for one or QUERY_TILE vectors y, a at a time; x (m, n)
 static void weigh(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n);
@@ -401,22 +404,19 @@ static size_t thread_number(void) {
 #endif
 }
 
-// out[t][r] += sum_c w[r][c] x[t][c]: tiles where whole ones fit, dot products for the rest. Long rows are taken in
-// chunks that stay in the innermost cache, as those of TILE_TOKENS tokens do while the rows of w pass.
+// out[t][r] += sum_c w[r][c] x[t][c]. Many tokens go by tiles, where whole ones fit, so that each weight loaded is used
+// several times. Those of one chunk and TILE_TOKENS tokens stay in the innermost cache while the rows of w pass.
 static void multiply(float *out, size_t stride, Tensor w, Tensor x) {
-    size_t whole = x.rows > 1 ? w.rows / TILE_ROWS * TILE_ROWS : 0; // for one token, it is best to read row by row
-    size_t chunk = CHUNK_BYTES / (x.dtype == F32 ? sizeof(float) : sizeof(uint16_t));
-    for (size_t c = 0; c < w.cols; c += chunk) {
-        Tensor rows = some_cols(w, c, smaller(chunk, w.cols - c)), tokens = some_cols(x, c, rows.cols);
+    size_t whole = x.rows > 1 ? w.rows / TILE_ROWS * TILE_ROWS : 0, n = chunk_of(x.dtype);
+    for (size_t c = 0; c < w.cols && whole; c += n) {
+        Tensor rows = some_cols(w, c, smaller(n, w.cols - c)), tokens = some_cols(x, c, rows.cols);
         for (size_t t = 0; t < x.rows; t += TILE_TOKENS)
             for (size_t r = 0; r < whole; r += TILE_ROWS)
                 tile(out + t * stride + r, stride, some_rows(rows, r, TILE_ROWS),
                      some_rows(tokens, t, smaller(TILE_TOKENS, x.rows - t)));
-        for (size_t r = whole; r < w.rows; r++)
-            for (size_t t = 0; t < x.rows; t++)
-                out[t * stride + r] +=
-                    dot(some_rows(rows, r, 1).data, w.dtype, some_rows(tokens, t, 1).data, x.dtype, rows.cols);
     }
+    for (size_t t = 0; t < x.rows && whole < w.rows; t++)
+        dot_rows(out + t * stride + whole, some_rows(w, whole, w.rows - whole), some_rows(x, t, 1));
 }
 
 // out[t][r] = sum_c w[r][c] x[t][c] for x (T, cols), w (rows, cols), out (T, rows); or out += it, with `add`.
@@ -435,8 +435,9 @@ static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, Sta
             else
                 memcpy(s->input + t * in.stride, x + t * w.cols, w.cols * sizeof *x);
     }
-    bool widened = !narrow && T >= TILE_TOKENS; // for many tokens, it pays off to convert the weights once
-    size_t block = T == 1 ? 1 : T < TILE_TOKENS ? TILE_ROWS : BLOCK_ROWS;
+    bool widened = !narrow && T >= TILE_TOKENS;            // for many tokens, it pays off to convert the weights once
+    size_t share = (w.rows + s->threads - 1) / s->threads; // one token: each thread reads one long run
+    size_t block = T == 1 ? share : T < TILE_TOKENS ? TILE_ROWS : BLOCK_ROWS;
     if (widened)
         block = smaller(block, s->wide_size / w.cols / TILE_ROWS * TILE_ROWS);
 #pragma omp for schedule(static)
@@ -457,7 +458,10 @@ static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, Sta
 // One vector: out = x / sqrt(mean(x^2) + eps) * weight                             (Zhang and Sennrich 2019)
 static void rmsnorm_one(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
-    float scale = 1.0f / sqrtf(dot(x, F32, x, F32, n) / (float)n + eps);
+    Tensor vector = {x, F32, 1, n, n};
+    float squares = 0;
+    dot_rows(&squares, vector, vector);
+    float scale = 1.0f / sqrtf(squares / (float)n + eps);
     for (size_t i = 0; i < n; i++)
         out[i] = x[i] * scale * element(weight.data, weight.dtype, i);
 }
@@ -1732,6 +1736,8 @@ INLINE vec load_bf16(const void *p) {
 
 INLINE void store(float *p, vec a) { memcpy(p, &a, sizeof a); }
 
+enum { PREFETCH = 4096 }; // bytes ahead
+
 // Both operands in bf16: a register holds 2W of each, and an instruction multiplies and adds them in pairs.
 INLINE bool in_pairs(Dtype a, Dtype b) { return a == BF16 && b == BF16; }
 
@@ -1760,26 +1766,41 @@ INLINE float dot_typed(const void *a, Dtype a_type, const void *b, Dtype b_type,
     vec sums[CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
     for (size_t j = 0; j < chains; j++)
         sums[j] = fill(0);
-    size_t i = 0;
-    for (; i + chains * step <= n; i += chains * step)
-        for (size_t j = 0; j < chains; j++)
-            sums[j] =
-                accumulate(load(a, a_type, pairs, i + j * step), load(b, b_type, pairs, i + j * step), sums[j], pairs);
-    for (size_t j = 0; j < chains && i + step <= n; j++, i += step)
-        sums[j] = accumulate(load(a, a_type, pairs, i), load(b, b_type, pairs, i), sums[j], pairs);
+    size_t i = 0, bytes = step * (a_type == F32 ? sizeof(float) : sizeof(uint16_t));
+    for (; i + 2 * chains * step <= n; i += 2 * chains * step)
+        for (size_t j = 0; j < 2 * chains; j++) {
+            size_t at = i + j * step;
+            if (j * bytes % 64 == 0) // weights come from memory, in order: ask for each line of the cache in advance
+                __builtin_prefetch((const char *)address(a, a_type, at) + PREFETCH);
+            sums[j % chains] =
+                accumulate(load(a, a_type, pairs, at), load(b, b_type, pairs, at), sums[j % chains], pairs);
+        }
+    for (size_t j = 0; i + step <= n; j++, i += step)
+        sums[j % chains] = accumulate(load(a, a_type, pairs, i), load(b, b_type, pairs, i), sums[j % chains], pairs);
     for (size_t j = 1; j < chains; j++)
         sums[0] = sums[0] + sums[j];
     float sum[4];
     sum4(sum, sums[0], sums[0], sums[0], sums[0]);
-    return sum[0] + dot_ref(address(a, a_type, i), a_type, address(b, b_type, i), b_type, n - i);
+    return i == n ? sum[0] : sum[0] + dot_ref(address(a, a_type, i), a_type, address(b, b_type, i), b_type, n - i);
 }
 
-static float dot(const void *a, Dtype a_type, const void *b, Dtype b_type, size_t n) {
-    if (b_type == BF16)
-        return dot_typed(a, BF16, b, BF16, n);
-    if (a_type == F32)
-        return dot_typed(a, F32, b, F32, n);
-    return a_type == BF16 ? dot_typed(a, BF16, b, F32, n) : dot_typed(a, F16, b, F32, n);
+INLINE void dot_rows_typed(float *out, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
+    size_t n = chunk_of(x_type);
+    for (size_t r = 0; r < w.rows; r++)
+        for (size_t c = 0; c < w.cols; c += n)
+            out[r] += dot_typed(address(w.data, w_type, r * w.stride + c), w_type, address(x.data, x_type, c), x_type,
+                                smaller(n, w.cols - c));
+}
+
+static void dot_rows(float *out, Tensor w, Tensor x) {
+    if (x.dtype == BF16)
+        dot_rows_typed(out, w, BF16, x, BF16);
+    else if (w.dtype == F32)
+        dot_rows_typed(out, w, F32, x, F32);
+    else if (w.dtype == BF16)
+        dot_rows_typed(out, w, BF16, x, F32);
+    else
+        dot_rows_typed(out, w, F16, x, F32);
 }
 
 _Static_assert(TILE_ROWS == 4, "sum4 adds up the four rows of a tile");
@@ -1906,7 +1927,19 @@ static double multiply_only(bool pairs, size_t rounds) {
 }
 
 #ifndef NO_MAIN // the tests include this file and have a main of their own
+// OpenMP's threads wait for each other by spinning, by default for many milliseconds. Where another program has one of
+// the cores, that keeps the thread that is waited for from running, so make it short. OpenMP looks at its settings when
+// the program starts, hence the new start.
+static void spin_briefly(char **argv) {
+#if defined(_OPENMP) && defined(__linux__)
+    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "3000", 1))
+        execv("/proc/self/exe", argv);
+#endif
+    (void)argv; // if that fails, so be it
+}
+
 int main(int argc, char **argv) {
+    spin_briefly(argv);
     Options o = parse_options(argc, argv);
     bool only_tokens = !strcmp(o.mode, "tokenize");
     if (!o.model && !(only_tokens && o.tokenizer))

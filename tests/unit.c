@@ -107,13 +107,19 @@ static void test_exp(void) {
 
 // ---- kernels against their plain forms
 
+// start + a . b
+static float dot(float start, const void *a, Dtype ta, const void *b, Dtype tb, size_t n) {
+    dot_rows(&start, (Tensor){a, ta, 1, n, n}, (Tensor){b, tb, 1, n, n});
+    return start;
+}
+
 static void test_dot(void) {
     for (size_t n = 0; n < 300; n++)
         for (size_t p = 0; p < n_pairs(); p++)
             for (size_t shift = 0; shift < 3; shift++) {
                 Dtype ta = PAIRS[p][0], tb = PAIRS[p][1];
                 const void *a = random_array(ta, n, shift), *b = random_array(tb, n, 2 * shift);
-                double expected = exact_dot(a, ta, b, tb, n), found = (double)dot(a, ta, b, tb, n);
+                double expected = exact_dot(a, ta, b, tb, n), found = (double)dot(0, a, ta, b, tb, n);
                 double plain = (double)dot_ref(a, ta, b, tb, n), bound = 1e-6 * (double)(n + 1);
                 CHECK(fabs(found - expected) <= bound, "types %zu, n %zu: %g, not %g", p, n, found, expected);
                 CHECK(fabs(plain - expected) <= bound, "dot_ref, types %zu, n %zu", p, n);
@@ -137,7 +143,7 @@ static void test_tile_has_the_bits_of_dot(void) {
                     for (size_t r = 0; r < STRIDE; r++) {
                         float expected = 0.75f;
                         if (t < tokens && r < TILE_ROWS)
-                            expected += dot(some_rows(w, r, 1).data, w_type, some_rows(x, t, 1).data, x_type, n);
+                            expected = dot(0.75f, some_rows(w, r, 1).data, w_type, some_rows(x, t, 1).data, x_type, n);
                         CHECK(bits_of(out[t][r]) == bits_of(expected), "n %zu, row %zu, token %zu: %g, not %g", n, r, t,
                               (double)out[t][r], (double)expected);
                     }

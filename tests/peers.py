@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Measures run against llama.cpp: the same bf16 weights, the same threads, one after the other in each round.
+
+    make peers                      # or: python tests/peers.py --help
+
+llama.cpp is PyPI's llama-cpp-python, built for this machine. It gets the weights as a GGUF file, which is written
+here with the `gguf` package; that both compute the same is checked by the greedy token after a prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gguf
+import llama_cpp
+
+from export import SHAPES, Config, RandomSource, fnv1a, tensors, write_model
+from export import Tokenizer as Tokens
+
+PREFILL, DECODE, CONTEXT = 512, 32, 1024
+
+NAMES = {  # of a layer's tensors in GGUF, by the last part but one of their Hugging Face names
+    "input_layernorm": "attn_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+WHOLE_MODEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_name(name: str) -> str:
+    parts = name.split(".")
+    if parts[1] == "layers":
+        return f"blk.{parts[2]}.{NAMES[parts[-2]]}.weight"
+    return f"{WHOLE_MODEL[name.removesuffix('.weight')]}.weight"
+
+
+def interleaved(rows: NDArray[np.uint16], head_dim: int) -> NDArray[np.uint16]:
+    """The rows of q or k as GGUF has them for Llama: RoPE turns rows (2i, 2i + 1) there, (i, i + d/2) here."""
+    heads = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
+    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def write_gguf(path: Path, config: Config, source: RandomSource) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_tokenizer_model("none")
+    for part in (part for parts in tensors(config) for part in parts):
+        values = np.concatenate([np.ravel(piece) for piece in source.pieces(part)]).reshape(part.shape)
+        if len(part.shape) == 1:  # llama.cpp wants norms in f32
+            writer.add_tensor(gguf_name(part.name), (values.astype(np.uint32) << 16).view(np.float32))
+            continue
+        if part.name.endswith(("q_proj.weight", "k_proj.weight")):
+            values = interleaved(values, config.head_dim)
+        writer.add_tensor(
+            gguf_name(part.name), values.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class LlamaCpp:
+    """llama.cpp with a model and a number of threads, by its C interface."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        llama_cpp.llama_log_set(LOG, None)
+        parameters = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, PREFILL, PREFILL
+        settings.n_threads = settings.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        if not self.context:
+            raise SystemExit(f"{path}: llama.cpp cannot run it")
+
+    def feed(self, tokens: list[int]) -> None:
+        array = (ctypes.c_int32 * len(tokens))(*tokens)  # the batch does not own it
+        batch = llama_cpp.llama_batch_get_one(array, len(tokens))
+        if llama_cpp.llama_decode(self.context, batch):
+            raise SystemExit("llama_decode failed")
+
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+
+    def greedy(self, n: int) -> int:
+        return int(np.argmax(np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), (n,))))
+
+    def measure(self, tokens: list[int]) -> dict[str, float]:
+        """Tokens a second, of a prompt and one by one."""
+        self.clear()
+        start = time.perf_counter()
+        self.feed(tokens[:PREFILL])
+        prefill = PREFILL / (time.perf_counter() - start)
+        self.clear()
+        self.feed(tokens[:1])
+        start = time.perf_counter()
+        for token in tokens[1 : DECODE + 1]:
+            self.feed([token])
+        return {"prefill": prefill, "decode": DECODE / (time.perf_counter() - start)}
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def LOG(level: int, text: bytes, data: Any) -> None:
+    """llama.cpp has much to say."""
+
+
+def measure_ours(program: Path, path: Path, threads: int) -> dict[str, float]:
+    sizes = f"-m bench --json --repeat 1 --prefill {PREFILL} --decode {DECODE} -c {CONTEXT} -j {threads}"
+    made = subprocess.run([program, path, *sizes.split()], capture_output=True, text=True, check=True)
+    measured = json.loads(made.stdout)
+    return {kind: measured[kind]["tok_s"] for kind in ("prefill", "decode")}
+
+
+def make(shape: str, folder: Path) -> tuple[Path, Path]:
+    """The same random weights in both formats."""
+    ours, theirs = folder / f"{shape}.bin", folder / f"{shape}.gguf"
+    source = RandomSource(SHAPES[shape])
+    if not ours.exists():
+        write_model(ours, source, Tokens.from_bytes((ROOT / "tokenizer.bin").read_bytes()))
+    if not theirs.exists():
+        write_gguf(theirs, SHAPES[shape], source)
+    return ours, theirs
+
+
+def next_token_of_ours(program: Path, path: Path, text: str) -> tuple[list[int], int]:
+    """The ids of a text, and the greedy token after it."""
+    ids = subprocess.run(
+        [program, path, "-m", "tokenize", "-i", text], capture_output=True, text=True, check=True
+    )
+    line = subprocess.run(
+        [program, path, "-t", "0", "-i", text, "-n", str(len(ids.stdout.split())), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [int(i) for i in ids.stdout.split()], int(json.loads(line.stdout.splitlines()[0])["id"])
+
+
+def compare(program: Path, shape: str, folder: Path, threads: int, rounds: int) -> None:
+    ours, theirs = make(shape, folder)
+    vocabulary = SHAPES[shape].vocab_size
+    peer = LlamaCpp(theirs, threads)
+    ids, greedy = next_token_of_ours(program, ours, "Once upon a time, there was a little girl")
+    peer.feed(ids)
+    same = "the same" if peer.greedy(vocabulary) == greedy else "ANOTHER"
+    tokens = [fnv1a(bytes([i % 256, i // 256])) % vocabulary for i in range(PREFILL)]
+    peer.measure(tokens)  # a warm-up
+    results: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
+    for _ in range(rounds):
+        results["ours"].append(measure_ours(program, ours, threads))
+        results["theirs"].append(peer.measure(tokens))
+    peer.close()
+    for kind in ("prefill", "decode"):
+        a, b = ([r[kind] for r in results[who]] for who in ("ours", "theirs"))
+        ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
+        print(
+            f"| {shape} | {threads} | {kind} | {statistics.median(a):.1f} | {statistics.median(b):.1f} "
+            f"| {ratio:.2f} | {same} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measures run against llama.cpp.")
+    parser.add_argument("--run", type=Path, default=ROOT / "run")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "models", help="for the weights")
+    parser.add_argument("--shapes", default="110m,1b")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    print(
+        f"llama-cpp-python {llama_cpp.__version__}, prompts of {PREFILL} tokens, then {DECODE} one by one; "
+    )
+    print(f"median of {args.rounds} alternating rounds, tokens a second\n")
+    print("| model | threads | work | run | llama.cpp | ratio | greedy token |")
+    print("|---|--:|---|--:|--:|--:|---|")
+    for shape in args.shapes.split(","):
+        for threads in args.threads.split(","):
+            compare(args.run, shape, args.folder, int(threads), args.rounds)
+
+
+if __name__ == "__main__":
+    main()
