@@ -26,7 +26,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -311,6 +311,14 @@ class Tensor(NamedTuple):
     unit: int = 1  # rows that belong together: `start` has to be a multiple of it, and `stop`
 
 
+def spans(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the rows that make a piece, and of the next."""
+    height, *rest = tensor.shape
+    step = max(1, PIECE // max(1, tensor.unit * math.prod(rest))) * tensor.unit
+    for start in range(0, height, step):
+        yield start, min(start + step, height)
+
+
 def in_file(path: Path, offset: int, shape: tuple[int, ...], kind: type[np.generic]) -> Rows:
     """The rows of an array that lies in a file as it does in memory."""
     width = math.prod(shape[1:])
@@ -409,10 +417,8 @@ class Checkpoint(Source):
 
     def pieces(self, part: Part) -> Iterator[Array]:
         tensor = self.tensors[part.name]
-        height, *rest = part.shape
-        step = max(1, PIECE // (tensor.unit * math.prod(rest))) * tensor.unit
-        for start in range(0, height, step):
-            yield tensor.rows(start, min(start + step, height))
+        for start, stop in spans(tensor):
+            yield tensor.rows(start, stop)
 
 
 def translated(name: str, names: dict[str, str]) -> str | None:
@@ -577,7 +583,7 @@ class TensorUnpickler(pickle.Unpickler):
         if module == "torch" and name in TORCH_STORAGES:
             return TORCH_STORAGES[name]
         known: dict[tuple[str, str], Callable[..., Any]] = {
-            ("collections", "OrderedDict"): dict,
+            ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         }
@@ -759,9 +765,7 @@ def existing(path: Path) -> Path | None:
 def same(a: Tensor, b: Tensor | None) -> bool:
     if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    step = max(1, PIECE // math.prod(a.shape[1:]))
-    starts = range(0, a.shape[0], step)
-    return all(np.array_equal(a.rows(i, i + step), b.rows(i, i + step)) for i in starts)
+    return all(np.array_equal(a.rows(*span), b.rows(*span)) for span in spans(a))
 
 
 def hugging_face_config(s: Settings) -> Config:
@@ -1600,7 +1604,7 @@ def contents(source: Source, dtype: str, vocab_hash: int) -> Iterator[bytes | me
         for part in parts:
             size = 0
             for piece in source.pieces(part):
-                yield encode(piece, dtype, part.name).data
+                yield encode(piece, dtype, part.name).data.cast("B")
                 size += piece.size
             if size != part.size:
                 raise ModelError(f"tensor {part.name}: expected {part.size} elements, found {size}")
