@@ -887,9 +887,9 @@ def indexed_tensors(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> d
         names.setdefault(str(shard), []).append(name)
     found = {}
     for shard in sorted(names):
-        path = index.with_name(Path(shard).name)
-        if path.name != shard or not path.is_file():
-            raise ExportError(f"{path}: missing, but {index.name} lists {shard!r}")
+        path = index.parent / shard
+        if Path(shard).name != shard or not path.is_file():  # shards lie beside the index
+            raise ExportError(f"{index}: lists {shard!r}, but such a file is missing beside it")
         tensors_there = read(path)
         for name in names[shard]:
             if name not in tensors_there:
