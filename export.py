@@ -71,8 +71,14 @@ def about(what: object) -> Iterator[None]:
         raise ExportError(f"{what}: {error}") from None
 
 
+def say(kind: str, message: object) -> None:
+    """On one line of standard error, whatever names and control characters a file has brought into it."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message)[:1000])
+    print(f"export.py: {kind}: {text}", file=sys.stderr)
+
+
 def warn(message: str) -> None:
-    print(f"export.py: warning: {message}", file=sys.stderr)
+    say("warning", message)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -552,9 +558,9 @@ def safetensors_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int,
 
 
 TORCH_STORAGES = {"FloatStorage": "f32", "HalfStorage": "f16", "BFloat16Storage": "bf16"}
-DAMAGES = (  # what a damaged pickle may lead to
-    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
-    pickle.UnpicklingError, struct.error, zlib.error,
+DAMAGES = (  # what a damaged archive or pickle may lead to
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
+    ValueError, pickle.UnpicklingError, struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -604,7 +610,7 @@ class TensorUnpickler(pickle.Unpickler):
 def read_torch(path: Path) -> dict[str, Tensor]:
     """A zip archive of a pickled dictionary and the bytes of each tensor, uncompressed."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
             if pickled is None:
                 raise ExportError(f"{path}: expected a PyTorch file, found another zip archive")
@@ -612,6 +618,8 @@ def read_torch(path: Path) -> dict[str, Tensor]:
             if order in archive.namelist() and archive.read(order) != b"little":
                 raise ExportError(f"{path}: expected little-endian tensors")
             found = TensorUnpickler(path, archive, pickled).load()
+    except FileNotFoundError:
+        raise
     except zipfile.BadZipFile:
         raise ExportError(f"{path}: expected a zip archive, as torch.save() makes them since 1.6") from None
     except DAMAGES as error:
@@ -1683,10 +1691,10 @@ def main() -> int:
     except UsageError as error:
         parser.error(str(error))
     except ExportError as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
+        say("error", error)
         return 1
     except OSError as error:
-        print(f"export.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        say("error", f"{error.filename}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -79,7 +79,7 @@ def refused(
         assert (status, stdout) == (1, ""), stderr
         *warnings, line = stderr.splitlines()
         assert all(text.startswith("export.py: warning: ") for text in warnings)
-        assert line.startswith("export.py: error: ") and len(line) < 600
+        assert line.startswith("export.py: error: ") and len(line) < 1100
         for word in words:
             assert str(word) in line, line
         assert sorted(os.listdir(folder)) == names
@@ -595,6 +595,17 @@ def test_llama2c_version_1(tmp_path: Path, refused: Refused, start: bytes, words
     refused(path, path, *words)
     path.write_bytes(start)
     refused(path, path)
+
+
+def test_names_cannot_write_to_the_terminal(bad: Path, refused: Refused) -> None:
+    path = bad / "m.gguf"
+    path.write_bytes(path.read_bytes().replace(b"output_norm.weight", b"output\x1b\n\xff__.weight"))
+    assert r"not supported: output\x1b\n\udcff__.weight" in refused(path)
+    (bad / "hf" / "config.json").write_text('{"model_type": "\\u001b[31m\\n▁"}')
+    assert r"\x1b[31m\n▁" in refused(bad / "hf")
+    index = bad / "shards" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "long" * 1000}}))
+    assert len(refused(bad / "shards")) < 1100
 
 
 # ---------------------------------------------------------------------------------------------------------
