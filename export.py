@@ -31,7 +31,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -1530,7 +1530,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise ExportError(f"{path}: cannot write: {error.strerror}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it has another name by now, or was never made
+            temporary.unlink()
 
 
 def tokenizer_path(path: Path) -> Path:

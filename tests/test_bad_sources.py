@@ -551,6 +551,19 @@ def test_gguf_settings(tmp_path: Path, refused: Refused, fields: dict[str, Any],
     refused(path, path, *words)
 
 
+def test_quantised_gguf_needs_a_package(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("x", np.zeros((2, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused(tmp_path / "m.gguf", tmp_path / "m.gguf", "pip install gguf")
+
+
 def test_gguf_without_the_rest_of_its_files(tmp_path: Path, refused: Refused) -> None:
     _, config, arrays = random_model("gqa", "bf16")
     path = gguf_file(tmp_path / "m-00001-of-00003.gguf", "gqa", config, arrays, split__count=3)
@@ -714,6 +727,22 @@ def test_disk_full_while_a_checkpoint_is_written(tmp_path: Path, originals: Path
         done.stderr == f"export.py: error: {tmp_path / 'out.bin'}: cannot write: {os.strerror(errno.EFBIG)}\n"
     )
     assert os.listdir(tmp_path) == []
+
+
+def test_output_in_a_file(tmp_path: Path, originals: Path, refused: Refused) -> None:
+    out = originals / "tokenizer.bin" / "out.bin"
+    refused(originals / "hf", "cannot write: Not a directory", options=("-o", out))
+
+
+def test_adapter_of_random_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["export.py", "random:15m", "-o", str(tmp_path / "out.bin"), "--lora", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", args)
+    with pytest.raises(SystemExit) as ended:
+        export.main()
+    assert ended.value.code == 2
+    assert "--lora is for checkpoints" in capsys.readouterr().err
 
 
 def test_output_must_not_be_one_of_the_inputs(bad: Path, refused: Refused) -> None:

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
 import test_reference
-from test_reference import ARCHITECTURES, LLAMA3_ROPE, TOKENS, VOCAB, log_softmax, random_model, run_probe
+from test_reference import ARCHITECTURES, TOKENS, VOCAB, log_softmax, random_model, run_probe
 
 import export
 
@@ -462,15 +462,12 @@ def test_gguf(tmp_path: Path, exported: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ2_0"])
-def test_quantised_gguf(tmp_path: Path, exported: Run, kind: str) -> None:
+def test_quantised_gguf(tmp_path: Path, exported: Run, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """The 16-bit weights are those that the gguf package dequantises; q and k are permuted after that."""
     name = "head_dim"
     shape = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_attention_heads": 4}
-    ARCHITECTURES["wide"] = (ARCHITECTURES[name][0], ARCHITECTURES[name][1] | shape)
-    try:
-        _, config, arrays = random_model("wide", "f16")
-    finally:
-        del ARCHITECTURES["wide"]
+    monkeypatch.setitem(ARCHITECTURES, "wide", (ARCHITECTURES[name][0], ARCHITECTURES[name][1] | shape))
+    _, config, arrays = random_model("wide", "f16")
     exported(gguf_file(tmp_path / "m.gguf", name, config, arrays, kind), "--dtype", "f16")
     quantisation = gguf.GGMLQuantizationType[kind]
     expected = {}
@@ -679,7 +676,3 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert (tmp_path / "out.bin").stat().st_size > 600e6
     assert kilobytes < 200_000
     (tmp_path / "out.bin").unlink()
-
-
-def test_llama3_rope_is_the_reference_of_the_gguf_test() -> None:
-    assert LLAMA3_ROPE["original_max_position_embeddings"] == 64  # a power of two, as all that are known
