@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is one line that names the file, exit status 1, and nothing is left behind."""
+"""What is wrong with a checkpoint is one line that names the file, exit status 1, and nothing stays behind."""
 
 from __future__ import annotations
 
@@ -140,7 +140,12 @@ def refused(
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, ["lacks low_freq_factor"]),
         (
             {
-                "rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1},
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 1,
+                },
                 "original_max_position_embeddings": 8192,
             },
             ["low_freq_factor"],
@@ -155,7 +160,7 @@ def refused(
         ({"eos_token_id": 131}, ["131 is out of range"]),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_config(bad: Path, refused: Refused, fields: dict[str, Any], words: list[str]) -> None:
     changed(bad / "hf" / "config.json", **fields)
     refused(bad / "hf", bad / "hf" if words != ["131 is out of range"] else "", *words)
@@ -254,7 +259,10 @@ NORM = "model.norm.weight"
     ("edit", "words"),
     [
         (lambda h: h.pop("model.layers.1.mlp.up_proj.weight") and None, ["contradicts itself"]),
-        (lambda h: h.pop(max(h, key=lambda k: h[k].get("data_offsets", [0])[0])) and None, ["bytes by its header"]),
+        (
+            lambda h: h.pop(max(h, key=lambda k: h[k].get("data_offsets", [0])[0])) and None,
+            ["bytes by its header"],
+        ),
         (lambda h: h[NORM].update(dtype="F32"), ["contradicts itself", NORM]),
         (lambda h: h[NORM].update(dtype="I8"), [NORM, "expected the type F32, F16 or BF16, found I8"]),
         (lambda h: h[NORM].update(dtype="F8_E4M3"), [NORM, "found F8_E4M3"]),
@@ -270,14 +278,19 @@ NORM = "model.norm.weight"
         (lambda h: h[NORM].update(data_offsets=[2**70, 2**70 + 128]), ["contradicts itself"]),
         (lambda h: h.update({NORM: 3}), ["damaged"]),
         (lambda h: h.update({"x": {}}), ["damaged"]),
-        (lambda h: h.update({"model.layers.0.mlp.up_proj.bias": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}), ["not supported: model.layers.0.mlp.up_proj.bias"]),
+        (
+            lambda h: h.update(
+                {"model.layers.0.mlp.up_proj.bias": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+            ),
+            ["not supported: model.layers.0.mlp.up_proj.bias"],
+        ),
         (lambda h: b"{}", ["by its header"]),
         (lambda h: b"[]", ["damaged"]),
         (lambda h: b"{,}", ["damaged"]),
         (lambda h: b"[" * 100_000, ["damaged"]),
         (lambda h: b'{"\xff', ["damaged"]),
     ],
-)  # fmt: skip
+)
 def test_safetensors_header_that_lies(
     bad: Path, refused: Refused, edit: Callable[[Any], Any], words: list[str]
 ) -> None:
@@ -597,11 +610,14 @@ def test_gguf_that_ends_anywhere(bad: Path, refused: Refused) -> None:
     [
         (struct.pack("<2i", 0x616B3432, 2), ["version 2", "quantised to 8 bits"]),
         (struct.pack("<2i", 0x616B3432, 99), ["version 99", "expected 0 or 1"]),
-        (struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2, 2, 1, 131, 16, 1), ["bytes by its header", "found 256"]),
+        (
+            struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2, 2, 1, 131, 16, 1),
+            ["bytes by its header", "found 256"],
+        ),
         (struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2**31 - 1, 2, 1, 131, 16, 1), ["bytes by its header"]),
         (struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2, 0, 1, 131, 16, 1), ["n_heads 0"]),
     ],
-)  # fmt: skip
+)
 def test_llama2c_version_1(tmp_path: Path, refused: Refused, start: bytes, words: list[str]) -> None:
     path = tmp_path / "m.bin"
     path.write_bytes(start.ljust(256, b"\0"))
@@ -685,14 +701,30 @@ def test_adapter_settings(
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("lora_A", lambda h, k: h.update({k.replace("layers.1", "layers.9"): h.pop(k)}), ["layers.9", "does not belong"]),
-        ("lora_A", lambda h, k: h.update({k.replace("q_proj", "x_proj"): h.pop(k)}), ["x_proj", "does not belong"]),
-        ("lora_A", lambda h, k: h.update({k.replace("lora_A", "lora_C"): h.pop(k)}), ["lora_C", "does not belong"]),
-        ("lora_A", lambda h, k: h.update({k.replace("self_attn.q_proj", "self_attn.k_proj"): h.pop(k)}), ["lacks lora_"]),
+        (
+            "lora_A",
+            lambda h, k: h.update({k.replace("layers.1", "layers.9"): h.pop(k)}),
+            ["layers.9", "does not belong"],
+        ),
+        (
+            "lora_A",
+            lambda h, k: h.update({k.replace("q_proj", "x_proj"): h.pop(k)}),
+            ["x_proj", "does not belong"],
+        ),
+        (
+            "lora_A",
+            lambda h, k: h.update({k.replace("lora_A", "lora_C"): h.pop(k)}),
+            ["lora_C", "does not belong"],
+        ),
+        (
+            "lora_A",
+            lambda h, k: h.update({k.replace("self_attn.q_proj", "self_attn.k_proj"): h.pop(k)}),
+            ["lacks lora_"],
+        ),
         ("lora_A", lambda h, k: h[k].update(shape=h[k]["shape"][::-1]), ["lora_A", "(4, 64), found (64, 4)"]),
         ("lora_B", lambda h, k: h[k].update(shape=h[k]["shape"][::-1]), ["lora_B", "(64, 4), found (4, 64)"]),
     ],
-)  # fmt: skip
+)
 def test_adapter_tensors(
     originals: Path, adapter: Path, tmp_path: Path, refused: Refused, name: str, change: Any, words: list[str]
 ) -> None:

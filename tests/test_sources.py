@@ -1,5 +1,5 @@
 """Every source of weights becomes the same file, bit for bit, as the tensors that it was made of, with which
-test_reference.py compares run.c and transformers; and run.c's logits of it agree with what transformers loads."""
+test_reference.py compares run.c and transformers; and run.c's logits agree with what transformers loads."""
 
 from __future__ import annotations
 
@@ -225,13 +225,33 @@ def test_tokenizer_model_beside_the_weights(
         ("theta", {"sliding_window": 512}, None),
         ("theta", {"sliding_window": None}, None),
         ("bias", {"use_sliding_window": False, "sliding_window": 100, "layer_types": None}, None),
-        ("bias", {"use_sliding_window": True, "sliding_window": 100, "layer_types": None}, None),  # from layer 28
-        ("bias", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1, "layer_types": None}, 100),
-        ("bias", {"use_sliding_window": True, "sliding_window": 100}, None),  # layer_types has none that slides
-        ("bias", {"use_sliding_window": True, "sliding_window": 90, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, 90),
+        (
+            "bias",
+            {"use_sliding_window": True, "sliding_window": 100, "layer_types": None},
+            None,
+        ),  # from layer 28
+        (
+            "bias",
+            {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1, "layer_types": None},
+            100,
+        ),
+        (
+            "bias",
+            {"use_sliding_window": True, "sliding_window": 100},
+            None,
+        ),  # layer_types has none that slides
+        (
+            "bias",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 90,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
+            90,
+        ),
         ("mha", {"sliding_window": 100}, None),  # which Llama does not have
     ],
-)  # fmt: skip
+)
 def test_sliding_windows(
     tmp_path: Path, exported: Run, name: str, fields: dict[str, Any], window: int | None
 ) -> None:
@@ -277,11 +297,13 @@ def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
 
 
 META = {
-    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-    "embed_tokens": "tok_embeddings", "lm_head": "output",
-}  # fmt: skip
+    **{f"self_attn.{x}_proj": f"attention.w{x}" for x in "qkvo"},
+    **{f"mlp.{x}_proj": f"feed_forward.w{i}" for x, i in (("gate", 1), ("down", 2), ("up", 3))},
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+}
 
 
 def by_pairs(arrays: Arrays, c: export.Config) -> Arrays:
@@ -393,7 +415,7 @@ def test_pairs_and_halves_give_the_same_scores() -> None:
 def gguf_file(
     path: Path, name: str, c: export.Config, arrays: Arrays, kind: str = "BF16", **changes: Any
 ) -> Path:
-    """As llama.cpp's convert_hf_to_gguf.py writes it: norms and biases in float32, q and k of llama by pairs."""
+    """As llama.cpp's convert_hf_to_gguf.py writes it: vectors in float32, llama's q and k by pairs."""
     family = {"Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}.get(ARCHITECTURES[name][0], "llama")
     w = gguf.GGUFWriter(path, family)
     w.add_block_count(c.n_layers)
