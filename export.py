@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Turns a checkpoint into the two files that run.c reads: OUT.bin (weights) and OUT.tokenizer.bin.
 
-    export.py SOURCE -o OUT.bin [--tokenizer FILE] [--dtype auto|bf16|f16]
+    export.py SOURCE -o OUT.bin [--tokenizer FILE] [--dtype auto|bf16|f16] [--lora DIR] [--verify]
 
-SOURCE is a llama2.c `.bin` file, or `random:SHAPE` for synthetic weights of a well-known shape.
+SOURCE is a directory as Hugging Face or Meta publish them, a GGUF file, a llama2.c `.bin` file, or
+`random:SHAPE` for synthetic weights of a well-known shape.
 
 The text follows the data: 1. the model's configuration, 2. the layout of the weights file, 3. numbers of
-16 bits, 4. sources of tensors, 5. tokenizers, 6. writing, 7. the command line. A model is never held in
-memory: a source yields each tensor in pieces of a few megabytes, which are converted, checked and written.
-Everything is little-endian, as are all machines this is meant for. The README documents both formats.
+16 bits, 4. tensors that are read piece by piece, 5. formats of files, 6. checkpoints, 7. tokenizers,
+8. writing, 9. the command line. A model is never held in memory: a source yields each tensor in pieces of a
+few megabytes, which are converted, checked and written. Everything is little-endian, as are all machines
+this is meant for. The README documents both formats.
 
 Shape letters: V vocabulary, D dim, F hidden_dim, L layers, H head_dim.
 """
@@ -16,26 +18,34 @@ Shape letters: V vocabulary, D dim, F hidden_dim, L layers, H head_dim.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import operator
 import os
+import pickle
 import re
 import struct
 import sys
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 Array = NDArray[Any]  # float32, float16, or uint16: the bits of a bf16, which numpy does not have
+
+LLAMA2_TOKENIZER = Path(__file__).with_name("tokenizer.bin")  # stands beside this program
 
 PIECE = 1 << 19  # elements that are worked on at a time: few enough to stay in the cache
 
@@ -46,6 +56,29 @@ class ExportError(Exception):
 
 class UsageError(ExportError):
     """A command line that makes no sense."""
+
+
+class ModelError(ExportError):
+    """What is wrong with a model, wherever it comes from."""
+
+
+@contextmanager
+def about(what: object) -> Iterator[None]:
+    """Says of which file a ModelError is."""
+    try:
+        yield
+    except ModelError as error:
+        raise ExportError(f"{what}: {error}") from None
+
+
+def say(kind: str, message: object) -> None:
+    """On one line of standard error, whatever names and control characters a file has brought into it."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message)[:1000])
+    print(f"export.py: {kind}: {text}", file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    say("warning", message)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -78,15 +111,22 @@ class Config:
     def __post_init__(self) -> None:
         for field, value in list(vars(self).items())[:8]:  # the sizes
             if not 0 < value < 2**31:
-                raise ExportError(f"{field} is {value}, expected 1 to 2^31 - 1")
+                raise ModelError(f"{field} is {value}, expected 1 to 2^31 - 1")
         if self.n_heads % self.n_kv_heads:
-            raise ExportError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+            raise ModelError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ExportError(f"head_dim is {self.head_dim}, expected an even number")
+            raise ModelError(f"head_dim is {self.head_dim}, expected an even number")
         if not (0 < self.norm_eps < 1 and 1 <= self.rope_theta < math.inf):
-            raise ExportError(f"norm_eps {self.norm_eps} or rope_theta {self.rope_theta} is out of range")
+            raise ModelError(f"norm_eps {self.norm_eps} or rope_theta {self.rope_theta} is out of range")
         if self.rope_scaling not in (0, 1, 2):
-            raise ExportError(f"rope_scaling is {self.rope_scaling}, expected 0, 1 or 2")
+            raise ModelError(f"rope_scaling is {self.rope_scaling}, expected 0, 1 or 2")
+        if self.rope_scaling and not 0 < self.rope_factor < math.inf:
+            raise ModelError(f"rope_factor is {self.rope_factor}, expected more than 0")
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        if self.rope_scaling == 2 and not (
+            0 < low < high < math.inf and 0 < self.rope_original_max_seq_len < 2**31
+        ):
+            raise ModelError("RoPE's low_freq_factor, high_freq_factor or original length is out of range")
 
     @property
     def q_dim(self) -> int:
@@ -199,7 +239,7 @@ def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
 def largest_magnitude(x: NDArray[np.float32], name: str) -> float:
     largest = float(np.abs(x).max())
     if not math.isfinite(largest):
-        raise ExportError(f"tensor {name} has a value that is not finite: {largest}")
+        raise ModelError(f"tensor {name} has a value that is not finite: {largest}")
     return largest
 
 
@@ -214,7 +254,7 @@ def encode(piece: Array, dtype: str, name: str) -> NDArray[np.uint16]:
     x = widened(piece)
     largest = largest_magnitude(x, name)
     if largest > kind.largest:
-        raise ExportError(f"tensor {name} does not fit {dtype}: it has the magnitude {largest:g}")
+        raise ModelError(f"tensor {name} does not fit {dtype}: it has the magnitude {largest:g}")
     return to_bf16(x) if dtype == "bf16" else x.astype(np.float16).view(np.uint16)
 
 
@@ -234,7 +274,7 @@ def choose_dtype(source: Source) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 4. Sources of tensors
+# 4. Tensors that are read piece by piece
 
 
 class Source(Protocol):
@@ -242,16 +282,16 @@ class Source(Protocol):
 
     config: Config
     dtype: str  # "f32", "bf16" or "f16": what most of it is made of
-    stop_ids: tuple[int, ...]  # tokens that end a text, besides those that the tokenizer knows
+    stop_ids: tuple[int, ...] = ()  # tokens that end a text, besides those that the tokenizer knows
+    window: int | None = None  # positions that attention looks back, if that is limited
+    tokenizer_file: Path | None = None  # that comes with it
 
     def pieces(self, part: Part) -> Iterator[Array]:
         """The tensor part.name of shape part.shape, row-major, cut into pieces of any shape."""
 
 
-class ArraySource:
+class ArraySource(Source):
     """Tensors in memory, by their Hugging Face names; uint16 stands for bf16."""
-
-    stop_ids: tuple[int, ...] = ()
 
     def __init__(self, config: Config, arrays: dict[str, Array]) -> None:
         self.config, self.arrays = config, arrays
@@ -262,84 +302,940 @@ class ArraySource:
         array = self.arrays.get(part.name)
         if array is None or array.shape != part.shape:
             found = "nothing" if array is None else array.shape
-            raise ExportError(f"tensor {part.name}: expected {part.shape}, found {found}")
+            raise ModelError(f"tensor {part.name}: expected {part.shape}, found {found}")
         yield np.ascontiguousarray(array)
 
 
-class Llama2cSource:
-    """A llama2.c checkpoint, version 0 (its export.py, `legacy_export`): 7 int32, then float32 tensors.
+Rows = Callable[[int, int], Array]  # rows(start, stop) of a matrix; a vector's rows are its elements
 
-    It has each kind of tensor for all layers, then the next kind. The negative vocab_size of an untied model
-    is a llama2.c habit, and so is to separate texts by bos alone (run.c there stops at it).
+
+class Tensor(NamedTuple):
+    """A tensor in a file, which is read only when rows of it are asked for."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # "f32", "bf16" or "f16", as stored (or as dequantised)
+    rows: Rows
+    unit: int = 1  # rows that belong together: `start` has to be a multiple of it, and `stop`
+
+
+def spans(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the rows that make a piece, and of the next."""
+    height, *rest = tensor.shape
+    step = max(1, PIECE // max(1, tensor.unit * math.prod(rest))) * tensor.unit
+    for start in range(0, height, step):
+        yield start, min(start + step, height)
+
+
+def in_file(path: Path, offset: int, shape: tuple[int, ...], kind: type[np.generic]) -> Rows:
+    """The rows of an array that lies in a file as it does in memory."""
+    width = math.prod(shape[1:])
+    stride = width * np.dtype(kind).itemsize
+
+    def rows(start: int, stop: int) -> Array:
+        count = (stop - start) * width
+        try:
+            found = np.fromfile(path, kind, count, offset=offset + start * stride)
+        except OSError as error:
+            raise ExportError(f"{path}: cannot read: {error.strerror}") from None
+        if found.size != count:
+            raise ExportError(f"{path}: ends within a tensor")
+        return found.reshape(-1, *shape[1:])
+
+    return rows
+
+
+WIDTHS = {"f32": 4, "bf16": 2, "f16": 2}  # bytes
+
+
+def stored(path: Path, offset: int, shape: tuple[int, ...], dtype: str) -> Tensor:
+    kind = np.float32 if dtype == "f32" else DTYPES[dtype].array
+    return Tensor(path, shape, dtype, in_file(path, offset, shape, kind))
+
+
+def half_split(tensor: Tensor, head_dim: int) -> Tensor:
+    """RoPE rotates rows (2i, 2i + 1) of a head in Meta's checkpoints, but (i, i + H/2) in Hugging Face's."""
+
+    def rows(start: int, stop: int) -> Array:
+        x = tensor.rows(start, stop)
+        pairs = x.reshape(-1, head_dim // 2, 2, *x.shape[1:])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(x.shape)
+
+    return tensor._replace(rows=rows, unit=head_dim)
+
+
+def stacked(shards: list[Tensor]) -> Tensor:
+    """The rows of the first shard, then those of the next."""
+    *firsts, height = accumulate((shard.shape[0] for shard in shards), initial=0)
+
+    def rows(start: int, stop: int) -> Array:
+        found = []
+        for first, shard in zip(firsts, shards, strict=True):
+            begin, end = max(start - first, 0), min(stop - first, shard.shape[0])
+            if begin < end:
+                found.append(shard.rows(begin, end))
+        return np.concatenate(found)
+
+    return shards[0]._replace(shape=(height, *shards[0].shape[1:]), rows=rows)
+
+
+def side_by_side(shards: list[Tensor]) -> Tensor:
+    """Each row begins in the first shard, and goes on in the next."""
+    height, width = shards[0].shape[0], sum(shard.shape[1] for shard in shards)
+
+    def rows(start: int, stop: int) -> Array:
+        return np.concatenate([shard.rows(start, stop) for shard in shards], axis=1)
+
+    return shards[0]._replace(shape=(height, width), rows=rows)
+
+
+def lora_merged(tensor: Tensor, a: NDArray[np.float32], b: NDArray[np.float32], scale: float) -> Tensor:
+    """W + scale B A in float32 (https://arxiv.org/abs/2106.09685); a: (rank, in), b: (out, rank)."""
+    scaled = np.float32(scale) * b
+
+    def rows(start: int, stop: int) -> Array:
+        return widened(tensor.rows(start, stop)) + scaled[start:stop] @ a
+
+    return tensor._replace(rows=rows)
+
+
+HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope\.freqs")  # RoPE's angles, which run.c computes
+
+
+@dataclass
+class Checkpoint(Source):
+    """Tensors in files, by their Hugging Face names: all that the model needs, and no other."""
+
+    path: Path
+    config: Config
+    tensors: dict[str, Tensor]
+    stop_ids: tuple[int, ...] = ()
+    window: int | None = None
+    tokenizer_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        others = dict(self.tensors)
+        sizes: Counter[str] = Counter()
+        for name, shape in (part for parts in tensors(self.config) for part in parts):
+            tensor = others.pop(name, None)
+            if tensor is None:
+                raise ExportError(f"{self.path}: lacks the tensor {name} of the shape {shape}")
+            if tensor.shape != shape:
+                found = f"expected the shape {shape}, found {tensor.shape}"
+                raise ExportError(f"{tensor.path}: tensor {name}: {found}")
+            sizes[tensor.dtype] += math.prod(shape)
+        for name, tensor in others.items():
+            if not HARMLESS.fullmatch(name):
+                raise ExportError(f"{tensor.path}: has a tensor that is not supported: {name}")
+        self.dtype = sizes.most_common(1)[0][0]
+
+    def pieces(self, part: Part) -> Iterator[Array]:
+        tensor = self.tensors[part.name]
+        for start, stop in spans(tensor):
+            yield tensor.rows(start, stop)
+
+
+def renamed(found: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """By Hugging Face's names, from a table that has {} for the number of a layer."""
+    result = {}
+    for name, tensor in found.items():
+        if HARMLESS.fullmatch(name):
+            continue
+        layer = re.search(r"\.(\d+)\.", name)
+        kind = name.replace(layer[0], ".{}.", 1) if layer else name
+        if kind not in names:
+            raise ExportError(f"{tensor.path}: has a tensor that is not supported: {name}")
+        result[names[kind].format(layer and layer[1])] = tensor
+    return result
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A JSON object of a file, or what is like it; fields are checked as they are read."""
+
+    path: Path
+    values: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Settings:
+        try:
+            values = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ExportError(f"{path}: not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ExportError(f"{path}: expected a JSON object, found {values!r:.40}")
+        return cls(path, values)
+
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """Of this very type, but for whole numbers where any will do; null counts as absent."""
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ExportError(f"{self.path}: lacks {key}")
+        if kind is float and type(value) is int and abs(value) < 2**1023:
+            value = float(value)
+        if type(value) is not kind:
+            raise ExportError(f"{self.path}: {key}: expected {TYPES[kind]}, found {value!r:.40}")
+        return value
+
+    def refuse(self, *keys: str) -> None:
+        """Settings that change the result in ways that run.c does not know."""
+        for key in keys:
+            if self.values.get(key):
+                raise ExportError(f"{self.path}: {key} {self.values[key]!r:.60} is not supported")
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """One token id, or a list of them, or none."""
+        value = self.values.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(type(id) is not int for id in ids):
+            raise ExportError(f"{self.path}: {key}: expected a token id or a list, found {value!r:.40}")
+        return tuple(ids)
+
+
+TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 5. Formats of files
+
+
+SAFETENSORS_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+MAX_SAFETENSORS_HEADER = 100_000_000  # as in the safetensors library
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """A length in 8 bytes, a JSON object of that length, which says where each tensor is, and the tensors.
+
+    The safetensors library would need torch for bf16, and would map the file, which counts as memory in use.
+    """
+    file_size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(file_size - 8, MAX_SAFETENSORS_HEADER):
+            found = f"a header of {length} bytes in a file of {file_size}"
+            raise ExportError(f"{path}: not a safetensors file, or a truncated one: {found}")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {name: safetensors_entry(entry) for name, entry in header.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: its safetensors header is damaged: {error!r:.80}") from None
+    start, end = 8 + length, 0
+    for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if dtype not in SAFETENSORS_DTYPES:
+            raise ExportError(f"{path}: tensor {name}: expected the type F32, F16 or BF16, found {dtype}")
+        if begin != end or stop - begin != math.prod(shape) * WIDTHS[SAFETENSORS_DTYPES[dtype]]:
+            lie = f"{dtype} of the shape {shape} in bytes {begin} to {stop}, after byte {end}"
+            raise ExportError(f"{path}: its header contradicts itself: tensor {name} is {lie}")
+        end = stop
+    if start + end != file_size:
+        raise ExportError(f"{path}: expected {start + end} bytes by its header, found {file_size}")
+    return {
+        name: stored(path, start + begin, shape, SAFETENSORS_DTYPES[dtype])
+        for name, (dtype, shape, begin, _) in entries.items()
+    }
+
+
+def safetensors_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, byte after the last), of which nothing is true yet but the types."""
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{entry}")
+    return dtype, tuple(shape), begin, end
+
+
+TORCH_STORAGES = {"FloatStorage": "f32", "HalfStorage": "f16", "BFloat16Storage": "bf16"}
+DAMAGES = (  # what a damaged archive or pickle may lead to
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
+    ValueError, pickle.UnpicklingError, struct.error, zlib.error,
+)  # fmt: skip
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Reads the pickle of a PyTorch file without running anything that it names but these few functions.
+
+    Weights stay in the file: torch.load() would map it, which counts as memory in use, and would need torch.
     """
 
-    HEADER = struct.Struct("<7i")
-    dtype = "f32"
-    stop_ids: tuple[int, ...] = (1,)
+    def __init__(self, path: Path, archive: zipfile.ZipFile, pickled: str) -> None:
+        super().__init__(archive.open(pickled))
+        self.path, self.archive, self.folder = path, archive, pickled.removesuffix("data.pkl")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in TORCH_STORAGES:
+            return TORCH_STORAGES[name]
+        known: dict[tuple[str, str], Callable[..., Any]] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+        }
+        if (module, name) not in known:
+            expected = "expected tensors of float32, float16 or bfloat16 and nothing that could run code"
+            raise ExportError(f"{self.path}: its pickle asks for {module}.{name}, {expected}")
+        return known[module, name]
+
+    def persistent_load(self, pid: Any) -> tuple[str, int, int]:
+        """(dtype, byte offset, number of elements) of what several tensors may share."""
+        _, dtype, key, _, elements = pid
+        info = self.archive.getinfo(f"{self.folder}data/{key}")
+        if info.compress_type != zipfile.ZIP_STORED or elements * WIDTHS[dtype] > info.file_size:
+            raise ValueError(f"storage {key}")
+        with open(self.path, "rb") as file:
+            file.seek(info.header_offset + 26)
+            name_length, extra_length = struct.unpack("<2H", file.read(4))
+        return dtype, info.header_offset + 30 + name_length + extra_length, elements
+
+    def tensor(self, storage: Any, first: int, shape: Any, strides: Any, *_: Any) -> Tensor:
+        dtype, offset, elements = storage
+        contiguous = tuple(accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1]
+        whole = all(type(n) is int and n >= 0 for n in (first, *shape))
+        if not whole or first + math.prod(shape) > elements or strides != contiguous[: len(shape)]:
+            raise ValueError(f"a tensor of the shape {shape} with the strides {strides}")
+        return stored(self.path, offset + first * WIDTHS[dtype], tuple(shape), dtype)
+
+
+def read_torch(path: Path) -> dict[str, Tensor]:
+    """A zip archive of a pickled dictionary and the bytes of each tensor, uncompressed."""
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            if pickled is None:
+                raise ExportError(f"{path}: expected a PyTorch file, found another zip archive")
+            order = pickled.removesuffix("data.pkl") + "byteorder"
+            if order in archive.namelist() and archive.read(order) != b"little":
+                raise ExportError(f"{path}: expected little-endian tensors")
+            found = TensorUnpickler(path, archive, pickled).load()
+    except FileNotFoundError:
+        raise
+    except zipfile.BadZipFile:
+        raise ExportError(f"{path}: expected a zip archive, as torch.save() makes them since 1.6") from None
+    except DAMAGES as error:
+        raise ExportError(f"{path}: a damaged PyTorch file: {error!r:.80}") from None
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise ExportError(f"{path}: expected a dictionary of tensors, found something else in its pickle")
+    return {str(name): tensor for name, tensor in found.items()}
+
+
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_DTYPES = {0: "f32", 1: "f16", 30: "bf16"}
+GGUF_SCALES = ("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "rope.scale_linear")
+
+
+class Gguf:
+    """The metadata of a GGUF file, and its tensors by their names there.
+
+    The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package makes two numpy
+    objects of every string: a vocabulary of 49,152 tokens takes 2 seconds and 150 MB there, 0.1 and 20 here.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open(path, "rb") as file:
-            start = file.read(self.HEADER.size)
-            size = os.fstat(file.fileno()).st_size
-        if kind := known_format(start):
-            raise ExportError(f"{path}: expected a llama2.c model, found {kind}")
-        if len(start) < self.HEADER.size:
-            raise ExportError(f"{path}: too short for a llama2.c model: {len(start)} bytes")
-        dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len = self.HEADER.unpack(start)
+        self.size = path.stat().st_size
+        with open(path, "rb") as self.file:
+            magic, version, n_tensors, n_fields = self.unpack("4sIQQ")
+            if magic != b"GGUF" or version not in (2, 3):
+                raise ExportError(f"{path}: expected GGUF of version 2 or 3, found {magic!r}, {version}")
+            values = {self.string(): self.value(*self.unpack("I")) for _ in range(n_fields)}
+            self.settings = Settings(path, values)
+            entries = [self.entry() for _ in range(n_tensors)]
+            alignment = self.settings.get("general.alignment", int, 32)
+            if alignment < 1:
+                raise ExportError(f"{path}: general.alignment: expected 1 or more, found {alignment}")
+            start = -(-self.file.tell() // alignment) * alignment
+        self.tensors = {name: self.tensor(name, shape, kind, start + at) for name, shape, kind, at in entries}
+
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        size = struct.calcsize("<" + form)
+        return struct.unpack("<" + form, self.read(size))
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size) if size <= self.size else b""
+        if len(data) != size:
+            raise ExportError(f"{self.path}: ends within its header, or the header lies")
+        return data
+
+    def string(self) -> str:
+        return self.read(*self.unpack("Q")).decode(errors="surrogateescape")
+
+    def value(self, kind: int) -> Any:
+        if kind == GGUF_STRING:
+            return self.string()
+        if kind in GGUF_NUMBERS:
+            return self.unpack(GGUF_NUMBERS[kind])[0]
+        if kind != GGUF_ARRAY:
+            raise ExportError(f"{self.path}: a metadata value of the unknown type {kind}")
+        element, count = self.unpack("IQ")
+        if element == GGUF_STRING:
+            return [self.string() for _ in range(count)]
+        if element not in GGUF_NUMBERS or count > self.size:
+            raise ExportError(f"{self.path}: a metadata array of {count} elements of the type {element}")
+        return list(self.unpack(f"{count}{GGUF_NUMBERS[element]}"))
+
+    def entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        """(name, shape, type, byte offset); a shape has its innermost dimension first in the file."""
+        name, (n_dims,) = self.string(), self.unpack("I")
+        if not 1 <= n_dims <= 4:
+            raise ExportError(f"{self.path}: tensor {name}: expected 1 to 4 dimensions, found {n_dims}")
+        return name, self.unpack(f"{n_dims}Q")[::-1], *self.unpack("IQ")
+
+    def tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
+        if kind in GGUF_DTYPES:
+            tensor = stored(self.path, offset, shape, GGUF_DTYPES[kind])
+            size = math.prod(shape) * WIDTHS[tensor.dtype]
+        else:
+            tensor, size = self.quantised(name, shape, kind, offset)
+        if offset + size > self.size:
+            raise ExportError(f"{self.path}: tensor {name} should end at byte {offset + size} of {self.size}")
+        return tensor
+
+    def quantised(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> tuple[Tensor, int]:
+        """Blocks of numbers with a scale each, as float32; and the bytes that they take."""
         try:
-            if n_heads <= 0 or dim % n_heads:
-                raise ExportError(f"dim {dim} is not a multiple of n_heads {n_heads}")
-            sizes = (dim, hidden_dim, n_layers, n_heads, n_kv_heads, dim // n_heads, abs(vocab_size), seq_len)
-            self.config = Config(*sizes, tied=vocab_size > 0)
-        except ExportError as error:
-            raise ExportError(f"{path}: neither a llama2.c model nor another known format: {error}") from None
-        self.offsets = self.find_tensors(size)
+            from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+        except ImportError:
+            raise ExportError(f"{self.path}: is quantised, which needs: pip install gguf") from None
+        try:
+            quantisation = GGMLQuantizationType(kind)
+            block, block_bytes = GGML_QUANT_SIZES[quantisation]
+            dequantize(np.zeros((1, block_bytes), np.uint8), quantisation)
+        except (ValueError, KeyError, NotImplementedError):
+            raise ExportError(f"{self.path}: tensor {name}: type {kind} is not supported") from None
+        if len(shape) != 2 or shape[1] % block:
+            raise ExportError(f"{self.path}: tensor {name} of the shape {shape} is in blocks of {block}")
+        row_bytes = shape[1] // block * block_bytes
+        packed = in_file(self.path, offset, (shape[0], row_bytes), np.uint8)
 
-    def find_tensors(self, file_size: int) -> dict[str, int]:
-        """The byte offset of each tensor, by its Hugging Face name, if the file has the length for them."""
-        c = self.config
-        kinds = [  # name, how many, elements of each
-            ("model.embed_tokens", 1, c.vocab_size * c.dim),
-            ("model.layers.{}.input_layernorm", c.n_layers, c.dim),
-            ("model.layers.{}.self_attn.q_proj", c.n_layers, c.q_dim * c.dim),
-            ("model.layers.{}.self_attn.k_proj", c.n_layers, c.kv_dim * c.dim),
-            ("model.layers.{}.self_attn.v_proj", c.n_layers, c.kv_dim * c.dim),
-            ("model.layers.{}.self_attn.o_proj", c.n_layers, c.dim * c.q_dim),
-            ("model.layers.{}.post_attention_layernorm", c.n_layers, c.dim),
-            ("model.layers.{}.mlp.gate_proj", c.n_layers, c.hidden_dim * c.dim),
-            ("model.layers.{}.mlp.down_proj", c.n_layers, c.dim * c.hidden_dim),
-            ("model.layers.{}.mlp.up_proj", c.n_layers, c.hidden_dim * c.dim),
-            ("model.norm", 1, c.dim),
-            ("cosines and sines of RoPE", 2, c.max_seq_len * c.head_dim // 2),
-            ("lm_head", 0 if c.tied else 1, c.vocab_size * c.dim),
-        ]
-        expected = self.HEADER.size + 4 * sum(count * size for _, count, size in kinds)
-        if file_size != expected:
-            raise ExportError(f"{self.path}: expected {expected} bytes by its header, found {file_size}")
-        offsets = {}
-        offset = self.HEADER.size
-        for name, count, size in kinds:
-            for layer in range(count):
-                offsets[f"{name.format(layer)}.weight"] = offset
-                offset += 4 * size
-        return offsets
+        def rows(start: int, stop: int) -> Array:
+            return dequantize(packed(start, stop), quantisation)
 
-    def pieces(self, part: Part) -> Iterator[Array]:
-        offset = self.offsets[part.name]
-        cols = part.shape[-1]
-        head = self.config.head_dim if len(part.shape) == 2 else 1  # pieces are of whole heads
-        step = max(1, PIECE // (head * cols)) * head * cols
-        for start in range(0, part.size, step):
-            count = min(step, part.size - start)
-            piece = np.fromfile(self.path, np.float32, count, offset=offset + 4 * start)
-            if piece.size != count:
-                raise ExportError(f"{self.path}: ends within {part.name}")
-            if part.name.endswith(("q_proj.weight", "k_proj.weight")):
-                # RoPE rotates rows (2i, 2i + 1) of a head in llama2.c, but (i, i + H/2) here
-                pairs = piece.reshape(-1, head // 2, 2, cols)
-                piece = np.ascontiguousarray(pairs.swapaxes(1, 2))
-            yield piece
+        return Tensor(self.path, shape, "f32", rows), shape[0] * row_bytes
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 6. Checkpoints: Hugging Face, Meta, GGUF, llama2.c, LoRA adapters, and weights at random
+
+FAMILIES = {  # what Hugging Face calls the architectures that run.c computes
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def open_hugging_face(folder: Path) -> Checkpoint:
+    settings = Settings.read(folder / "config.json")
+    with about(settings.path):
+        config = hugging_face_config(settings)
+    found = hugging_face_tensors(folder)
+    classifier = found.pop("lm_head.weight", None) if config.tied else None
+    if classifier and not same(classifier, found.get("model.embed_tokens.weight")):
+        raise ExportError(f"{settings.path}: tie_word_embeddings is true, but lm_head.weight differs")
+    stop_ids = settings.ids("eos_token_id")
+    if (folder / "generation_config.json").exists():
+        stop_ids += Settings.read(folder / "generation_config.json").ids("eos_token_id")
+    window = sliding_window(settings, config)
+    return Checkpoint(folder, config, found, stop_ids, window, existing(folder / "tokenizer.model"))
+
+
+def existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def same(a: Tensor, b: Tensor | None) -> bool:
+    if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return all(np.array_equal(a.rows(*span), b.rows(*span)) for span in spans(a))
+
+
+def hugging_face_config(s: Settings) -> Config:
+    family = s.get("model_type", str)
+    if family not in FAMILIES:
+        expected = f"expected one of {', '.join(FAMILIES)}"
+        raise ExportError(f"{s.path}: model_type {family!r} is not supported, {expected}")
+    architectures = s.get("architectures", list, [FAMILIES[family]])
+    if [str(name).lower() for name in architectures] != [FAMILIES[family].lower()]:
+        raise ExportError(f"{s.path}: architectures {architectures} of {family!r} are not supported")
+    s.refuse("mlp_bias", "quantization_config")
+    if (activation := s.get("hidden_act", str, "silu")) not in ("silu", "swish"):
+        raise ExportError(f"{s.path}: hidden_act {activation!r} is not supported, expected 'silu'")
+    dim, n_heads = s.get("hidden_size", int), s.get("num_attention_heads", int)
+    head_dim = s.get("head_dim", int, 128 if family == "qwen3" else 0)  # as in transformers
+    return Config(
+        dim=dim,
+        hidden_dim=s.get("intermediate_size", int),
+        n_layers=s.get("num_hidden_layers", int),
+        n_heads=n_heads,
+        n_kv_heads=s.get("num_key_value_heads", int, n_heads if family == "llama" else None),
+        head_dim=head_dim or dim_of_heads(dim, n_heads),
+        vocab_size=s.get("vocab_size", int),
+        max_seq_len=s.get("max_position_embeddings", int),
+        norm_eps=s.get("rms_norm_eps", float),
+        tied=s.get("tie_word_embeddings", bool, False),
+        qkv_bias=family == "qwen2" or s.get("attention_bias", bool, False),
+        qk_norm=family == "qwen3",
+        **hugging_face_rope(s),
+    )
+
+
+def dim_of_heads(dim: int, n_heads: int) -> int:
+    """Where it is not said, heads share out the model's dimensions."""
+    if n_heads < 1 or dim % n_heads:
+        raise ModelError(f"dim {dim} is not a multiple of n_heads {n_heads}")
+    return dim // n_heads
+
+
+def hugging_face_rope(s: Settings) -> dict[str, Any]:
+    """From rope_parameters, or, before transformers 5, from rope_theta and rope_scaling."""
+    rope: dict[str, Any] = {}
+    old, new = s.get("rope_scaling", dict, {}), s.get("rope_parameters", dict, {})
+    for fields in ({"rope_theta": s.values.get("rope_theta")}, old, new):
+        for key, value in fields.items():
+            key = "rope_type" if key == "type" else key
+            if isinstance(value, dict):
+                raise ExportError(f"{s.path}: RoPE that differs from layer to layer ({key}) is not supported")
+            if value is not None and rope.setdefault(key, value) != value:
+                raise ExportError(f"{s.path}: contradicts itself: {key} is {rope[key]!r} and {value!r}")
+    for key in ("original_max_position_embeddings", "partial_rotary_factor"):
+        rope.setdefault(key, s.values.get(key))
+    r = Settings(s.path, rope)
+    if (part := r.get("partial_rotary_factor", float, 1.0)) != 1:
+        raise ExportError(f"{s.path}: partial_rotary_factor {part} is not supported, expected 1")
+    kind = r.get("rope_type", str, "default")
+    found: dict[str, Any] = {"rope_theta": r.get("rope_theta", float, 10000.0)}
+    if kind == "default":
+        return found
+    if kind == "linear":
+        return found | {"rope_scaling": 1, "rope_factor": r.get("factor", float)}
+    if kind == "llama3":
+        low, high = r.get("low_freq_factor", float), r.get("high_freq_factor", float)
+        original = r.get("original_max_position_embeddings", int)
+        return found | llama3_rope(r.get("factor", float), original, low, high)
+    expected = "expected default, linear or llama3"
+    raise ExportError(f"{s.path}: RoPE of the type {kind!r} is not supported, {expected}")
+
+
+def llama3_rope(factor: float, original: int = 8192, low: float = 1.0, high: float = 4.0) -> dict[str, Any]:
+    """As Llama 3.1 stretches RoPE; only the factor has changed since."""
+    return {
+        "rope_scaling": 2,
+        "rope_factor": factor,
+        "rope_low_freq_factor": low,
+        "rope_high_freq_factor": high,
+        "rope_original_max_seq_len": original,
+    }
+
+
+def sliding_window(s: Settings, config: Config) -> int | None:
+    """How far attention looks back, if in some layer it does not see everything."""
+    family, layers = s.values["model_type"], s.get("layer_types", list, [])
+    if other := set(map(str, layers)) - {"full_attention", "sliding_attention"}:
+        raise ExportError(f"{s.path}: layer_types: {min(other)!r} is not supported")
+    if family == "llama" or (family != "mistral" and not s.get("use_sliding_window", bool, False)):
+        return None
+    if layers and "sliding_attention" not in layers:
+        return None
+    if not layers and family != "mistral" and s.get("max_window_layers", int) >= config.n_layers:
+        return None
+    window = s.get("sliding_window", int, 0)
+    if window < 0:
+        raise ExportError(f"{s.path}: sliding_window is {window}, expected 1 or more")
+    return window or None
+
+
+def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
+    """In one file, or in several that an index lists."""
+    readers = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_torch}
+    for name, read in readers.items():
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return read(folder / name)
+        if index.exists():
+            return indexed_tensors(index, read)
+    expected = " or ".join(f"{name}[.index.json]" for name in readers)
+    raise ExportError(f"{folder}: expected {expected}, found neither")
+
+
+def indexed_tensors(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    names: dict[str, list[str]] = {}
+    for name, shard in Settings.read(index).get("weight_map", dict).items():
+        names.setdefault(str(shard), []).append(name)
+    found = {}
+    for shard in sorted(names):
+        path = index.parent / shard
+        if Path(shard).name != shard or not path.is_file():  # shards lie beside the index
+            raise ExportError(f"{index}: lists {shard!r}, but such a file is missing beside it")
+        tensors_there = read(path)
+        for name in names[shard]:
+            if name not in tensors_there:
+                raise ExportError(f"{path}: lacks the tensor {name}, which {index.name} says it has")
+            found[name] = tensors_there[name]
+    return found
+
+
+META_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+META_SETTINGS = {  # all that is known in params.json; of others, nobody knows what they change
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"),
+    *("norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor"),
+    *("head_dim", "hidden_dim", "max_seq_len", "max_batch_size", "sliding_window"),
+}
+
+
+def open_meta(folder: Path) -> Checkpoint:
+    """Llama as Meta publishes it: params.json, tokenizer.model, and a shard for each GPU of a group."""
+    s = Settings.read(folder / "params.json")
+    if unknown := sorted(s.values.keys() - META_SETTINGS):
+        raise ExportError(f"{s.path}: {unknown[0]} is not supported")
+    shards = meta_shards(folder)
+    found = {name: meta_joined(s, name, [shard[name] for shard in shards]) for name in shards[0]}
+    found = renamed(found, META_NAMES)
+    with about(s.path):
+        config = meta_config(s, found)
+    check_meta_shards(folder, config, shards)
+    found = {name: rotated_by_halves(name, tensor, config) for name, tensor in found.items()}
+    window = s.get("sliding_window", int, 0) or None
+    return Checkpoint(folder, config, found, (), window, existing(folder / "tokenizer.model"))
+
+
+def rotated_by_halves(name: str, tensor: Tensor, config: Config) -> Tensor:
+    """Permutes what RoPE is applied to: queries and keys."""
+    rotated = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
+    return half_split(tensor, config.head_dim) if name.endswith(rotated) else tensor
+
+
+def meta_shards(folder: Path) -> list[dict[str, Tensor]]:
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise ExportError(f"{folder}: expected consolidated.00.pth, found no such file")
+    for i, path in enumerate(paths):
+        if path.name != f"consolidated.{i:02}.pth":
+            raise ExportError(f"{folder}: consolidated.{i:02}.pth is missing, but there is {paths[-1].name}")
+    shards = [read_torch(path) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        if different := sorted(shard.keys() ^ shards[0].keys()):
+            raise ExportError(f"{path}: {different[0]} is only in this or in {paths[0].name}")
+    return shards
+
+
+def meta_joined(s: Settings, name: str, shards: list[Tensor]) -> Tensor:
+    """A tensor as it was before it was distributed; norms are in every shard."""
+    if len({(shard.dtype, shard.shape) for shard in shards}) > 1:
+        other = shards[0].path.name
+        raise ExportError(f"{shards[-1].path}: tensor {name} differs in shape or type from {other}'s")
+    if len(shards) == 1 or len(shards[0].shape) != 2:
+        return shards[0]
+    by_input = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+    if name == "tok_embeddings.weight":  # by columns up to Llama 2, by rows since
+        by_input = shards[0].shape[1] != s.get("dim", int)
+    return side_by_side(shards) if by_input else stacked(shards)
+
+
+def meta_config(s: Settings, found: dict[str, Tensor]) -> Config:
+    """Of params.json, and of the tensors' shapes what it leaves out."""
+    sizes = []
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"):
+        if name not in found:
+            raise ExportError(f"{s.path.parent}: lacks the tensor {name}")
+        sizes.append(found[name].shape[0])
+    vocab_size, hidden_dim = sizes
+    dim, n_heads = s.get("dim", int), s.get("n_heads", int)
+    return Config(
+        dim=dim,
+        hidden_dim=hidden_dim,
+        n_layers=s.get("n_layers", int),
+        n_heads=n_heads,
+        n_kv_heads=s.get("n_kv_heads", int, n_heads),
+        head_dim=s.get("head_dim", int, 0) or dim_of_heads(dim, n_heads),
+        vocab_size=vocab_size if s.get("vocab_size", int, -1) == -1 else s.get("vocab_size", int),
+        max_seq_len=meta_context(s),
+        norm_eps=s.get("norm_eps", float),
+        tied="lm_head.weight" not in found,
+        rope_theta=s.get("rope_theta", float, 10000.0),
+        **meta_rope(s),
+    )
+
+
+def meta_rope(s: Settings) -> dict[str, Any]:
+    """The factor is 8 in Llama 3.1, and 32 in the small models of 3.2, whose params.json do not say so."""
+    if not s.get("use_scaled_rope", bool, False):
+        return {}
+    factor = s.get("rope_scaling_factor", float, 32.0 if s.get("dim", int) < 4096 else 8.0)
+    return llama3_rope(factor, high=s.get("rope_high_freq_factor", float, 4.0))
+
+
+def meta_context(s: Settings) -> int:
+    """params.json does not say for how many positions a model was trained; other settings give it away."""
+    if "max_seq_len" in s.values:
+        return s.get("max_seq_len", int)
+    if s.get("use_scaled_rope", bool, False):
+        return 131072  # Llama 3.1 and later
+    if "rope_theta" in s.values:
+        return 8192  # Llama 3
+    warn(f"{s.path}: no context length; assuming 2048 as for Llama 1 (for Llama 2: --max-seq-len 4096)")
+    return 2048
+
+
+def check_meta_shards(folder: Path, config: Config, shards: list[dict[str, Tensor]]) -> None:
+    """Without the last shards, shapes would be wrong all over."""
+    wo = shards[0].get("layers.0.attention.wo.weight")
+    if wo is not None and len(wo.shape) == 2 and wo.shape[1] * len(shards) != config.q_dim:
+        found = f"found {len(shards)} with {wo.shape[1]} each"
+        raise ExportError(f"{folder}: expected consolidated.*.pth with {config.q_dim} columns of wo, {found}")
+
+
+GGUF_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
+    **{f"blk.{{}}.attn_{x}.weight": f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv"},
+    **{f"blk.{{}}.attn_{x}.bias": f"model.layers.{{}}.self_attn.{x}_proj.bias" for x in "qkv"},
+    "blk.{}.attn_q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "blk.{}.attn_k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+    "blk.{}.attn_output.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "blk.{}.ffn_gate.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "blk.{}.ffn_up.weight": "model.layers.{}.mlp.up_proj.weight",
+    "blk.{}.ffn_down.weight": "model.layers.{}.mlp.down_proj.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """A model of llama.cpp; quantised weights become 16 bits, which is exact or nearly so."""
+    file = Gguf(path)
+    s, found = file.settings, file.tensors
+    for other in gguf_splits(s):
+        found |= Gguf(other).tensors
+    factors = found.pop("rope_freqs.weight", None)
+    found = renamed(found, GGUF_NAMES)
+    with about(path):
+        config = gguf_config(s, found)
+        if factors:
+            config = replace(config, **rope_of_factors(config, factors))
+    architecture = s.get("general.architecture", str)
+    if architecture == "llama":  # the one that llama.cpp rotates by pairs
+        found = {name: rotated_by_halves(name, tensor, config) for name, tensor in found.items()}
+    stop_ids = s.ids("tokenizer.ggml.eos_token_id") + s.ids("tokenizer.ggml.eot_token_id")
+    window = s.get(f"{architecture}.attention.sliding_window", int, 0) or None
+    return Checkpoint(path, config, found, stop_ids, window)
+
+
+def gguf_splits(s: Settings) -> list[Path]:
+    """The other files of a model that was split into several."""
+    count = s.get("split.count", int, 1)
+    if count < 2:
+        return []
+    name = re.fullmatch(rf"(.*)-00001-of-{count:05}\.gguf", s.path.name)
+    if not name:
+        first = f"NAME-00001-of-{count:05}.gguf"
+        raise ExportError(f"{s.path}: one of {count} files, expected the first, {first}")
+    paths = [s.path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf") for i in range(2, count + 1)]
+    for path in paths:
+        if not path.is_file():
+            raise ExportError(f"{path}: missing, but {s.path.name} says there are {count} files")
+    return paths
+
+
+def gguf_config(s: Settings, found: dict[str, Tensor]) -> Config:
+    architecture = s.get("general.architecture", str)
+    if architecture not in ("llama", "qwen2", "qwen3"):
+        expected = "expected llama, qwen2 or qwen3"
+        raise ExportError(f"{s.path}: the architecture {architecture!r} is not supported, {expected}")
+    prefix = f"{architecture}."
+    own = {key.removeprefix(prefix): value for key, value in s.values.items() if key.startswith(prefix)}
+    a = Settings(s.path, own)
+    a.refuse("expert_count", *GGUF_SCALES)
+    dim, n_heads = a.get("embedding_length", int), a.get("attention.head_count", int)
+    head_dim = a.get("attention.key_length", int, 0) or dim_of_heads(dim, n_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if a.get(key, int, head_dim) != head_dim:
+            raise ExportError(f"{s.path}: {prefix}{key} is {own[key]}, expected {head_dim} as all of a head")
+    kind = a.get("rope.scaling.type", str, "none")
+    if kind not in ("none", "linear"):
+        raise ExportError(f"{s.path}: RoPE of the type {kind!r} is not supported, expected none or linear")
+    embedding = found.get("model.embed_tokens.weight")
+    if embedding is None:
+        raise ExportError(f"{s.path}: lacks the tensor token_embd.weight")
+    return Config(
+        dim=dim,
+        hidden_dim=a.get("feed_forward_length", int),
+        n_layers=a.get("block_count", int),
+        n_heads=n_heads,
+        n_kv_heads=a.get("attention.head_count_kv", int, n_heads),
+        head_dim=head_dim,
+        vocab_size=embedding.shape[0],
+        max_seq_len=a.get("context_length", int),
+        norm_eps=a.get("attention.layer_norm_rms_epsilon", float),
+        tied="lm_head.weight" not in found,
+        qkv_bias="model.layers.0.self_attn.q_proj.bias" in found,
+        qk_norm=architecture == "qwen3",
+        rope_theta=a.get("rope.freq_base", float, 10000.0),
+        rope_scaling=int(kind == "linear"),
+        rope_factor=a.get("rope.scaling.factor", float) if kind == "linear" else 0.0,
+    )
+
+
+def rope_of_factors(c: Config, tensor: Tensor) -> dict[str, Any]:
+    """llama.cpp stores what Llama 3's RoPE divides each frequency by: find what gave these numbers."""
+    if c.rope_scaling == 0 and tensor.shape == (c.head_dim // 2,):
+        stored_factors = widened(tensor.rows(0, c.head_dim // 2)).astype(np.float64)
+        frequencies = c.rope_theta ** -(np.arange(0, c.head_dim, 2) / c.head_dim)
+        factor = float(stored_factors.max())
+        for original in (2**i for i in range(5, 21)):
+            turns = original * frequencies / (2 * np.pi)
+            keep = np.clip((turns - 1) / (4 - 1), 0, 1)
+            if np.allclose(stored_factors, 1 / (keep + (1 - keep) / factor), rtol=1e-4):
+                return llama3_rope(factor, original)
+    raise ExportError(f"{tensor.path}: rope_freqs.weight is not of Llama 3's kind, which alone is supported")
+
+
+LLAMA2C_MAGIC = b"24ka"  # since version 1
+LLAMA2C_LAYOUTS = {  # the kinds of tensors in order, each for all layers
+    0: (
+        "model.embed_tokens.weight",
+        "model.layers.{}.input_layernorm.weight",
+        *(f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"),
+        "model.layers.{}.post_attention_layernorm.weight",
+        *(f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "down", "up")),
+        "model.norm.weight",
+        "rope.freqs",
+        "lm_head.weight",
+    ),
+    1: (
+        "model.layers.{}.input_layernorm.weight",
+        "model.layers.{}.post_attention_layernorm.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+        *(f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"),
+        *(f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "down", "up")),
+        "lm_head.weight",
+    ),
+}
+
+
+def open_llama2c(path: Path) -> Checkpoint:
+    """A llama2.c checkpoint of float32, where texts are separated by bos alone (its run.c stops there)."""
+    version, offset, config = llama2c_header(path)
+    one_layer = (part for parts in tensors(replace(config, n_layers=1)) for part in parts)
+    shapes = {part.name.replace(".0.", ".{}."): part.shape for part in one_layer}
+    shapes["rope.freqs"] = (config.max_seq_len, config.head_dim)  # cosines and sines
+    layout = [name for name in LLAMA2C_LAYOUTS[version] if name in shapes]
+    kinds = [(name, config.n_layers if "{}" in name else 1) for name in layout]
+    expected = offset + 4 * sum(count * math.prod(shapes[name]) for name, count in kinds)
+    if (file_size := path.stat().st_size) != expected:
+        raise ExportError(f"{path}: expected {expected} bytes by its header, found {file_size}")
+    found = {}
+    for kind, count in kinds:
+        for name in (kind.format(layer) for layer in range(count)):
+            found[name] = rotated_by_halves(name, stored(path, offset, shapes[kind], "f32"), config)
+            offset += 4 * math.prod(shapes[kind])
+    tokenizer_file = LLAMA2_TOKENIZER if config.vocab_size == 32000 else None
+    return Checkpoint(path, config, found, stop_ids=(1,), tokenizer_file=tokenizer_file)
+
+
+def llama2c_header(path: Path) -> tuple[int, int, Config]:
+    """(version, offset of the first tensor, shape): 7 int32, before which version 1 has magic and version.
+
+    An untied model has a negative vocab_size in version 0, and a byte for it in version 1.
+    """
+    with open(path, "rb") as file:
+        start = file.read(256)
+    version, at, length = 0, 0, 28
+    if start.startswith(LLAMA2C_MAGIC):
+        version, at, length = int.from_bytes(start[4:8], "little"), 8, 256
+        if version != 1:
+            expected = "expected 0 or 1, which are of float32 (2 is quantised to 8 bits)"
+            raise ExportError(f"{path}: a llama2.c model of version {version}, {expected}")
+    elif kind := known_format(start):
+        raise ExportError(f"{path}: expected a model, found {kind}")
+    if len(start) < length:
+        raise ExportError(f"{path}: too short for a llama2.c model: {len(start)} bytes")
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len = struct.unpack_from("<7i", start, at)
+    tied = bool(start[36]) if version else vocab_size > 0
+    with about(f"{path}: neither a llama2.c model nor another known format"):
+        head_dim = dim_of_heads(dim, n_heads)
+        sizes = (dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, abs(vocab_size), seq_len)
+        return version, length, Config(*sizes, tied=tied)
+
+
+def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
+    """A checkpoint with a LoRA adapter of the PEFT library, merged in as weights are read."""
+    s = Settings.read(folder / "adapter_config.json")
+    rank, scale = lora_rank_and_scale(s)
+    path = folder / "adapter_model.safetensors"
+    found = read_safetensors(path) if path.exists() else read_torch(folder / "adapter_model.bin")
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in found.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if not match or f"{match[1]}.weight" not in base.tensors:
+            raise ExportError(f"{tensor.path}: has a tensor that does not belong to this model: {name}")
+        pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor
+    if not pairs:
+        raise ExportError(f"{path}: an adapter without tensors")
+    merged = {name: adapted(base.tensors[name], name, pair, rank, scale) for name, pair in pairs.items()}
+    return replace(base, tensors=base.tensors | merged)
+
+
+LORA_SETTINGS = {  # all in adapter_config.json that does not change how weights are merged, or is looked at
+    *("peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "target_modules"),
+    *("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "inference_mode"),
+    *("lora_dropout", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config"),
+    *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+}
+
+
+def lora_rank_and_scale(s: Settings) -> tuple[int, float]:
+    if (kind := s.get("peft_type", str)) != "LORA":
+        raise ExportError(f"{s.path}: peft_type {kind!r} is not supported, expected 'LORA'")
+    s.refuse(*sorted(s.values.keys() - LORA_SETTINGS))
+    if (bias := s.get("bias", str, "none")) != "none":
+        raise ExportError(f"{s.path}: bias {bias!r} is not supported, expected 'none'")
+    init = s.values.get("init_lora_weights", True)  # some other ways change the model's own weights as well
+    if init not in (True, False, "gaussian", "orthogonal", "eva"):
+        raise ExportError(f"{s.path}: init_lora_weights {init!r} is not supported")
+    rank, alpha = s.get("r", int), s.get("lora_alpha", float)
+    if rank < 1:
+        raise ExportError(f"{s.path}: r is {rank}, expected 1 or more")
+    return rank, alpha / (math.sqrt(rank) if s.get("use_rslora", bool, False) else rank)
+
+
+def adapted(tensor: Tensor, name: str, pair: dict[str, Tensor], rank: int, scale: float) -> Tensor:
+    path = next(iter(pair.values())).path
+    shapes = {"A": (rank, *tensor.shape[1:]), "B": (tensor.shape[0], rank)}
+    for x, shape in shapes.items():
+        if x not in pair:
+            raise ExportError(f"{path}: lacks lora_{x} of {name}")
+        if pair[x].shape != shape:
+            found = f"expected the shape {shape}, found {pair[x].shape}"
+            raise ExportError(f"{path}: lora_{x} of {name}: {found}")
+    a, b = (widened(pair[x].rows(0, pair[x].shape[0])) for x in "AB")
+    return lora_merged(tensor, a, b, scale)
 
 
 def llama(dim: int, hidden: int, layers: int, heads: int, kv_heads: int, length: int, tied: bool) -> Config:
@@ -356,14 +1252,14 @@ SHAPES = {
 }
 
 
-class RandomSource:
+class RandomSource(Source):
     """Weights from N(0, 0.02), for measuring; as in GPT-2, those that add to the residual are / sqrt(2 L).
 
     They are made at a disk's speed: 16 random bits choose one of 65,536 quantiles of the distribution. A
     tensor's values follow from the seed and its name alone. They do not repeat, lest memory be shared.
     """
 
-    stop_ids: tuple[int, ...] = ()
+    tokenizer_file = LLAMA2_TOKENIZER
 
     def __init__(self, config: Config, seed: int = 0, dtype: str = "bf16") -> None:
         self.config, self.seed, self.dtype = config, seed, dtype
@@ -393,15 +1289,15 @@ def known_format(start: bytes) -> str | None:
     names = {
         MAGIC: "a twofiles weights file",
         TOKENIZER_MAGIC: "a twofiles tokenizer file",
-        b"GGUF": "a GGUF file (not supported yet)",
-        b"24ka": "a llama2.c model of version 1 or later (only version 0 is supported)",
-        b"PK\x03\x04": "a zip file or PyTorch checkpoint",
-        b"{": "a JSON file",
+        b"GGUF": "a GGUF file",
+        LLAMA2C_MAGIC: "a llama2.c model",
+        b"PK\x03\x04": "a PyTorch checkpoint or another zip file (expected the directory that it belongs to)",
+        b"{": "a JSON file (expected the directory that it belongs to)",
     }
     if not start:
         return "an empty file"
     if start[8:10] == b'{"':
-        return "a safetensors file (not supported yet)"
+        return "a safetensors file (expected the directory that it belongs to)"
     return next((name for magic, name in names.items() if start.startswith(magic)), None)
 
 
@@ -415,13 +1311,23 @@ def open_source(name: str, layers: int | None = None, seed: int = 0, dtype: str 
         return RandomSource(config, seed, "bf16" if dtype == "auto" else dtype)
     if layers is not None:
         raise UsageError("--layers is for random:SHAPE")
-    if os.path.isdir(name):
-        raise ExportError(f"{name}: a directory (not supported yet), expected a llama2.c model")
-    return Llama2cSource(Path(name))
+    return open_checkpoint(Path(name))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    if path.is_dir():
+        for settings, opener in (("config.json", open_hugging_face), ("params.json", open_meta)):
+            if (path / settings).exists():
+                return opener(path)
+        expected = "config.json (as Hugging Face has it) or params.json (as Meta has it)"
+        raise ExportError(f"{path}: a directory without {expected}")
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    return open_gguf(path) if magic == b"GGUF" else open_llama2c(path)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 5. Tokenizers
+# 7. Tokenizers
 
 TOKENIZER_MAGIC, TOKENIZER_VERSION = b"twotoken", 1
 TOKENIZER_HEADER = struct.Struct("<8s4I2iI7i2Q")  # 80 bytes, then the vocabulary
@@ -595,15 +1501,17 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise ExportError(f"{path}: {error}") from None
 
 
-def default_tokenizer(config: Config) -> Path:
-    """Llama 2's, which stands beside this program, for models that have as many tokens."""
-    if config.vocab_size != 32000:
-        raise ExportError(f"no tokenizer of {config.vocab_size} tokens at hand, use --tokenizer FILE")
-    return Path(__file__).with_name("tokenizer.bin")
+def padded(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """With unused tokens at the end: embeddings may have a few rows more, for a round number (as Qwen's)."""
+    missing = vocab_size - len(tokenizer.tokens)
+    if not 0 < missing <= vocab_size // 16 or vocab_size % 64:
+        return tokenizer
+    warn(f"the model has {vocab_size} tokens, the tokenizer {vocab_size - missing}: the others print nothing")
+    return replace(tokenizer, tokens=tokenizer.tokens + [Token(b"", UNUSED, 0.0)] * missing)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 6. Writing
+# 8. Writing
 
 
 def progress(what: str, total: int) -> tqdm[Any]:
@@ -622,7 +1530,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise ExportError(f"{path}: cannot write: {error.strerror}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it has another name by now, or was never made
+            temporary.unlink()
 
 
 def tokenizer_path(path: Path) -> Path:
@@ -630,12 +1539,15 @@ def tokenizer_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".bin") + ".tokenizer.bin")
 
 
-def write_model(path: Path, source: Source, tokenizer: Tokenizer, dtype: str = "auto") -> str:
+def write_model(
+    path: Path, source: Source, tokenizer: Tokenizer, dtype: str = "auto", verify: bool = False
+) -> str:
     """Writes OUT.bin as `path` and OUT.tokenizer.bin beside it; returns the dtype that was chosen.
 
     Raises ExportError, and leaves nothing behind, if one cannot be written or does not fit the other.
     """
     config = source.config
+    tokenizer = padded(tokenizer, config.vocab_size)
     if len(tokenizer.tokens) != config.vocab_size:
         raise ExportError(f"the model has {config.vocab_size} tokens, the tokenizer {len(tokenizer.tokens)}")
     stop_ids = tuple(dict.fromkeys(tokenizer.stop_ids + source.stop_ids))
@@ -648,7 +1560,23 @@ def write_model(path: Path, source: Source, tokenizer: Tokenizer, dtype: str = "
         with atomic(path) as file, progress("writing", file_size(config)) as bar:
             for chunk in ahead(contents(source, dtype, tokenizer.vocab_hash)):
                 bar.update(file.write(chunk))
+            if verify:
+                file.flush()
+                compare(Path(file.name), source, dtype, tokenizer.vocab_hash)
     return dtype
+
+
+def compare(path: Path, source: Source, dtype: str, vocab_hash: int) -> None:
+    """Reads the weights file again, and makes it again from the source: all bits have to agree."""
+    at = 0
+    with open(path, "rb") as file, progress("verifying", file_size(source.config)) as bar:
+        for chunk in ahead(contents(source, dtype, vocab_hash)):
+            if file.read(len(chunk)) != chunk:
+                raise ExportError(f"{path}: differs from its source between bytes {at} and {at + len(chunk)}")
+            at += len(chunk)
+            bar.update(len(chunk))
+        if file.read(1):
+            raise ExportError(f"{path}: expected {at} bytes, found more")
 
 
 def contents(source: Source, dtype: str, vocab_hash: int) -> Iterator[bytes | memoryview]:
@@ -660,10 +1588,10 @@ def contents(source: Source, dtype: str, vocab_hash: int) -> Iterator[bytes | me
         for part in parts:
             size = 0
             for piece in source.pieces(part):
-                yield encode(piece, dtype, part.name).data
+                yield encode(piece, dtype, part.name).data.cast("B")
                 size += piece.size
             if size != part.size:
-                raise ExportError(f"tensor {part.name}: expected {part.size} elements, found {size}")
+                raise ModelError(f"tensor {part.name}: expected {part.size} elements, found {size}")
         end = start + 2 * sum(part.size for part in parts)
 
 
@@ -677,7 +1605,7 @@ def ahead(chunks: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 7. The command line
+# 9. The command line
 
 
 def natural(text: str, least: int = 0) -> int:
@@ -700,24 +1628,61 @@ def check_outputs(path: Path, *inputs: str | Path) -> None:
             raise ExportError(f"{output}: would overwrite what it is made from")
 
 
+def context_length(source: Source, wanted: int | None) -> int:
+    """run.c lets a token see all before it, so it has to stop where a sliding window would begin to slide."""
+    length = wanted or source.config.max_seq_len
+    if source.window is None or length <= source.window:
+        return length
+    cut = f"the context is cut from {length} to {source.window} positions"
+    warn(f"{cut}, the sliding window of the attention: within it, results are exact")
+    return source.window
+
+
+def tokenizer_file(source: Source, wanted: Path | None) -> Path:
+    found = wanted or source.tokenizer_file
+    if found is None:
+        size = source.config.vocab_size
+        raise ExportError(f"no tokenizer of {size} tokens (a tokenizer.model) at hand, use --tokenizer FILE")
+    return found
+
+
+def inputs(source: Source, *names: str | Path | None) -> list[str | Path]:
+    """The files that are read, or that lie beside them."""
+    found: list[str | Path] = [name for name in names if name is not None]
+    found += [file for name in found if os.path.isdir(name) for file in Path(name).iterdir()]
+    if isinstance(source, Checkpoint):  # of which a GGUF file may have more
+        found += {tensor.path for tensor in source.tensors.values()}
+    return found
+
+
 def export(args: argparse.Namespace) -> None:
     source = open_source(args.source, args.layers, args.seed, args.dtype)
-    if args.max_seq_len:
-        source.config = replace(source.config, max_seq_len=args.max_seq_len)
-    tokenizer_file = args.tokenizer or default_tokenizer(source.config)
+    if args.lora:
+        if not isinstance(source, Checkpoint):
+            raise UsageError("--lora is for checkpoints")
+        source = with_adapter(source, args.lora)
+    source.config = replace(source.config, max_seq_len=context_length(source, args.max_seq_len))
+    tokenizer = tokenizer_file(source, args.tokenizer)
     path = args.output.resolve()
-    check_outputs(path, args.source, tokenizer_file)
-    dtype = write_model(path, source, read_tokenizer(tokenizer_file), args.dtype)
-    print(f"{args.output}: {dtype}, {file_size(source.config) / 1e6:,.1f} MB", file=sys.stderr)
+    check_outputs(path, tokenizer, *inputs(source, args.source, args.lora))
+    with about(args.source):
+        dtype = write_model(path, source, read_tokenizer(tokenizer), args.dtype, args.verify)
+    verified = ", verified" if args.verify else ""
+    print(f"{args.output}: {dtype}, {file_size(source.config) / 1e6:,.1f} MB{verified}", file=sys.stderr)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("export.py", description="Makes the two files of a model for run.c.")
-    parser.add_argument("source", metavar="SOURCE", help=f"llama2.c .bin, or random:{{{','.join(SHAPES)}}}")
+    sources = f"Hugging Face or Meta directory, .gguf, llama2.c .bin, or random:{{{','.join(SHAPES)}}}"
+    parser.add_argument("source", metavar="SOURCE", help=sources)
     parser.add_argument("-o", dest="output", metavar="OUT.bin", type=Path, required=True)
     kinds = "llama2.c's .bin, SentencePiece .model, or one made by this program"
     parser.add_argument("--tokenizer", metavar="FILE", type=Path, help=kinds)
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights")
+    parser.add_argument("--lora", metavar="DIR", type=Path, help="PEFT adapter to merge into the weights")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the result again, compare with the source"
+    )
     parser.add_argument("--layers", metavar="N", type=positive, help="fewer layers, for random:SHAPE")
     parser.add_argument("--seed", metavar="N", type=natural, default=0, help="for random:SHAPE")
     parser.add_argument("--max-seq-len", metavar="N", type=positive, help="instead of the checkpoint's")
@@ -727,10 +1692,10 @@ def main() -> int:
     except UsageError as error:
         parser.error(str(error))
     except ExportError as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
+        say("error", error)
         return 1
     except OSError as error:
-        print(f"export.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        say("error", f"{error.filename}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         return 130

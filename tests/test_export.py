@@ -260,7 +260,7 @@ def test_tensors_larger_than_a_piece(tmp_path, rng, tokenizer, monkeypatch):
     for piece in (1, 100, 1 << 20):
         monkeypatch.setattr(export, "PIECE", piece)
         out = tmp_path / f"{piece}.bin"
-        export.write_model(out, export.Llama2cSource(path), export.read_tokenizer(tokenizer))
+        export.write_model(out, export.open_source(str(path)), export.read_tokenizer(tokenizer))
         written.add(out.read_bytes())
     assert len(written) == 1
 
@@ -463,10 +463,10 @@ def test_too_long(tmp_path, tiny, refuse):
     "start, words",
     [
         (b"", "an empty file"),
-        (b"GGUF\3\0\0\0" + bytes(100), "GGUF"),
+        (b"GGUF\7\0\0\0" + bytes(100), "GGUF"),
         (b"twofiles" + bytes(100), "a twofiles weights file"),
         (b"twotoken" + bytes(100), "a twofiles tokenizer file"),
-        (b"24ka" + bytes(300), "version 1"),
+        (b"24ka" + bytes(300), "version 0"),
         (b"PK\3\4" + bytes(100), "PyTorch"),
         (b'{"model_type": "llama"}           ', "JSON"),
         (struct.pack("<Q", 20) + b'{"a": 1}' + bytes(99), "safetensors"),

@@ -1,0 +1,804 @@
+"""What is wrong with a checkpoint is one line that names the file, exit status 1, and nothing stays behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+gguf = pytest.importorskip("gguf")
+
+import test_reference
+from test_reference import VOCAB, random_model
+from test_sources import changed, gguf_file, half, meta_folder, save_bin, save_safetensors, save_shards, zeros
+
+import export
+
+Refused = Callable[..., str]
+EXPORT = Path(export.__file__).resolve()
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good model as each source has it; and a tokenizer for it."""
+    folder = tmp_path_factory.mktemp("originals")
+    model, config, arrays = random_model("gqa", "bf16")
+    meta_folder(folder / "meta", config, arrays, 1)
+    gguf_file(folder / "m.gguf", "gqa", config, arrays)
+    model = half(model, "bf16")
+    save_shards(model, folder / "shards")
+    save_safetensors(model, folder / "hf")
+    (folder / "bin").mkdir()
+    save_bin(model, folder / "bin")
+    (folder / "tokenizer.bin").write_bytes(test_reference.some_tokenizer().to_bytes())
+    return folder
+
+
+@pytest.fixture
+def bad(tmp_path: Path, originals: Path) -> Path:
+    """A copy of them, to be damaged."""
+    return Path(shutil.copytree(originals, tmp_path / "bad"))
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, originals: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Runs export.py, which has to fail with these words, and to leave the files of a former export alone."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    names = ["out.bin", "out.tokenizer.bin"]
+    for name in names:
+        (folder / name).write_text("the former")
+
+    def run(source: Path, *words: object, options: tuple[object, ...] = ()) -> str:
+        args = [source, "-o", folder / "out.bin", "--tokenizer", originals / "tokenizer.bin", *options]
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, args)])
+        capsys.readouterr()
+        status = export.main()
+        stdout, stderr = capsys.readouterr()
+        assert (status, stdout) == (1, ""), stderr
+        *warnings, line = stderr.splitlines()
+        assert all(text.startswith("export.py: warning: ") for text in warnings)
+        assert line.startswith("export.py: error: ") and len(line) < 1100
+        for word in words:
+            assert str(word) in line, line
+        assert sorted(os.listdir(folder)) == names
+        assert all((folder / name).read_text() == "the former" for name in names)
+        return line
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------
+# config.json
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_size": None}, ["lacks hidden_size"]),
+        ({"intermediate_size": None}, ["lacks intermediate_size"]),
+        ({"num_hidden_layers": None}, ["lacks num_hidden_layers"]),
+        ({"num_attention_heads": None}, ["lacks num_attention_heads"]),
+        ({"vocab_size": None}, ["lacks vocab_size"]),
+        ({"max_position_embeddings": None}, ["lacks max_position_embeddings"]),
+        ({"rms_norm_eps": None}, ["lacks rms_norm_eps"]),
+        ({"model_type": None}, ["lacks model_type"]),
+        ({"hidden_size": "64"}, ["hidden_size", "expected a whole number", "'64'"]),
+        ({"hidden_size": 64.0}, ["hidden_size", "expected a whole number", "64.0"]),
+        ({"hidden_size": True}, ["hidden_size", "expected a whole number", "True"]),
+        ({"rms_norm_eps": [1]}, ["rms_norm_eps", "expected a number"]),
+        ({"rms_norm_eps": -1}, ["norm_eps"]),
+        ({"rms_norm_eps": 10**400}, ["norm_eps"]),
+        ({"hidden_size": 0}, ["dim is 0"]),
+        ({"hidden_size": -64}, ["dim is -64"]),
+        ({"num_hidden_layers": 10**30}, ["n_layers"]),
+        ({"num_hidden_layers": 2**31 - 1}, ["lacks the tensor model.layers.3"]),
+        ({"num_hidden_layers": 2}, ["not supported: model.layers.2."]),
+        ({"num_attention_heads": 0}, ["n_heads"]),
+        ({"num_attention_heads": 7, "head_dim": None}, ["64 is not a multiple of n_heads 7"]),
+        ({"num_key_value_heads": 3}, ["n_heads 8 is not a multiple of n_kv_heads 3"]),
+        ({"num_key_value_heads": 4}, ["expected the shape", "found"]),
+        ({"head_dim": 7}, ["head_dim is 7"]),
+        ({"head_dim": 16}, ["q_proj", "expected the shape (128, 64), found (64, 64)"]),
+        ({"vocab_size": 132}, ["embed_tokens", "(132, 64)", "(131, 64)"]),
+        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "expected 'silu'"]),
+        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"attention_bias": True}, ["q_proj.bias"]),
+        ({"tie_word_embeddings": True}, ["tie_word_embeddings", "lm_head.weight differs"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "true or false"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
+        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "'llama'"]),
+        ({"model_type": "qwen2", "architectures": None}, ["q_proj.bias"]),
+        ({"model_type": "qwen3", "architectures": None}, ["q_norm"]),
+        ({"rope_theta": 5.0}, ["contradicts itself", "rope_theta", "5.0"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["contradicts itself", "linear", "default"]),
+        ({"rope_parameters": {"rope_type": "linear"}}, ["lacks factor"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ["rope_factor is 0"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, ["lacks low_freq_factor"]),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 1,
+                },
+                "original_max_position_embeddings": 8192,
+            },
+            ["low_freq_factor"],
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
+        ({"rope_parameters": {"rope_theta": 0.5}}, ["rope_theta 0.5"]),
+        ({"rope_parameters": {"rope_type": 3}}, ["rope_type", "expected a text"]),
+        ({"rope_parameters": [1]}, ["rope_parameters", "expected an object"]),
+        ({"layer_types": ["chunked_attention"] * 3}, ["chunked_attention"]),
+        ({"model_type": "mistral", "architectures": None, "sliding_window": -5}, ["sliding_window is -5"]),
+        ({"eos_token_id": "</s>"}, ["eos_token_id", "'</s>'"]),
+        ({"eos_token_id": 131}, ["131 is out of range"]),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)
+def test_config(bad: Path, refused: Refused, fields: dict[str, Any], words: list[str]) -> None:
+    changed(bad / "hf" / "config.json", **fields)
+    refused(bad / "hf", bad / "hf" if words != ["131 is out of range"] else "", *words)
+
+
+@pytest.mark.parametrize("o_bias", [True, False])
+def test_biases_of_llama(bad: Path, refused: Refused, o_bias: bool) -> None:
+    """transformers gives all four projections a bias; run.c has those of q, k and v."""
+    shape = test_reference.SHAPE | {"attention_bias": True}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(torch.bfloat16)
+    save_bin(model, bad / "bin")
+    if o_bias:
+        refused(bad / "bin", bad / "bin", "not supported: model.layers.0.self_attn.o_proj.bias")
+        return
+    path = bad / "bin" / "pytorch_model.bin"
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("o_proj.bias")}
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # harmless, and often there
+    torch.save(state, path)
+    assert export.open_source(str(bad / "bin")).config.qkv_bias
+    torch.save(state | {"model.layers.0.mlp.down_proj.bias": torch.zeros(64)}, path)
+    refused(bad / "bin", path, "not supported: model.layers.0.mlp.down_proj.bias")
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su", "mrope"])
+def test_other_kinds_of_rope_are_refused_by_name(bad: Path, refused: Refused, kind: str) -> None:
+    for fields in (
+        {"rope_parameters": {"rope_type": kind, "factor": 2.0}},
+        {"rope_parameters": None, "rope_scaling": {"type": kind, "factor": 2.0}},
+    ):
+        changed(bad / "hf" / "config.json", **fields)
+        refused(bad / "hf", bad / "hf" / "config.json", f"RoPE of the type '{kind}'", "linear or llama3")
+
+
+@pytest.mark.parametrize(
+    "family", ["GPT2", "Phi3", "Gemma2", "Qwen3Moe", "Mixtral", "GPTNeoX", "Granite", "Cohere", "Olmo2"]
+)
+def test_other_architectures_are_refused_by_name(bad: Path, refused: Refused, family: str) -> None:
+    settings = getattr(transformers, f"{family}Config")()
+    settings.architectures = [f"{family}ForCausalLM"]
+    settings.save_pretrained(bad / "hf")
+    refused(bad / "hf", "config.json", f"model_type {settings.model_type!r}", "llama, mistral, qwen2, qwen3")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "3", '"llama"', "\xff", "[" * 100_000, '{"hidden_size": NaN']
+)
+@pytest.mark.parametrize("name", ["hf/config.json", "hf/generation_config.json", "meta/params.json"])
+def test_not_a_json_object(bad: Path, refused: Refused, name: str, text: str) -> None:
+    (bad / name).write_text(text, "latin-1")
+    line = refused((bad / name).parent, bad / name)
+    assert "not JSON" in line or "expected a JSON object" in line
+
+
+def test_directories_without_a_model(bad: Path, refused: Refused) -> None:
+    (bad / "hf" / "config.json").unlink()
+    refused(bad / "hf", bad / "hf", "without config.json")
+    (bad / "bin" / "pytorch_model.bin").unlink()
+    refused(bad / "bin", bad / "bin", "model.safetensors", "pytorch_model.bin")
+    (bad / "meta" / "consolidated.00.pth").unlink()
+    refused(bad / "meta", bad / "meta", "consolidated.00.pth")
+
+
+@pytest.mark.parametrize("name", ["hf/model.safetensors", "hf/config.json", "meta/consolidated.00.pth"])
+def test_a_file_of_a_directory(bad: Path, refused: Refused, name: str) -> None:
+    refused(bad / name, bad / name, "expected the directory")
+
+
+def test_no_tokenizer(
+    bad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source in ("hf", "meta", "m.gguf"):
+        monkeypatch.setattr(sys, "argv", ["export.py", str(bad / source), "-o", str(tmp_path / "new.bin")])
+        assert export.main() == 1
+        assert "no tokenizer" in capsys.readouterr().err
+    assert not list(tmp_path.glob("new*"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# safetensors
+
+
+def edit_header(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Writes the file with another header; if `edit` returns bytes, with these as the header."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = edit(header)
+    text = text if isinstance(text, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda h: h.pop("model.layers.1.mlp.up_proj.weight") and None, ["contradicts itself"]),
+        (
+            lambda h: h.pop(max(h, key=lambda k: h[k].get("data_offsets", [0])[0])) and None,
+            ["bytes by its header"],
+        ),
+        (lambda h: h[NORM].update(dtype="F32"), ["contradicts itself", NORM]),
+        (lambda h: h[NORM].update(dtype="I8"), [NORM, "expected the type F32, F16 or BF16, found I8"]),
+        (lambda h: h[NORM].update(dtype="F8_E4M3"), [NORM, "found F8_E4M3"]),
+        (lambda h: h[NORM].update(shape=[63]), ["contradicts itself", NORM, "(63,)"]),
+        (lambda h: h[NORM].update(shape=[8, 8]), [NORM, "expected the shape (64,), found (8, 8)"]),
+        (lambda h: h[NORM].update(shape=[-8, -8]), ["damaged"]),
+        (lambda h: h[NORM].update(shape=[64.0]), ["damaged"]),
+        (lambda h: h[NORM].update(shape=[True]), ["damaged"]),
+        (lambda h: h[NORM].update(shape=64), ["damaged"]),
+        (lambda h: h[NORM].update(dtype=7), ["damaged"]),
+        (lambda h: h[NORM].update(data_offsets=[0]), ["damaged"]),
+        (lambda h: h[NORM].update(data_offsets=[0, 128]), ["contradicts itself"]),
+        (lambda h: h[NORM].update(data_offsets=[2**70, 2**70 + 128]), ["contradicts itself"]),
+        (lambda h: h.update({NORM: 3}), ["damaged"]),
+        (lambda h: h.update({"x": {}}), ["damaged"]),
+        (
+            lambda h: h.update(
+                {"model.layers.0.mlp.up_proj.bias": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+            ),
+            ["not supported: model.layers.0.mlp.up_proj.bias"],
+        ),
+        (lambda h: b"{}", ["by its header"]),
+        (lambda h: b"[]", ["damaged"]),
+        (lambda h: b"{,}", ["damaged"]),
+        (lambda h: b"[" * 100_000, ["damaged"]),
+        (lambda h: b'{"\xff', ["damaged"]),
+    ],
+)
+def test_safetensors_header_that_lies(
+    bad: Path, refused: Refused, edit: Callable[[Any], Any], words: list[str]
+) -> None:
+    path = bad / "hf" / "model.safetensors"
+    edit_header(path, edit)
+    refused(bad / "hf", path, *words)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100, 3000, -1])
+def test_truncated_safetensors(bad: Path, refused: Refused, size: int) -> None:
+    path = bad / "hf" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    refused(bad / "hf", path)
+
+
+def test_safetensors_that_is_too_long(bad: Path, refused: Refused) -> None:
+    path = bad / "hf" / "model.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"\0")
+    refused(bad / "hf", path, f"expected {size} bytes", f"found {size + 1}")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 0, 1])
+def test_safetensors_with_a_header_of_any_length(bad: Path, refused: Refused, length: int) -> None:
+    path = bad / "hf" / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    refused(bad / "hf", path, f"a header of {length} bytes")
+
+
+def test_missing_shard(bad: Path, refused: Refused) -> None:
+    name = "model-00002-of-00006.safetensors"
+    (bad / "shards" / name).unlink()
+    refused(bad / "shards", bad / "shards" / "model.safetensors.index.json", name, "missing")
+
+
+def test_shard_without_one_of_its_tensors(bad: Path, refused: Refused) -> None:
+    index = bad / "shards" / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    wrong = "model-00001-of-00006.safetensors"
+    assert weight_map[NORM] != wrong
+    changed(index, weight_map=weight_map | {NORM: wrong})
+    refused(bad / "shards", bad / "shards" / wrong, f"lacks the tensor {NORM}")
+    weight_map.pop(NORM)
+    changed(index, weight_map=weight_map)
+    refused(bad / "shards", bad / "shards", f"lacks the tensor {NORM} of the shape (64,)")
+
+
+@pytest.mark.parametrize("name", ["../hf/model.safetensors", "/etc/passwd", "", 7, None, ".."])
+def test_shards_stay_in_the_directory(bad: Path, refused: Refused, name: Any) -> None:
+    index = bad / "shards" / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map | {NORM: name}}))
+    refused(bad / "shards", bad / "shards", "missing")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}])
+def test_index_without_shards(bad: Path, refused: Refused, index: Any) -> None:
+    (bad / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(bad / "shards", bad / "shards")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "f16"])
+def test_not_a_number(bad: Path, refused: Refused, dtype: str) -> None:
+    path = bad / "hf" / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    name, entry = next((k, v) for k, v in json.loads(data[8:start]).items() if k.endswith("up_proj.weight"))
+    at = start + entry["data_offsets"][0] + 10
+    path.write_bytes(data[:at] + b"\xc0\x7f" + data[at + 2 :])
+    refused(bad / "hf", bad / "hf", name, "not finite: nan", options=("--dtype", dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# PyTorch
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (f"{os.environ['PYTEST_TMP']}/it-ran",)
+
+
+@pytest.mark.parametrize("source", ["bin/pytorch_model.bin", "meta/consolidated.00.pth"])
+def test_a_pickle_that_runs_code(
+    bad: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setenv("PYTEST_TMP", str(tmp_path))
+    torch.save({"model.norm.weight": Malicious()}, bad / source)
+    refused((bad / source).parent, bad / source, "posix.mkdir", "could run code")
+    assert not (tmp_path / "it-ran").exists()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(bad / source)  # as torch would say
+    torch.load(bad / source, weights_only=False)
+    assert (tmp_path / "it-ran").exists()  # what was averted
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ([1, 2], ["expected a dictionary of tensors"]),
+        ({"a": 3}, ["expected a dictionary of tensors"]),
+        ({"model": {"a": torch.zeros(3)}}, ["expected a dictionary of tensors"]),
+        ({"a": torch.zeros(3, dtype=torch.int64)}, ["torch.LongStorage", "expected tensors of float32"]),
+        ({"a": torch.zeros(3, dtype=torch.float64)}, ["torch.DoubleStorage"]),
+        ({"a": torch.zeros(3, 4).T}, ["strides"]),
+        ({"a": torch.zeros(3).to_sparse()}, ["torch"]),
+        ({"a": torch.nn.Linear(3, 3)}, ["torch.nn.modules.linear.Linear", "could run code"]),
+        ({"a": torch.zeros(3)}, ["lacks the tensor model.embed_tokens.weight"]),
+        ({}, ["lacks the tensor model.embed_tokens.weight"]),
+    ],
+)
+def test_pytorch_files_of_something_else(bad: Path, refused: Refused, saved: Any, words: list[str]) -> None:
+    torch.save(saved, bad / "bin" / "pytorch_model.bin")
+    refused(bad / "bin", bad / "bin", *words)
+
+
+def test_pytorch_files_of_other_kinds(bad: Path, refused: Refused) -> None:
+    path = bad / "bin" / "pytorch_model.bin"
+    state = {"a": torch.zeros(3)}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    refused(bad / "bin", path, "since 1.6")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/b.txt", "text")
+    refused(bad / "bin", path, "another zip archive")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(3, 3)), path)
+    refused(bad / "bin", path)
+
+
+def test_truncated_pytorch_file(bad: Path, refused: Refused) -> None:
+    path = bad / "bin" / "pytorch_model.bin"
+    data = path.read_bytes()
+    for size in (0, 3, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        refused(bad / "bin", path)
+
+
+def rewritten(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in entries:
+            archive.writestr(name, change(name, data))
+
+
+def test_damaged_archive(bad: Path, refused: Refused, originals: Path) -> None:
+    path = bad / "bin" / "pytorch_model.bin"
+    changes: dict[str, tuple[Callable[[str, bytes], bytes], int]] = {
+        "storage 0": (lambda name, data: data[:-1] if name.endswith("data/0") else data, zipfile.ZIP_STORED),
+        "storage": (lambda name, data: data, zipfile.ZIP_DEFLATED),
+        "little-endian": (
+            lambda name, data: b"big" if name.endswith("byteorder") else data,
+            zipfile.ZIP_STORED,
+        ),
+        "damaged": (lambda name, data: data[:-9] if name.endswith(".pkl") else data, zipfile.ZIP_STORED),
+    }
+    for word, (change, method) in changes.items():
+        shutil.copy(originals / "bin" / "pytorch_model.bin", path)
+        rewritten(path, change, method)
+        refused(bad / "bin", path, word)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_pickle_with_wrong_bytes(tmp_path: Path, originals: Path, wrong: list[tuple[int, int]]) -> None:
+    """Whatever it says: tensors of the file, or an ExportError."""
+    path = tmp_path / "m.bin"
+    shutil.copy(originals / "bin" / "pytorch_model.bin", path)
+
+    def change(name: str, data: bytes) -> bytes:
+        if not name.endswith("data.pkl"):
+            return data
+        new = bytearray(data)
+        for at, byte in wrong:
+            new[at % len(new)] = byte
+        return bytes(new)
+
+    rewritten(path, change)
+    try:
+        found = export.read_torch(path)
+    except export.ExportError:
+        return
+    for tensor in found.values():
+        assert tensor.rows(0, tensor.shape[0] if tensor.shape else 1).size == np.prod(tensor.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Meta
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"dim": None}, ["lacks dim"]),
+        ({"n_heads": None}, ["lacks n_heads"]),
+        ({"n_layers": None}, ["lacks n_layers"]),
+        ({"norm_eps": None}, ["lacks norm_eps"]),
+        ({"n_layers": 4}, ["lacks the tensor model.layers.3"]),
+        ({"n_kv_heads": 3}, ["n_kv_heads 3"]),
+        ({"n_kv_heads": 4}, ["expected the shape"]),
+        ({"dim": 128}, ["columns of wo"]),
+        ({"vocab_size": 132}, ["(132, 64)"]),
+        ({"moe": {"num_experts": 8}}, ["moe is not supported"]),
+        ({"quantization_args": {}}, ["quantization_args is not supported"]),
+    ],
+)
+def test_params(bad: Path, refused: Refused, fields: dict[str, Any], words: list[str]) -> None:
+    changed(bad / "meta" / "params.json", **fields)
+    refused(bad / "meta", bad / "meta", *words)
+
+
+def test_meta_shards_that_do_not_fit(tmp_path: Path, refused: Refused) -> None:
+    _, config, arrays = random_model("gqa", "bf16")
+    config = export.replace(config, vocab_size=VOCAB - 1)
+    arrays = {key: array[: VOCAB - 1] if len(array) == VOCAB else array for key, array in arrays.items()}
+    folder = meta_folder(tmp_path / "meta", config, arrays, 2)
+    first, second = folder / "consolidated.00.pth", folder / "consolidated.01.pth"
+    data = second.read_bytes()
+    second.unlink()
+    refused(folder, folder, "64 columns of wo", "found 1 with 32")
+    first.rename(second)
+    refused(folder, folder, "consolidated.00.pth is missing, but there is consolidated.01.pth")
+    first.write_bytes(data)
+    state = torch.load(second)
+    torch.save({key: value for key, value in state.items() if key != "norm.weight"}, second)
+    refused(folder, second, "norm.weight is only in this or in consolidated.00.pth")
+    torch.save(state | {"output.weight": state["output.weight"][:-1]}, second)
+    refused(folder, second, "output.weight differs")
+    torch.save(state | {"output.weight": state["output.weight"].float()}, second)
+    refused(folder, second, "output.weight differs")
+    torch.save(state | {"output.bias": state["norm.weight"]}, first)
+    torch.save(state | {"output.bias": state["norm.weight"]}, second)
+    refused(folder, first, "not supported: output.bias")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# GGUF
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"general__architecture": "phi3"}, ["'phi3' is not supported", "llama, qwen2 or qwen3"]),
+        ({"llama__rope__scaling__type": "yarn"}, ["'yarn' is not supported"]),
+        ({"llama__expert_count": 8}, ["expert_count 8"]),
+        ({"llama__logit_scale": 0.5}, ["logit_scale"]),
+        ({"llama__attention__head_count": [8, 8, 8]}, ["attention.head_count", "expected a whole number"]),
+        ({"llama__rope__dimension_count": 4}, ["rope.dimension_count is 4, expected 8"]),
+        ({"llama__block_count": 4}, ["lacks the tensor model.layers.3"]),
+        ({"llama__block_count": 2}, ["not supported: model.layers.2"]),
+        ({"llama__embedding_length": 32}, ["expected the shape"]),
+        ({"llama__context_length": "long"}, ["context_length", "expected a whole number"]),
+        ({"split__count": 2}, ["one of 2 files", "-00001-of-00002.gguf"]),
+        ({"general__alignment": 0}, ["alignment"]),
+    ],
+)
+def test_gguf_settings(tmp_path: Path, refused: Refused, fields: dict[str, Any], words: list[str]) -> None:
+    _, config, arrays = random_model("gqa", "bf16")
+    path = tmp_path / "m.gguf"
+
+    class Writer(gguf.GGUFWriter):  # type: ignore[misc, name-defined]
+        """In which later settings replace earlier ones."""
+
+        def add_key_value(self, key: str, val: Any, vtype: Any, sub_type: Any = None) -> None:
+            self.kv_data[0].pop(key, None)
+            super().add_key_value(key, val, vtype, sub_type)
+
+    original, gguf.GGUFWriter = gguf.GGUFWriter, Writer
+    try:
+        gguf_file(path, "gqa", config, arrays, **fields)
+    finally:
+        gguf.GGUFWriter = original
+    refused(path, path, *words)
+
+
+def test_quantised_gguf_needs_a_package(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("x", np.zeros((2, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused(tmp_path / "m.gguf", tmp_path / "m.gguf", "pip install gguf")
+
+
+def test_gguf_without_the_rest_of_its_files(tmp_path: Path, refused: Refused) -> None:
+    _, config, arrays = random_model("gqa", "bf16")
+    path = gguf_file(tmp_path / "m-00001-of-00003.gguf", "gqa", config, arrays, split__count=3)
+    refused(path, tmp_path / "m-00002-of-00003.gguf", "missing", "3 files")
+
+
+def test_gguf_with_other_rope_factors(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config, arrays = random_model("llama3_rope", "bf16")
+    factors = np.linspace(1, 3, config.head_dim // 2).astype(np.float32)
+    monkeypatch.setattr("test_sources.llama3_factors", lambda c: factors)
+    path = gguf_file(tmp_path / "m.gguf", "llama3_rope", config, arrays)
+    refused(path, path, "rope_freqs.weight is not of Llama 3's kind")
+
+
+def test_gguf_that_ends_anywhere(bad: Path, refused: Refused) -> None:
+    path = bad / "m.gguf"
+    data = path.read_bytes()
+    for size in [*range(4, 200, 9), 1000, 5000, len(data) // 2, len(data) - 40]:
+        path.write_bytes(data[:size])
+        refused(path, path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# llama2.c
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (struct.pack("<2i", 0x616B3432, 2), ["version 2", "quantised to 8 bits"]),
+        (struct.pack("<2i", 0x616B3432, 99), ["version 99", "expected 0 or 1"]),
+        (
+            struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2, 2, 1, 131, 16, 1),
+            ["bytes by its header", "found 256"],
+        ),
+        (struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2**31 - 1, 2, 1, 131, 16, 1), ["bytes by its header"]),
+        (struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2, 0, 1, 131, 16, 1), ["n_heads 0"]),
+    ],
+)
+def test_llama2c_version_1(tmp_path: Path, refused: Refused, start: bytes, words: list[str]) -> None:
+    path = tmp_path / "m.bin"
+    path.write_bytes(start.ljust(256, b"\0"))
+    refused(path, path, *words)
+    path.write_bytes(start)
+    refused(path, path)
+
+
+def test_names_cannot_write_to_the_terminal(bad: Path, refused: Refused) -> None:
+    path = bad / "m.gguf"
+    path.write_bytes(path.read_bytes().replace(b"output_norm.weight", b"output\x1b\n\xff__.weight"))
+    assert r"not supported: output\x1b\n\udcff__.weight" in refused(path)
+    (bad / "hf" / "config.json").write_text('{"model_type": "\\u001b[31m\\n▁"}')
+    assert r"\x1b[31m\n▁" in refused(bad / "hf")
+    index = bad / "shards" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "long" * 1000}}))
+    assert len(refused(bad / "shards")) < 1100
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Any wrong bytes
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "hf/model.safetensors", "hf/config.json", "meta/params.json"])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 9000), st.binary(min_size=1, max_size=8))
+def test_wrong_bytes(bad: Path, originals: Path, name: str, at: int, wrong: bytes) -> None:
+    """A model, or an ExportError; and soon, with little memory."""
+    data = bytearray((originals / name).read_bytes())
+    at %= min(len(data), 9000)  # where the headers are
+    data[at : at + len(wrong)] = wrong
+    (bad / name).write_bytes(data)
+    try:
+        source = export.open_source(str(bad / Path(name).parts[0]))
+        for part in (part for parts in export.tensors(source.config) for part in parts):
+            assert sum(piece.size for piece in source.pieces(part)) == part.size
+    except export.ExportError:
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    peft = pytest.importorskip("peft")
+    model, _, _ = random_model("gqa", "bf16")
+    folder = tmp_path_factory.mktemp("adapter")
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"peft_type": "IA3"}, ["peft_type 'IA3'"]),
+        ({"peft_type": None}, ["lacks peft_type"]),
+        ({"use_dora": True}, ["use_dora True is not supported"]),
+        ({"modules_to_save": ["lm_head"]}, ["modules_to_save ['lm_head'] is not supported"]),
+        ({"fan_in_fan_out": True}, ["fan_in_fan_out"]),
+        ({"something_new": {"x": 1}}, ["something_new {'x': 1} is not supported"]),
+        ({"rank_pattern": {"q_proj": 8}}, ["rank_pattern"]),
+        ({"alpha_pattern": {"q_proj": 8}}, ["alpha_pattern"]),
+        ({"bias": "all"}, ["bias 'all'"]),
+        ({"init_lora_weights": "pissa"}, ["init_lora_weights 'pissa'"]),
+        ({"r": None}, ["lacks r"]),
+        ({"r": 0}, ["r is 0"]),
+        ({"r": 8}, ["expected the shape (8, 64), found (4, 64)"]),
+        ({"lora_alpha": "big"}, ["lora_alpha", "expected a number"]),
+    ],
+)
+def test_adapter_settings(
+    originals: Path, adapter: Path, tmp_path: Path, refused: Refused, fields: dict[str, Any], words: list[str]
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    changed(folder / "adapter_config.json", **fields)
+    refused(originals / "hf", folder, *words, options=("--lora", folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (
+            "lora_A",
+            lambda h, k: h.update({k.replace("layers.1", "layers.9"): h.pop(k)}),
+            ["layers.9", "does not belong"],
+        ),
+        (
+            "lora_A",
+            lambda h, k: h.update({k.replace("q_proj", "x_proj"): h.pop(k)}),
+            ["x_proj", "does not belong"],
+        ),
+        (
+            "lora_A",
+            lambda h, k: h.update({k.replace("lora_A", "lora_C"): h.pop(k)}),
+            ["lora_C", "does not belong"],
+        ),
+        (
+            "lora_A",
+            lambda h, k: h.update({k.replace("self_attn.q_proj", "self_attn.k_proj"): h.pop(k)}),
+            ["lacks lora_"],
+        ),
+        ("lora_A", lambda h, k: h[k].update(shape=h[k]["shape"][::-1]), ["lora_A", "(4, 64), found (64, 4)"]),
+        ("lora_B", lambda h, k: h[k].update(shape=h[k]["shape"][::-1]), ["lora_B", "(64, 4), found (4, 64)"]),
+    ],
+)
+def test_adapter_tensors(
+    originals: Path, adapter: Path, tmp_path: Path, refused: Refused, name: str, change: Any, words: list[str]
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    path = folder / "adapter_model.safetensors"
+    key = f"base_model.model.model.layers.1.self_attn.q_proj.{name}.weight"
+    edit_header(path, lambda header: change(header, key) and None)
+    refused(originals / "hf", path, *words, options=("--lora", folder))
+
+
+def test_adapter_of_another_model(tmp_path: Path, adapter: Path, originals: Path, refused: Refused) -> None:
+    model, _, _ = random_model("odd", "bf16")
+    save_safetensors(half(model, "bf16"), tmp_path / "odd")
+    options = ("--lora", adapter)
+    refused(tmp_path / "odd", adapter, "lora_A", "expected the shape (4, 42), found (4, 64)", options=options)
+    refused(originals / "hf", tmp_path / "nowhere", "No such file", options=("--lora", tmp_path / "nowhere"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Outputs
+
+
+def test_disk_full_while_a_checkpoint_is_written(tmp_path: Path, originals: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, EXPORT, originals / "hf", "-o", tmp_path / "out.bin"]
+    command += ["--tokenizer", originals / "tokenizer.bin"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr == f"export.py: error: {tmp_path / 'out.bin'}: cannot write: {os.strerror(errno.EFBIG)}\n"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_output_in_a_file(tmp_path: Path, originals: Path, refused: Refused) -> None:
+    out = originals / "tokenizer.bin" / "out.bin"
+    refused(originals / "hf", "cannot write: Not a directory", options=("-o", out))
+
+
+def test_adapter_of_random_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["export.py", "random:15m", "-o", str(tmp_path / "out.bin"), "--lora", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", args)
+    with pytest.raises(SystemExit) as ended:
+        export.main()
+    assert ended.value.code == 2
+    assert "--lora is for checkpoints" in capsys.readouterr().err
+
+
+def test_output_must_not_be_one_of_the_inputs(bad: Path, refused: Refused) -> None:
+    for source, file in (("hf", "model.safetensors"), ("shards", "model-00003-of-00006.safetensors")):
+        path = bad / source / file
+        before = path.read_bytes()
+        refused(bad / source, path, "overwrite", options=("-o", path))
+        assert path.read_bytes() == before
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path, originals: Path) -> None:
+    folder = zeros(tmp_path / "model", export.replace(export.SHAPES["7b"], n_layers=8, tied=True))
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, EXPORT, folder, "-o", tmp_path / "out" / "out.bin"]
+    command += ["--tokenizer", EXPORT.with_name("tokenizer.bin")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not any(p.stat().st_size > 10_000_000 for p in (tmp_path / "out").glob("out.bin.tmp*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, stdout, stderr) == (130, "", "")
+    assert os.listdir(tmp_path / "out") == []
