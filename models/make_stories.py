@@ -45,23 +45,16 @@ def entries(line: str) -> Iterator[Fields]:
 
 def read_grammar(path: Path) -> Grammar:
     grammar, section, name = Grammar(), "", ""
-    for line in path.read_text().splitlines():
-        line = line.strip()
+    for line in map(str.strip, path.read_text().splitlines()):
         if not line or line.startswith("#"):
             continue
         if line.startswith("= "):
             section, name = line[2:].split()
-            target: dict[str, list[Fields]] | dict[str, list[str]]
-            target = {"list": grammar.lists, "rule": grammar.rules, "plot": grammar.plots}[section]
-            if name in target:
-                raise GrammarError(f"{section} {name} is there twice")
-            target[name] = []  # type: ignore[assignment]
         elif section == "list":
-            grammar.lists[name] += entries(line)
-        elif section == "rule":
-            grammar.rules[name].append(line)
+            grammar.lists.setdefault(name, []).extend(entries(line))
         else:
-            grammar.plots[name].append(line)
+            target = grammar.rules if section == "rule" else grammar.plots
+            target.setdefault(name, []).append(line)
     return grammar
 
 
@@ -74,12 +67,16 @@ class Story:
 
     def pick(self, name: str) -> Fields:
         """An entry whose first field is not yet in the story."""
-        taken = {value for thing in self.things.values() for key, value in thing.items() if key in ("0", "kind")}
+        taken = {
+            value for thing in self.things.values() for key, value in thing.items() if key in ("0", "kind")
+        }
         return self.random.choice([e for e in self.grammar.lists[name] if e["0"] not in taken])
 
     def cast(self, spec: str) -> Fields:
         """Somebody of one of the kinds; `without` or `of` say which animals may not or must be."""
-        kinds, word, names = (part.strip() for part in re.fullmatch(r"(.*?)(?: (without|of) (.*))?", spec).groups(""))
+        match = re.fullmatch(r"(.*?)(?: (without|of) (.*))?", spec)
+        assert match
+        kinds, word, names = match.groups("")
         kind = self.random.choice(kinds.split())
         if kind == "same":
             kind = self.things["hero"]["type"]
@@ -99,7 +96,9 @@ class Story:
         name, kind = self.name("girl" if girl else "boy"), "girl" if girl else "boy"
         another = "another" if self.things.get("hero", {}).get("kind") == kind else "a"
         new = f"{another} {kind} named {name}"
-        return {"0": name, "kind": kind, "new": new, "known": f"{{his}} friend {name}"} | (SHE if girl else HE)
+        return {"0": name, "kind": kind, "new": new, "known": f"{{his}} friend {name}"} | (
+            SHE if girl else HE
+        )
 
     def cast_animal(self, kind: str) -> Fields:
         girl = self.random.random() < 0.5
@@ -115,6 +114,11 @@ class Story:
 
     cast_parent = cast_elder
 
+    def cast_royal(self, kind: str) -> Fields:
+        royal = self.pick(kind)
+        girl = royal["1"] == "she"
+        return {"0": self.name("girl" if girl else "boy"), "kind": royal["0"]} | (SHE if girl else HE)
+
     def cast_creature(self, kind: str) -> Fields:
         hero = self.things["hero"].get("kind", "")
         creature = self.pick(kind)["0"]
@@ -126,10 +130,14 @@ class Story:
 
     cast_swimmer = cast_creature
 
-    def cast_engine(self, kind: str) -> Fields:
-        name = self.random.choice(["pet-girl", "pet-boy"])
-        found = {"0": self.pick(name)["0"], "kind": self.pick(kind)["0"], "color": self.pick("color")["0"]}
-        return found | (SHE if name == "pet-girl" else HE)
+    def cast_other(self, kind: str) -> Fields:
+        """Whatever has a name of its own like an animal and a word for what it is: an engine, a snail."""
+        girl = self.random.random() < 0.5
+        name, noun = self.name("pet-girl" if girl else "pet-boy"), self.pick(kind)["0"]
+        found = {"0": name, "kind": noun, "a": f"{{his}} friend {name} the {noun}", "color": self.pick("color")["0"]}
+        return found | (SHE if girl else HE)
+
+    cast_engine = cast_snail = cast_caterpillar = cast_goatlike = cast_other
 
     def value(self, reference: str) -> str:
         """What stands for {reference}."""
@@ -171,7 +179,9 @@ class Story:
         rules = [r for r in re.findall(r"<([a-z-]+)>", text) if r in self.grammar.rules]
         for rule in rules:
             chosen = self.random.choice(self.grammar.rules[rule])
-            text = text.replace(f"<{rule}>", re.sub(r"<\{([a-z.]+)\}", lambda m: "<" + self.value(m[1]), chosen))
+            text = text.replace(
+                f"<{rule}>", re.sub(r"<\{([a-z.]+)\}", lambda m: "<" + self.value(m[1]), chosen)
+            )
         return self.expand(text)
 
     def tell(self) -> str:
