@@ -47,7 +47,7 @@ CONFIG = Config(
     max_seq_len=512,
     tied=True,
 )
-PEAK_RATE, WARMUP = 2e-3, 300
+PEAK_RATE, WARMUP = 1.5e-3, 300
 BATCH_TOKENS = 8192
 IGNORED = -100  # a target that does not count
 
