@@ -134,7 +134,12 @@ class Story:
         """Whatever has a name of its own like an animal and a word for what it is: an engine, a snail."""
         girl = self.random.random() < 0.5
         name, noun = self.name("pet-girl" if girl else "pet-boy"), self.pick(kind)["0"]
-        found = {"0": name, "kind": noun, "a": f"{{his}} friend {name} the {noun}", "color": self.pick("color")["0"]}
+        found = {
+            "0": name,
+            "kind": noun,
+            "a": f"{{his}} friend {name} the {noun}",
+            "color": self.pick("color")["0"],
+        }
         return found | (SHE if girl else HE)
 
     cast_engine = cast_snail = cast_caterpillar = cast_goatlike = cast_other

@@ -321,7 +321,7 @@ def main() -> int:
         "--work", type=Path, default=TOP / "build" / "stories", help="where all but the model goes"
     )
     parser.add_argument("--stories", type=int, default=N_STORIES)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--every", type=float, default=300, help="seconds from one checkpoint to the next")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=TOP / "models" / "stories.bin")
