@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Trains the small story-teller that ships with the project: stories, tokenizer, model, export.
 
-    python3 models/train.py                  # some hours on two cores; stop it and start it again as you like
+    python3 models/train.py                  # an hour on two idle cores; stop it and start it again as you like
     python3 models/train.py --steps 50       # a short try
 
 The stories come from make_stories.py, the same ones each time. All that is made on the way stays in --work:
 stories.txt and heldout.txt, the tokenizer, checkpoint.pt, and log.csv with the loss and the held-out bits per
 byte. The model is Llama's architecture in PyTorch, whose parameters bear the names of a Hugging Face checkpoint,
-so that export.py's classes write it as they write any other.
+so that export.py's classes write it as they write any other. It needs what tests/requirements.txt lists.
 """
 
 from __future__ import annotations
