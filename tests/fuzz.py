@@ -26,6 +26,7 @@ from files import (
     ROOT,
     TIED,
     TOKENIZER_FIELDS,
+    TOKENS_START,
     Model,
     Program,
     default_vocabulary,
@@ -142,7 +143,7 @@ def spoil_header(rng: random.Random, data: bytes) -> bytes:
 
 def spoil_entry(rng: random.Random, data: bytes) -> bytes:
     """The length, type or score of one entry of a tokenizer."""
-    at, steps = 80, rng.choice([0, 1, 2, 3, 100, 258, 259, 260, rng.randrange(300)])
+    at, steps = TOKENS_START, rng.choice([0, 1, 2, 3, 100, 258, 259, 260, rng.randrange(300)])
     for _ in range(steps):
         if at + 12 > len(data):
             return data
@@ -196,8 +197,8 @@ def make_case(rng: random.Random, models: list[tuple[bytes, bytes]], folder: Pat
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
             tokenizer = rng.choice([spoil_header, spoil_entry, spoil_entry, spoil_bytes])(rng, tokenizer)
             if rng.random() < 0.3:
-                tokenizer = spoil_bytes(rng, tokenizer, 80)
-        if rng.random() < 0.9 and len(tokenizer) >= 80:
+                tokenizer = spoil_bytes(rng, tokenizer, TOKENS_START)
+        if rng.random() < 0.9 and len(tokenizer) >= TOKENS_START:
             tokenizer = fix(tokenizer)
             if rng.random() < 0.8 and tokenizer[:8] == b"twotoken":  # and a model that agrees
                 model = patch(model, vocab_hash=struct.unpack_from("<Q", tokenizer, 72)[0])
