@@ -476,7 +476,7 @@ class Template(NamedTuple):
     """What stands around the texts of a conversation, in the order of `PIECES`."""
 
     pieces: tuple[Piece, ...]
-    flags: int  # 1, and 2 if it takes a system text; 4, 8, 16: the ends of system, user's text, answer are trimmed
+    flags: int  # 1, and 2 if it takes a system text; those of find_trimming
 
 
 PIECES = (
@@ -1360,7 +1360,12 @@ class TemplateError(Exception):
     """Why a chat template cannot be used."""
 
 
-def renderer(source: str, special: Mapping[str, str]) -> Callable[[list[str], bool, str | None], str]:
+Renderer = Callable[
+    [list[str], bool, str | None], str
+]  # of turns, perhaps with a prompt for more, and a system text
+
+
+def renderer(source: str, special: Mapping[str, str]) -> Renderer:
     """What makes one text of turns (the user's, an answer, the user's, ...), as transformers does."""
     from jinja2 import TemplateError as JinjaError
     from jinja2.ext import loopcontrols
@@ -1434,17 +1439,7 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         except TemplateError as error:
             pieces[1] = pieces[2] = ""
             print(f"note: the chat template takes no system text: {error}", file=sys.stderr)
-        for bit, i in ((4, 0), (8, 1), (16, 2)):
-            spaced = [f" \n{mark}\n " if j == i else mark for j, mark in enumerate(MARKS)]
-            if i == 0 and not flags & 2:
-                continue
-            given = spaced[0] if flags & 2 else None
-            plain = render(turns[:3], True, system if flags & 2 else None)
-            text = render(spaced[1:4], True, given)
-            if text == plain:
-                flags |= bit
-            elif text != plain.replace(MARKS[i], spaced[i]) and i != 2:  # an answer is seldom rendered anew
-                raise TemplateError("spaces around a text are treated in an unknown way")
+        flags |= find_trimming(render, system if flags & 2 else None)
         if "strftime_now" in source:
             print("note: the chat template holds today's date, which stays as it is", file=sys.stderr)
         return Template(tuple(to_items(piece, added) for piece in pieces), flags)
@@ -1453,9 +1448,27 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         return None
 
 
-def check_template(
-    render: Callable[[list[str], bool, str | None], str], pieces: list[str], system: str | None
-) -> None:
+def find_trimming(render: Renderer, system: str | None) -> int:
+    """Flags for the left and the right end of: the system text, the user's first text after it, others, answers."""
+    flags = 0
+    for bit in range(8):
+        kind = bit // 2
+        for place in ([0], [1], [1, 3], [2])[kind]:  # in MARKS
+            given = system if kind in (0, 1) else None
+            if given is None and kind in (0, 1):
+                continue
+            spaced = f"{MARKS[place]}\n " if bit % 2 else f" \n{MARKS[place]}"
+            first, *turns = [spaced if i == place else mark for i, mark in enumerate(MARKS[:4])]
+            plain = render(MARKS[1:4], True, given)
+            text = render(turns, True, first if given else None)
+            if text == plain:
+                flags |= 4 << bit
+            elif kind < 3 and (text != plain.replace(MARKS[place], spaced) or flags & 4 << bit):
+                raise TemplateError("spaces around a text are treated in an unknown way")
+    return flags
+
+
+def check_template(render: Renderer, pieces: list[str], system: str | None) -> None:
     """Compares what the template makes of conversations with what the pieces do."""
     before_user, before_system, after_system, after_user, before_answer, after_answer, next_user = pieces
     for length in range(1, len(MARKS)):

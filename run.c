@@ -887,7 +887,7 @@ enum { // TokenizerHeader.flags
 
 // The texts of a conversation around what is said, see the README
 enum { BEFORE_USER, BEFORE_SYSTEM, AFTER_SYSTEM, AFTER_USER, BEFORE_ANSWER, AFTER_ANSWER, NEXT_USER, TEMPLATES };
-enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 31 }; // TokenizerHeader.template_flags
+enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 1023 }; // TokenizerHeader.template_flags
 #define TEXT_ITEM 0x80000000u // in a template, so many bytes of text; other items are ids of tokens
 
 // The start of a tokenizer file, byte for byte. Then for each token u32 length, u32 type, f32 score, and the bytes that

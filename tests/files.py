@@ -151,6 +151,64 @@ def default_vocabulary(extra: Sequence[bytes] = (), **changes: Any) -> Vocabular
     return Vocabulary(tuple(pieces), **changes)
 
 
+def byte_level_vocabulary(**changes: Any) -> Vocabulary:
+    """The 256 bytes and a few merges, a user-defined and two control tokens, a machine and a template.
+
+    The machine cuts before each space that follows something else. Its classes: 0 the end, 1 letters, 2 spaces.
+    """
+    texts = [bytes([b]) for b in range(256)]
+    pieces = [Piece(text, BYTE) for text in texts]
+    merges = []
+    for left, right in [
+        (b"h", b"e"),
+        (b"t", b"he"),
+        (b" ", b"the"),
+        (b"a", b"t"),
+        (b" c", b"at"),
+        (b" ", b"c"),
+    ]:
+        if left + right not in texts:
+            texts.append(left + right)
+            pieces.append(Piece(left + right))
+    for left, right in [
+        (b"h", b"e"),
+        (b"t", b"he"),
+        (b" ", b"the"),
+        (b"a", b"t"),
+        (b" ", b"c"),
+        (b" c", b"at"),
+    ]:
+        merges.append((texts.index(left), texts.index(right), texts.index(left + right)))
+    pieces += [Piece(b"<think>", USER_DEFINED), Piece(b"<s>", CONTROL), Piece(b"</s>", CONTROL)]
+    start, end = len(pieces) - 2, len(pieces) - 1
+    # state 1 is the start, 2 within spaces, 3 within letters; an odd step says that a word ends before the character
+    steps = ((0, 0, 0), (0, 6, 4), (1, 6, 4), (1, 6, 1))
+    text = struct.pack("<I", 0x80000000 | 5) + b"user\n"
+    templates = (
+        struct.pack("<I", start) + text,
+        b"",
+        b"",
+        struct.pack("<I", end),
+        b"",
+        struct.pack("<I", end),
+        text,
+    )
+    fields: dict[str, Any] = {
+        "bos_id": start,
+        "unk_id": -1,
+        "stop_ids": (end,),
+        "flags": ADD_BOS | BY_MERGES | WHOLE_WORDS,
+        "kind": BYTE_LEVEL_BPE,
+        "merges": tuple(merges),
+        "ranges": ((0x20, 0x20, 2), (0x3000, 0x3000, 2)),
+        "steps": steps,
+        "n_machines": 1,
+        "templates": templates,
+        "template_flags": 1,
+    }
+    return Vocabulary(tuple(pieces), **fields | changes)
+
+
 def write_tokenizer(path: Path, vocabulary: Vocabulary | None = None) -> Vocabulary:
     vocabulary = vocabulary or default_vocabulary()
     path.write_bytes(vocabulary.to_bytes())
