@@ -1633,7 +1633,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("export.py", description="Makes the two files of a model for run.c.")
     parser.add_argument("source", metavar="SOURCE", help=f"llama2.c .bin, or random:{{{','.join(SHAPES)}}}")
     parser.add_argument("-o", dest="output", metavar="OUT.bin", type=Path, required=True)
-    kinds = "llama2.c's .bin, SentencePiece .model, or one made by this program"
+    kinds = "llama2.c's .bin, SentencePiece .model, tokenizer.json or its folder, or one made by this program"
     parser.add_argument("--tokenizer", metavar="FILE", type=Path, help=kinds)
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights")
     parser.add_argument("--layers", metavar="N", type=positive, help="fewer layers, for random:SHAPE")

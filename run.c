@@ -1085,23 +1085,27 @@ static void read_classes(Tokenizer *t, const Range *ranges) {
     }
 }
 
+// The number at `at`, which moves on, unless that would be beyond `end`.
+static bool read_number(const unsigned char *file, size_t end, size_t *at, uint32_t *number) {
+    bool fits = end - *at >= sizeof *number;
+    if (fits)
+        memcpy(number, file + *at, sizeof *number);
+    *at += fits ? sizeof *number : 0;
+    return fits;
+}
+
 // Reads one template at `at` and returns where the next one starts.
 static size_t read_template(Tokenizer *t, const unsigned char *file, size_t size, size_t at, size_t which) {
-    uint32_t n = 0, item;
-    bool fits = size - at >= sizeof n;
-    if (fits)
-        memcpy(&n, file + at, sizeof n);
-    fits = fits && size - at - sizeof n >= n;
-    t->templates[which] = (Text){file + at + sizeof n, n};
-    for (size_t i = 0; fits && i < n; i += item & TEXT_ITEM ? item ^ TEXT_ITEM : 0) {
-        fits = n - i >= sizeof item;
-        if (fits)
-            memcpy(&item, t->templates[which].bytes + i, sizeof item);
-        i += sizeof item;
-        fits = fits && (item & TEXT_ITEM ? n - i >= (item ^ TEXT_ITEM) : item < t->h.vocab_size);
+    uint32_t n = 0, item = 0;
+    bool fits = read_number(file, size, &at, &n) && size - at >= n;
+    t->templates[which] = (Text){file + at, n};
+    for (size_t end = at + n, length; fits && at < end; at += length) {
+        fits = read_number(file, end, &at, &item);
+        length = item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
+        fits = fits && length <= end - at && (item & TEXT_ITEM || item < t->h.vocab_size);
     }
     expect(fits, "%s: template %zu: expected tokens and texts within its %u bytes, found others", t->path, which, n);
-    return at + sizeof n + n;
+    return at;
 }
 
 static Tokenizer open_tokenizer(const char *path) {
@@ -1163,7 +1167,7 @@ static int utf8_length(Text text) {
 // The first character of a text, which is not empty, and its number. A stray byte stands for itself, as U+FFFD.
 static Text first_character(Text text, uint32_t *number) {
     int length = utf8_length(text);
-    *number = length <= 0 ? 0xfffd : length == 1 ? *text.bytes : *text.bytes & (0x7f >> length);
+    *number = length <= 0 ? 0xfffd : length == 1 ? *text.bytes : *text.bytes & (0x7fu >> length);
     for (int i = 1; i < length; i++)
         *number = *number << 6 | (text.bytes[i] & 0x3f);
     return (Text){text.bytes, length > 0 ? (size_t)length : 1};
@@ -1187,8 +1191,8 @@ static bool takes_space(const Tokenizer *t, Text text) {
     return text.n > 0 && !(t->h.flags & NO_SECOND_SPACE && *text.bytes == ' ');
 }
 
-// A copy of the text as the vocabulary has it, of `capacity` bytes: "▁", by which SentencePiece means a space, is one,
-// and a space may come in front. SentencePiece puts it there in any case, others only if there is text to join.
+// The text as the vocabulary has it, in `out`, of text.n + 1 bytes: "▁", by which SentencePiece means a space, is one, and
+// a space may come in front. SentencePiece puts it there in any case, others not before a user-defined token.
 static Text normalise(const Tokenizer *t, Text text, unsigned char *out) {
     size_t n = 1;
     for (size_t i = 0; i < text.n; i++) {
@@ -1244,7 +1248,7 @@ static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
 // Cuts a word into the symbols that merging starts from and returns their number.
 static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
     if (word.n > e->capacity) {
-        e->capacity = 2 * word.n;
+        e->capacity = larger(word.n, 2 * e->capacity);
         free(e->symbols);
         e->symbols = allocate(e->capacity, sizeof *e->symbols, "the prompt");
     }
@@ -1332,20 +1336,18 @@ static void encode_words(const Tokenizer *t, Encoder *e, Text text, uint32_t mac
         return;
     }
     size_t start = 0, at = 0; // from start to at there is no word
-    for (uint32_t number; at < text.n;) {
+    uint32_t number;
+    while (start < text.n) {
         Text rest = {text.bytes + at, text.n - at};
-        size_t word = word_length(t, machine + 1, rest);
-        if (word == 0) {
+        size_t word = rest.n ? word_length(t, machine + 1, rest) : 0;
+        if (rest.n && word == 0) {
             at += first_character(rest, &number).n;
             continue;
         }
-        if (at > start)
-            encode_words(t, e, (Text){text.bytes + start, at - start}, machine + 1);
-        encode_words(t, e, (Text){rest.bytes, word}, machine + 1);
-        start = at += word;
+        size_t end = at > start ? at : at + word;
+        encode_words(t, e, (Text){text.bytes + start, end - start}, machine + 1);
+        start = at = end;
     }
-    if (at > start)
-        encode_words(t, e, (Text){text.bytes + start, at - start}, machine + 1);
 }
 
 // The tokens of a text, for the caller to free. User-defined tokens are found first, the longest at each place. No text
