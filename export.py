@@ -677,7 +677,10 @@ class Tokenizer:
     @classmethod
     def from_huggingface(cls, source: Path | bytes) -> Tokenizer:
         """Of a Hugging Face checkpoint's folder, or of the contents of a tokenizer.json alone."""
-        return HuggingFace(source).tokenizer()
+        try:
+            return HuggingFace(source).tokenizer()
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ExportError(f"a tokenizer.json of an unknown form ({error!r})") from None
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -868,7 +871,7 @@ class RegexParser:
 
     ESCAPED = r"\\[pP]\{\^?\w+\}|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[rntfvsSdD]|\\[^\w]"
     ATOM = re.compile(
-        rf"{re.escape(DIGITS)}|\[\^?(?!\])(?:{ESCAPED}|[^\\\[\]&])+\]|{ESCAPED}|[^\\\[\](){{}}?*+|.^$]",
+        rf"{re.escape(DIGITS)}|\[(?:\^(?!\])|(?![\^\]]))(?:{ESCAPED}|[^\\\[\]&])+\]|{ESCAPED}|[^\\\[\](){{}}?*+|.^$]",
         re.DOTALL,
     )
     REPEAT = re.compile(r"([?*+])(\+?)|\{(\d+)(,?)(\d*)\}")
@@ -947,6 +950,8 @@ class RegexParser:
                 return inner
         atom = self.ATOM.match(self.text, self.at)
         if atom is None:
+            self.refuse()
+        if any_case and len(atom[0]) > 1:
             self.refuse()
         self.at = atom.end()
         return Node("set", expression=f"(?i:{atom[0]})" if any_case and atom[0].isalpha() else atom[0])
@@ -1139,12 +1144,18 @@ class HuggingFace:
                     found[key] = text
         return found
 
-    def stop_ids(self) -> list[int]:
-        found = [self.ids.get(self.special().get("eos_token", ""), -1)]
+    def configured(self, key: str) -> list[int]:
+        """Ids in the model's configuration that are added tokens: others are defaults that nobody has thought of."""
+        found: list[Any] = []
         for config in (self.generation, self.model_config):
-            eos = config.get("eos_token_id")
-            found += eos if isinstance(eos, list) else [eos if isinstance(eos, int) else -1]
-        return list(dict.fromkeys(id for id in found if id >= 0))
+            value = config.get(key)
+            found += value if isinstance(value, list) else [value]
+        added = {token["id"] for token in self.added}
+        return [id for id in found if id in added]
+
+    def stop_ids(self) -> list[int]:
+        eos = self.ids.get(self.special().get("eos_token", ""))
+        return list(dict.fromkeys([*([] if eos is None else [eos]), *self.configured("eos_token_id")]))
 
     def bos(self) -> tuple[int, bool]:
         """Its id, and whether a text begins with it."""
@@ -1163,9 +1174,8 @@ class HuggingFace:
         add = self.config.get("add_bos_token")
         if first and add is not False:
             return first[0], True
-        for config in (self.generation, self.model_config):
-            known = config.get("bos_token_id")
-            bos = known if bos < 0 and isinstance(known, int) else bos
+        if bos < 0:
+            bos = next(iter(self.configured("bos_token_id")), -1)
         return bos, add is True and bos >= 0
 
     def control(self) -> set[int]:
@@ -1176,7 +1186,7 @@ class HuggingFace:
     def tokens(self, make: Callable[[str], Token]) -> list[Token]:
         if any(not isinstance(id, int) or not 0 <= id < 1 << 24 for id in self.ids.values()):
             raise ExportError("a tokenizer.json with an id out of range")
-        size = max([*self.ids.values(), *self.stop_ids()], default=-1) + 1
+        size = max(self.ids.values(), default=-1) + 1
         sizes = [size, self.model_config.get("vocab_size")]  # a model may have more, for speed's sake
         tokens = [Token(b"", UNUSED)] * max(n for n in sizes if isinstance(n, int))
         for name, id in self.vocab.items():

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import resource
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from files import BYTE, Piece, Program, byte_level_vocabulary
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peers import GPT2, LLAMA3, QWEN2, Peer, corpus, peer, trained
+from peers import GPT2, LLAMA3, QWEN2, Peer, Tokens, corpus, peer, trained
 from test_tokenizer import CASES, INVALID
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import export
+
+BAR = "\u2581"
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>", "<|eot_id|>")
 CL100K = (
@@ -254,9 +261,267 @@ def test_added_tokens_everywhere(with_added: Peer) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Other ways in
+
+
+def gguf(found: Peer, pre: str) -> dict[str, Any]:
+    """The metadata that a GGUF file would have."""
+    data = json.loads(found.special.to_str())
+    names = {id: name for name, id in found.special.get_vocab(with_added_tokens=True).items()}
+    control = [found.special.token_to_id(name) for name in SPECIAL]
+    return {
+        "general.name": "x",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [names[id] for id in range(len(names))],
+        "tokenizer.ggml.token_type": [3 if id in control else 1 for id in range(len(names))],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in data["model"]["merges"]],
+        "tokenizer.ggml.eos_token_id": control[0],
+        "tokenizer.ggml.eot_token_id": control[2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "pre"), [("gpt2", "gpt-2"), ("llama3", "llama-bpe"), ("qwen2", "qwen2"), ("smollm2", "smollm")]
+)
+def test_gguf(tmp_path: Path, name: str, pre: str) -> None:
+    with peer(make(name), tmp_path) as found:
+        metadata = gguf(found, pre)
+        ours = export.Tokenizer.from_gguf(metadata)
+        same = ("tokens", "merges", "machines", "kind", "whole_words", "add_space", "add_bos")
+        for field in same:
+            assert getattr(ours, field) == getattr(found.tokenizer, field), field
+        assert ours.stop_ids == (found.special.token_to_id(SPECIAL[0]), found.special.token_to_id(SPECIAL[2]))
+        with pytest.raises(export.ExportError, match="'new-one'"):
+            export.Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "new-one"})
+
+
+def test_gguf_without_a_pre_tokenizer(tmp_path: Path) -> None:
+    """llama.cpp's own default, whatever it is good for."""
+    with peer(make("gpt2"), tmp_path) as found:
+        metadata = gguf(found, "default")
+        metadata.pop("tokenizer.ggml.pre")
+        (tmp_path / "t.bin").write_bytes(export.Tokenizer.from_gguf(metadata).to_bytes())
+        library = found.library
+        library.pre_tokenizer = after(
+            r"[\p{P}\$\+<=>\^~\|]+", GPT2.removesuffix(r"|\s+"), r"\p{N}+", "[0-9][0-9][0-9]"
+        )
+        ours = Tokens(tmp_path / "t.bin")
+        for text in [*ALL_CASES.values(), *corpus()[:5]]:
+            assert ours(text) == library.encode(text).ids
+        ours.close()
+
+
+def test_gguf_of_sentencepiece(root: Path, tmp_path: Path) -> None:
+    """Llama 2's vocabulary as llama.cpp has it is the same as that of the top-level tokenizer.bin."""
+    top = export.read_tokenizer(root / "tokenizer.bin")
+    names = [
+        f"<0x{t.text[0]:02X}>" if t.type == export.BYTE else t.text.decode().replace(" ", BAR)
+        for t in top.tokens
+    ]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": names,
+        "tokenizer.ggml.scores": [t.score for t in top.tokens],
+        "tokenizer.ggml.token_type": [t.type for t in top.tokens],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    assert export.Tokenizer.from_gguf(metadata) == replace(top, space_anew=True)
+
+
+def folder_of(folder: Path, library: Tokenizer, **files: Any) -> Path:
+    library.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_checkpoints_folder(tmp_path: Path) -> None:
+    library = make("llama3")
+    ids = [library.token_to_id(name) for name in SPECIAL]
+    one = [(SPECIAL[0], ids[0])]
+    library.post_processor = processors.TemplateProcessing(f"{SPECIAL[0]} $A", f"{SPECIAL[0]} $A $B", one)
+    config = {"bos_token": SPECIAL[0], "eos_token": {"content": SPECIAL[2], "lstrip": False}}
+    folder = folder_of(
+        tmp_path,
+        library,
+        tokenizer_config=config,
+        generation_config={"eos_token_id": [ids[4], ids[2]]},
+        config={"vocab_size": 1600, "eos_token_id": ids[3], "bos_token_id": 7},
+    )
+    tokenizer = export.read_tokenizer(folder)
+    assert export.read_tokenizer(folder / "tokenizer.json") == tokenizer
+    assert (tokenizer.bos_id, tokenizer.add_bos) == (ids[0], True)
+    assert tokenizer.stop_ids == (ids[2], ids[4], ids[3])
+    assert len(tokenizer.tokens) == 1600 and tokenizer.tokens[1599] == export.Token(b"", export.UNUSED)
+    (tmp_path / "t.bin").write_bytes(tokenizer.to_bytes())
+    ours = Tokens(tmp_path / "t.bin")
+    for text in ["", "the cat", SPECIAL[2]]:
+        library.encode_special_tokens = True
+        assert ours(text) == library.encode(text).ids
+    ours.close()
+    folder_of(tmp_path, library, tokenizer_config=config | {"add_bos_token": False})
+    assert not export.read_tokenizer(folder).add_bos
+
+
+def test_ids_that_are_mere_defaults_are_no_control_tokens(tmp_path: Path) -> None:
+    """A configuration says bos 1 and eos 2 if nobody has told it otherwise; here those are letters."""
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = bytes_of()
+    trained(library, 400)
+    folder_of(tmp_path, library, config={"vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2})
+    tokenizer = export.read_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.stop_ids) == (-1, ())
+    assert {t.type for t in tokenizer.tokens} == {export.NORMAL, export.BYTE}
+
+
+def split(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+
+
+ENCODER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(pattern), ENCODER]}}, pattern)
+        for pattern in [
+            *(
+                r"\w+|\s",
+                r"a(?<=b)",
+                r"\bthe\b",
+                r"^a",
+                "a$",
+                "a.b",
+                "a+?",
+                "(?<x>a)",
+                "(a",
+                "a)",
+                "[a",
+                "[^]",
+                "a{1,200}",
+            ),
+            *(
+                "*",
+                "a**",
+                r"(?>a)",
+                r"\p{L}++\p{Lu}",
+                r"(?:ab)++c",
+                "(?!ab)c",
+                r"[\w]",
+                "[a&&b]",
+                r"\k<a>",
+                "(?i:[ab])",
+            ),
+        ]
+    ),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split("a", "Removed"), ENCODER]}}, '"Removed"'),
+    (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "BertPreTokenizer"}, ENCODER]}},
+        "BertPre",
+    ),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+    ({"pre_tokenizer": None}, "neither byte-level nor"),
+    ({"normalizer": {"type": "NFKC"}}, "NFKC"),
+    ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+    ({"post_processor": {"type": "RobertaProcessing"}}, "RobertaProcessing"),
+    ({"model": {"type": "WordPiece"}}, "WordPiece"),
+    ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+    ({"model": {"dropout": 0.1}}, "dropout"),
+    ({"model": {"merges": [["a", "qqq"]]}}, "merge"),
+    ({"model": {"merges": None}}, "BPE model"),
+    ({"model": 7}, "BPE model"),
+    ({"pre_tokenizer": {}, "normalizer": 3}, "unknown form"),
+    *(
+        ({"added_tokens": [{"id": 50, "content": "zq", "special": False, flag: True}]}, f"'zq' is {flag}")
+        for flag in ("lstrip", "rstrip", "single_word")
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_what_is_refused(changes: dict[str, Any], words: str) -> None:
+    data = json.loads(plain().to_str())
+    for key, value in changes.items():
+        merge = isinstance(value, dict) and key == "model"
+        data[key] = data[key] | value if merge else value
+    with pytest.raises(export.ExportError) as caught:
+        export.Tokenizer.from_huggingface(json.dumps(data).encode())
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@cache
+def plain() -> Tokenizer:
+    return make("gpt2", vocab_size=300)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Speed
+
+LONG: dict[str, bytes] = {
+    "prose": b"The quick brown fox isn't as quick as 12345 lazy dogs, it's said.\n" * 15000,
+    "one letter": b"a" * 1_000_000,
+    "spaces": b" " * 1_000_000,
+    "lines": b"\n" * 1_000_000,
+    "lines and spaces": b" \n  " * 250_000,
+    "digits": b"7" * 1_000_000,
+    "punctuation": b"'" * 1_000_000,
+    "marks": "\u0301".encode() * 500_000,
+    "no space": random.Random(1)
+    .randbytes(500_000)
+    .hex()
+    .translate({ord(d): chr(ord(d) + 64) for d in "0123456789"})
+    .encode(),
+    "Chinese": "\u4e2d\u6587\u5b57\u7b26".encode() * 83_000,
+    "control tokens": b"<|im_end|>" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("kind", ["llama3", "no words"])
+def test_a_megabyte(run: Program, long_peers: dict[str, Peer], kind: str, name: str) -> None:
+    """Processor time, and the same ids as the library's."""
+    found, text = long_peers[kind], LONG[name]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    result = run.ok("-z", found.path, "-m", "tokenize", "-f", "-", stdin=text)
+    took = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert [int(word) for word in result.text.split()] == found.library.encode(text.decode()).ids
+    if not run.sanitized:
+        print(f"{name}: {took:.2f} s", file=sys.stderr)
+        assert took < 2
+
+
+@pytest.fixture(scope="module")
+def long_peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Peer]]:
+    folders = [tmp_path_factory.mktemp("t") for _ in range(2)]
+    with peer(make("llama3"), folders[0]) as llama3, peer(make("no words"), folders[1]) as no_words:
+        yield {"llama3": llama3, "no words": no_words}
+
+
+def test_a_large_vocabulary_opens_at_once(run: Program, tmp_path: Path) -> None:
+    """As large as Llama 3's: 130,000 tokens and 280,000 merges."""
+    pairs = [(a, b) for a in range(256) for b in range(256)]
+    texts = [bytes(pair) for pair in pairs] + [bytes([a, b, a]) for a, b in pairs]
+    merges = [(a, b, 256 + i) for i, (a, b) in enumerate(pairs)]
+    for first in (256, 256 + 65536):
+        merges += [(first + i, a, 256 + 65536 + i) for i, (a, _) in enumerate(pairs)]
+    merges += [(a, 256 + 256 * b + a, 256 + 65536 + i) for i, (a, b) in enumerate(pairs)]
+    pieces = [Piece(bytes([b]), BYTE) for b in range(256)] + [Piece(text) for text in texts]
+    fields: dict[str, Any] = {"pieces": tuple(pieces), "merges": tuple(merges), "bos_id": 0, "stop_ids": (0,)}
+    vocabulary = replace(byte_level_vocabulary(), **fields, templates=(b"",) * 7, template_flags=0)
+    path = tmp_path / "large.bin"
+    path.write_bytes(vocabulary.to_bytes())
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run.ok("-z", path, "-m", "tokenize", "-i", "the")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    if not run.sanitized:
+        print(f"opened in {took:.3f} s", file=sys.stderr)
+        assert took < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------
 # SentencePiece's kind
 
-BAR = "\u2581"
 PREPEND = [normalizers.Prepend(BAR), normalizers.Replace(" ", BAR)]
 LLAMA2_LIKE: dict[str, Any] = {
     "prepend": (normalizers.Sequence(PREPEND), None),
