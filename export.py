@@ -1204,8 +1204,15 @@ class HuggingFace:
         return tokens
 
     def check_added(self, token: dict[str, Any]) -> None:
+        """Refuses a plain added token that is not simply sought, the longest first at each place of the text."""
         if strange := [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]:
             raise ExportError(f"the added token {token['content']!r} is {strange[0]} (not supported)")
+        # The library looks for those that are not "normalized" first, which matters where others may overlap them.
+        name = token["content"]
+        for other in self.added:
+            early, text = bool(other.get("normalized")) < bool(token.get("normalized")), other["content"]
+            if early and not other.get("special") and (name in text or text in name or overlap(name, text)):
+                raise ExportError(f"the added tokens {name!r} and {text!r} overlap (not supported)")
 
     def tokenizer(self) -> Tokenizer:
         model = self.model
@@ -1249,7 +1256,16 @@ class HuggingFace:
             machines=machines(patterns),
         )
         added = {token["content"]: token["id"] for token in self.added}
-        return tokenizer.with_template(self.chat_template(), self.special(), added)
+        chatty = tokenizer.with_template(self.chat_template(), self.special(), added)
+        used = {item for piece in chatty.template.pieces for item in piece} if chatty.template else set()
+        for token in self.added:
+            if token["id"] in used and (token.get("lstrip") or token.get("rstrip")):
+                print(
+                    f"note: no chat template is stored: {token['content']} takes spaces with it",
+                    file=sys.stderr,
+                )
+                return tokenizer
+        return chatty
 
     def byte_level(self, kinds: list[Any], normalizers: list[Any]) -> tuple[list[str], str]:
         """The patterns that cut words, and where a space is put in front.
@@ -1329,6 +1345,11 @@ class HuggingFace:
         if isinstance(found, list):  # several of them, by name
             found = next((t.get("template") for t in found if t.get("name") == "default"), None)
         return found if isinstance(found, str) else None
+
+
+def overlap(a: str, b: str) -> bool:
+    """Whether one may begin within the other."""
+    return any(a[-n:] == b[:n] or b[-n:] == a[:n] for n in range(1, min(len(a), len(b))))
 
 
 def flattened(step: Any, inside: str) -> list[Any]:
@@ -1435,9 +1456,10 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         render = renderer(source, special)
         system, *turns = MARKS
         before_user, after_user = cut(render(turns[:1], True, None), turns[:1])
-        _, whole, after_answer = cut(render(turns[:2], False, None), turns[:2])
+        *_, tail = cut(render(turns[:2], False, None), turns[:2])
+        _, whole, between, _ = cut(render(turns[:3], True, None), turns[:3])
         before_answer = whole.removeprefix(after_user)
-        *_, between, _ = cut(render(turns[:3], True, None), turns[:3])
+        after_answer = tail if between.startswith(tail) else between
         next_user = between.removeprefix(after_answer)
         pieces = [before_user, "", "", after_user, before_answer, after_answer, next_user]
         check_template(render, pieces, None)
@@ -1481,7 +1503,7 @@ def find_trimming(render: Renderer, system: str | None) -> int:
 def check_template(render: Renderer, pieces: list[str], system: str | None) -> None:
     """Compares what the template makes of conversations with what the pieces do."""
     before_user, before_system, after_system, after_user, before_answer, after_answer, next_user = pieces
-    for length in range(1, len(MARKS)):
+    for length in range(1, len(MARKS), 2):  # those that the user has the last word in
         text = before_user if system is None else before_system + system + after_system
         for i, turn in enumerate(MARKS[1 : length + 1]):
             text += (
@@ -1489,7 +1511,7 @@ def check_template(render: Renderer, pieces: list[str], system: str | None) -> N
                 if i % 2 == 0
                 else before_answer + turn + after_answer
             )
-        if render(MARKS[1 : length + 1], length % 2 == 1, system) != text:
+        if render(MARKS[1 : length + 1], True, system) != text:
             raise TemplateError("it treats some turn of a conversation differently from others")
 
 

@@ -438,6 +438,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_added_tokens_that_the_library_seeks_one_after_the_other(tmp_path: Path) -> None:
+    library = make("gpt2")
+    library.add_tokens([AddedToken("<ab>", normalized=False), AddedToken("zq", normalized=True)])
+    with peer(library, tmp_path) as found:
+        found.check("zq<ab>zq <ab")
+    for name in ("b>c", "<ab>d", "ab"):
+        data = json.loads(library.to_str())
+        data["added_tokens"].append({"id": 1600, "content": name, "special": False, "normalized": True})
+        with pytest.raises(export.ExportError, match="overlap"):
+            export.Tokenizer.from_huggingface(json.dumps(data).encode())
+
+
 @pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[words for _, words in REFUSED])
 def test_what_is_refused(changes: dict[str, Any], words: str) -> None:
     data = json.loads(plain().to_str())
