@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from builds import build
+from builds import build, variants
 from test_tokenizer import CASES, CORPUS
 from tokenizers import Tokenizer
 
@@ -36,7 +36,9 @@ class Tokens:
 
     def __init__(self, path: Path) -> None:
         self.process = subprocess.Popen(
-            [*build("probe", "native"), "tokens", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [*build("probe", variants("native")[0]), "tokens", str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def __call__(self, text: str | bytes) -> list[int]:
