@@ -123,13 +123,22 @@ def test_prose_and_code(one: Peer) -> None:
     assert one.decoded(one.ours(source)).lstrip(b" ") == source.encode()
 
 
-def test_every_character(one: Peer) -> None:
-    """Each once, and before and after what patterns treat in a special way."""
-    scalars = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    one.check(normal(one, "".join(scalars)))
-    some = [c for i, c in enumerate(scalars) if i < 0x600 or i % 97 == 0]
+SCALARS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+
+
+def test_many_characters(one: Peer) -> None:
+    """Those of nearly all scripts, side by side; and some before and after what patterns treat in a special way."""
+    many = [c for i, c in enumerate(SCALARS) if i < 0x3000 or 0x9800 <= i < 0x11000 or i % 29 == 0]
+    one.check(normal(one, "".join(many)))
+    some = [c for i, c in enumerate(SCALARS) if i < 0x600 or i % 97 == 0]
     for between in [" ", "a", "1", "'", ".", "\n", "\u0301"]:
         one.check(normal(one, between.join(some)))
+
+
+@pytest.mark.parametrize("kind", ["llama3", "smollm2"])
+def test_every_character(tmp_path: Path, kind: str) -> None:
+    with peer(make(kind), tmp_path) as found:
+        found.check("".join(SCALARS))
 
 
 fragments = st.sampled_from(
@@ -174,7 +183,7 @@ texts = st.one_of(
     ),
 )
 thoroughly = settings(
-    max_examples=400, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=300, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 
