@@ -715,7 +715,9 @@ class Tokenizer:
         tokenizer = cls(
             tokens,
             bos_id=bos,
-            unk_id=get("ggml.unknown_token_id", -1 if byte_level else 0),
+            unk_id=-1
+            if byte_level
+            else get("ggml.unknown_token_id", 0),  # llama.cpp leaves out unknown bytes
             stop_ids=tuple(dict.fromkeys(int(id) for id in stop_ids if id >= 0)),
             add_bos=bool(get("ggml.add_bos_token", not byte_level)) and bos >= 0,
             add_space=add_space,
@@ -1240,6 +1242,8 @@ class HuggingFace:
         if not byte_level and unk >= 0:
             tokens[unk] = tokens[unk]._replace(type=UNKNOWN)
         bos, add_bos = self.bos()
+        if unk in (bos, *self.stop_ids()):
+            unk = -1  # an unknown byte is left out rather than the end of the text
         tokenizer = Tokenizer(
             tokens,
             bos_id=bos,

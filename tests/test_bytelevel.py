@@ -241,6 +241,20 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield found
 
 
+def test_an_unknown_byte_is_never_the_end_of_the_text(tmp_path: Path) -> None:
+    library = Tokenizer(models.BPE(unk_token=SPECIAL[0]))
+    library.pre_tokenizer = bytes_of()
+    folder_of(tmp_path, trained(library, 300, False, SPECIAL), tokenizer_config={"eos_token": SPECIAL[0]})
+    tokenizer = export.read_tokenizer(tmp_path)
+    assert (tokenizer.unk_id, tokenizer.stop_ids) == (-1, (0,))
+    (tmp_path / "t.bin").write_bytes(tokenizer.to_bytes())
+    ours = Tokens(tmp_path / "t.bin")
+    text = "a\U000e0041b"  # four bytes, of which the vocabulary lacks some
+    ids = library.encode(text).ids
+    assert 0 in ids and ours(text) == [id for id in ids if id]
+    ours.close()
+
+
 ADDED = ["<think>", "<think", "the", " cat", "caf\u00e9", "    ", "\n\n", "ab", "abcab", "'s", "\U0001f600"]
 added_texts = st.lists(
     st.one_of(
@@ -287,6 +301,7 @@ def gguf(found: Peer, pre: str) -> dict[str, Any]:
         "tokenizer.ggml.merges": [" ".join(pair) for pair in data["model"]["merges"]],
         "tokenizer.ggml.eos_token_id": control[0],
         "tokenizer.ggml.eot_token_id": control[2],
+        "tokenizer.ggml.unknown_token_id": control[0],
     }
 
 
@@ -297,7 +312,7 @@ def test_gguf(tmp_path: Path, name: str, pre: str) -> None:
     with peer(make(name), tmp_path) as found:
         metadata = gguf(found, pre)
         ours = export.Tokenizer.from_gguf(metadata)
-        same = ("tokens", "merges", "machines", "kind", "whole_words", "add_space", "add_bos")
+        same = ("unk_id", "tokens", "merges", "machines", "kind", "whole_words", "add_space", "add_bos")
         for field in same:
             assert getattr(ours, field) == getattr(found.tokenizer, field), field
         assert ours.stop_ids == (found.special.token_to_id(SPECIAL[0]), found.special.token_to_id(SPECIAL[2]))
