@@ -29,15 +29,16 @@ import sys
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property
-from itertools import accumulate
+from datetime import datetime
+from functools import cache, cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -749,7 +750,10 @@ def open_hugging_face(folder: Path) -> Checkpoint:
     if (folder / "generation_config.json").exists():
         stop_ids += Settings.read(folder / "generation_config.json").ids("eos_token_id")
     window = sliding_window(settings, config)
-    return Checkpoint(folder, config, found, stop_ids, window, existing(folder / "tokenizer.model"))
+    tokenizer = existing(folder / "tokenizer.json") and folder  # with the files beside it
+    return Checkpoint(
+        folder, config, found, stop_ids, window, tokenizer or existing(folder / "tokenizer.model")
+    )
 
 
 def existing(path: Path) -> Path | None:
@@ -1044,7 +1048,8 @@ def open_gguf(path: Path) -> Checkpoint:
         found = {name: rotated_by_halves(name, tensor, config) for name, tensor in found.items()}
     stop_ids = s.ids("tokenizer.ggml.eos_token_id") + s.ids("tokenizer.ggml.eot_token_id")
     window = s.get(f"{architecture}.attention.sliding_window", int, 0) or None
-    return Checkpoint(path, config, found, stop_ids, window)
+    tokenizer = path if "tokenizer.ggml.tokens" in s.values else None
+    return Checkpoint(path, config, found, stop_ids, window, tokenizer)
 
 
 def gguf_splits(s: Settings) -> list[Path]:
@@ -1330,18 +1335,68 @@ def open_checkpoint(path: Path) -> Checkpoint:
 # ---------------------------------------------------------------------------------------------------------
 # 7. Tokenizers
 
-TOKENIZER_MAGIC, TOKENIZER_VERSION = b"twotoken", 1
-TOKENIZER_HEADER = struct.Struct("<8s4I2iI7i2Q")  # 80 bytes, then the vocabulary
+TOKENIZER_MAGIC, TOKENIZER_VERSION = b"twotoken", 2
+TOKENIZER_HEADER = struct.Struct("<8s4I2iI7i2Q6IQ")  # 112 bytes, then the vocabulary
 TOKEN = struct.Struct("<IIf")  # length, type, score; then the bytes
-SENTENCEPIECE_BPE = 1  # the kind of tokenizer
+SENTENCEPIECE_BPE, BYTE_LEVEL_BPE = 1, 2  # the kind of tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece's types of tokens
 MAX_STOP_IDS = 7
+TEXT_ITEM = 1 << 31  # in a template: so many bytes of text; other items are ids
+
+
+SWITCHES = (
+    "add_bos",
+    "add_space",
+    "space_anew",
+    "no_second_space",
+    "by_merges",
+    "whole_words",
+)  # bits of flags
 
 
 class Token(NamedTuple):
     text: bytes  # what it prints: ' ' and not '▁', one byte of a byte token, the name of a control token
     type: int
-    score: float  # of the pairs that may be merged, that with the highest score is
+    score: float = 0.0  # of the pairs that may be merged, that with the highest score is
+
+
+class Merge(NamedTuple):
+    left: int
+    right: int
+    made: int
+
+
+class Machines(NamedTuple):
+    """How text is cut into words: state machines, each for what the one before it has left, see `machines`."""
+
+    ranges: tuple[tuple[int, int, int], ...] = ()  # first and last character, class; of all others it is 1
+    steps: tuple[
+        tuple[int, ...], ...
+    ] = ()  # (states, classes): twice the next state, + 1 at the end of a word
+    n_machines: int = 0
+
+
+NO_MACHINES = Machines()  # a text is one word
+
+Piece = tuple[int | str, ...]  # of a chat template: the ids of tokens, and texts
+
+
+class Template(NamedTuple):
+    """What stands around the texts of a conversation, in the order of `PIECES`."""
+
+    pieces: tuple[Piece, ...]
+    flags: int  # 1, and 2 if it takes a system text; those of find_trimming
+
+
+PIECES = (
+    "before_user",  # the start of a conversation without a system text
+    "before_system",
+    "after_system",  # up to the user's first text
+    "after_user",  # up to where the model starts to answer
+    "before_answer",  # what stands there as well once there is an answer, mostly nothing
+    "after_answer",
+    "next_user",  # after that, up to the user's next text
+)
 
 
 @dataclass(frozen=True)
@@ -1351,7 +1406,15 @@ class Tokenizer:
     unk_id: int  # -1 = none
     stop_ids: tuple[int, ...]
     add_bos: bool
-    add_space: bool
+    add_space: bool  # in front of a text
+    space_anew: bool = False  # and of a text that follows a control or user-defined token
+    no_second_space: bool = False  # but not of one that begins with a space
+    by_merges: bool = False  # the order of merging is that of `merges`, not that of the scores
+    whole_words: bool = False  # a word that is a token is never cut
+    kind: int = SENTENCEPIECE_BPE
+    merges: tuple[Merge, ...] = ()
+    machines: Machines = NO_MACHINES
+    template: Template | None = None
 
     def __post_init__(self) -> None:
         for id, token in enumerate(self.tokens):
@@ -1360,7 +1423,8 @@ class Tokenizer:
             if not token.text and token.type != UNUSED:
                 raise ExportError(f"token {id} is empty")
         byte_tokens = sorted(token.text for token in self.tokens if token.type == BYTE)
-        if byte_tokens and byte_tokens != [bytes([b]) for b in range(256)]:
+        all_bytes = [bytes([b]) for b in range(256)]
+        if self.kind == SENTENCEPIECE_BPE and byte_tokens not in ([], all_bytes):
             raise ExportError(f"expected a token for each of the 256 bytes, found {len(byte_tokens)}")
         if len(self.stop_ids) > MAX_STOP_IDS:
             raise ExportError(f"expected at most {MAX_STOP_IDS} stop ids, found {len(self.stop_ids)}")
@@ -1378,32 +1442,90 @@ class Tokenizer:
     def vocab_hash(self) -> int:
         return fnv1a(self.vocabulary)
 
+    @cached_property
+    def rest(self) -> bytes:
+        """What follows the vocabulary: the merges, how words are cut, the template."""
+        numbers = [*self.merges, *self.machines.ranges, *self.machines.steps]
+        start = bytes(-len(self.vocabulary) % 4)
+        pieces = self.template.pieces if self.template else ((),) * len(PIECES)
+        return b"".join(
+            [
+                start,
+                *(struct.pack(f"<{len(row)}I", *row) for row in numbers),
+                *(struct.pack("<I", len(piece)) + piece for piece in map(template_bytes, pieces)),
+            ]
+        )
+
     def to_bytes(self) -> bytes:
         """The tokenizer file."""
         stop_ids = self.stop_ids + (-1,) * (MAX_STOP_IDS - len(self.stop_ids))
-        flags = self.add_bos | self.add_space << 1
-        size = TOKENIZER_HEADER.size + len(self.vocabulary)
-        ids = (self.bos_id, self.unk_id, len(self.stop_ids), *stop_ids)
-        start = (TOKENIZER_MAGIC, TOKENIZER_VERSION, SENTENCEPIECE_BPE, flags, len(self.tokens))
-        return TOKENIZER_HEADER.pack(*start, *ids, size, self.vocab_hash) + self.vocabulary
+        flags = sum(getattr(self, name) << bit for bit, name in enumerate(SWITCHES))
+        size = TOKENIZER_HEADER.size + len(self.vocabulary) + len(self.rest)
+        m = self.machines
+        return b"".join(
+            [
+                TOKENIZER_HEADER.pack(
+                    *(TOKENIZER_MAGIC, TOKENIZER_VERSION, self.kind, flags, len(self.tokens)),
+                    *(self.bos_id, self.unk_id, len(self.stop_ids), *stop_ids, size, self.vocab_hash),
+                    *(
+                        len(self.merges),
+                        len(m.ranges),
+                        len(m.steps[0]) if m.steps else 0,
+                        len(m.steps),
+                        m.n_machines,
+                    ),
+                    *(self.template.flags if self.template else 0, fnv1a(self.rest)),
+                ),
+                self.vocabulary,
+                self.rest,
+            ]
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
         """Of a tokenizer file; raises ExportError unless to_bytes() would give the same again."""
         if len(data) < TOKENIZER_HEADER.size:
             raise ExportError(f"expected a header of {TOKENIZER_HEADER.size} bytes, found {len(data)}")
-        _, version, kind, flags, size, bos, unk, n_stop, *stop_ids, _, _ = TOKENIZER_HEADER.unpack_from(data)
-        if (version, kind) != (TOKENIZER_VERSION, SENTENCEPIECE_BPE):
+        _, version, kind, flags, size, bos, unk, n_stop, *others = TOKENIZER_HEADER.unpack_from(data)
+        if version != TOKENIZER_VERSION or kind not in (SENTENCEPIECE_BPE, BYTE_LEVEL_BPE):
             raise ExportError(f"a tokenizer file of unknown version {version} or kind {kind}")
-        tokens = []
-        position = TOKENIZER_HEADER.size
-        while position + TOKEN.size <= len(data):
-            length, type, score = TOKEN.unpack_from(data, position)
-            position += TOKEN.size + length
-            tokens.append(Token(data[position - length : position], type, score))
-        tokenizer = cls(tokens, bos, unk, tuple(stop_ids[:n_stop]), bool(flags & 1), bool(flags & 2))
+        stop_ids, (_, _, n_merges, n_ranges, n_classes, n_states, n_machines, template, _) = (
+            others[:7],
+            others[7:],
+        )
+        at = TOKENIZER_HEADER.size
+
+        def take(form: str) -> tuple[Any, ...]:
+            nonlocal at
+            values = struct.unpack_from("<" + form, data, at)
+            at += struct.calcsize("<" + form)
+            return values
+
+        try:
+            tokens = []
+            for _ in range(size):
+                length, type, score = take("IIf")
+                tokens.append(Token(take(f"{length}s")[0], type, score))
+            take(f"{-(at - TOKENIZER_HEADER.size) % 4}x")
+            merges = tuple(Merge(*take("3I")) for _ in range(n_merges))
+            ranges = tuple(take("3I") for _ in range(n_ranges))
+            steps = tuple(take(f"{n_classes}I") for _ in range(n_states))
+            pieces = tuple(template_piece(*take(f"{take('I')[0]}s")) for _ in PIECES)
+        except struct.error:
+            raise ExportError("a damaged tokenizer file: it ends too early") from None
+        tokenizer = cls(
+            tokens,
+            bos,
+            unk,
+            tuple(stop_ids[:n_stop]),
+            **{name: bool(flags >> bit & 1) for bit, name in enumerate(SWITCHES)},
+            kind=kind,
+            merges=merges,
+            machines=Machines(ranges, steps, n_machines),
+            template=Template(pieces, template) if any(pieces) else None,
+        )
         if tokenizer.to_bytes() != data:
-            raise ExportError(f"a damaged tokenizer file: {size} tokens by its header, {len(tokens)} found")
+            raise ExportError(f"a damaged tokenizer file: {len(data)} bytes that do not fit together")
         return tokenizer
 
     @classmethod
@@ -1424,7 +1546,7 @@ class Tokenizer:
             special = len(tokens) < 3
             type = (UNKNOWN, CONTROL, CONTROL)[len(tokens)] if special else token_type(text)
             tokens.append(Token(text.strip(b"\n") if special else token_text(text, type), type, score))
-        return cls(tokens, bos_id=1, unk_id=0, stop_ids=(2,), add_bos=True, add_space=True)
+        return cls(tokens, 1, 0, (2,), add_bos=True, add_space=True, machines=words_at_spaces(tokens))
 
     @classmethod
     def from_sentencepiece(cls, data: bytes) -> Tokenizer:
@@ -1448,8 +1570,6 @@ class Tokenizer:
             raise ExportError("a SentencePiece model that treats spaces in an unknown way")
         tokens = []
         for id, piece in enumerate(model.pieces):
-            if piece.type == USER_DEFINED:
-                raise ExportError(f"token {id} {piece.piece!r} is user-defined (not supported yet)")
             if piece.type == BYTE and token_type(piece.piece.encode()) != BYTE:
                 raise ExportError(f"token {id} {piece.piece!r} is no byte, but should be")
             tokens.append(Token(token_text(piece.piece.encode(), piece.type), piece.type, piece.score))
@@ -1460,7 +1580,88 @@ class Tokenizer:
             stop_ids=(trainer.eos_id,) if trainer.eos_id >= 0 else (),
             add_bos=trainer.bos_id >= 0,
             add_space=normalizer.add_dummy_prefix,
+            machines=words_at_spaces(tokens),
         )
+
+    @classmethod
+    def from_huggingface(cls, source: Path | bytes) -> Tokenizer:
+        """Of a Hugging Face checkpoint's folder, or of the contents of a tokenizer.json alone."""
+        try:
+            return HuggingFace(source).tokenizer()
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ExportError(f"a tokenizer.json of an unknown form ({error!r})") from None
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """Of a GGUF file's metadata, as Python values; arrays may be any sequences."""
+        get = {key.removeprefix("tokenizer."): value for key, value in metadata.items()}.get
+        model, names = get("ggml.model"), get("ggml.tokens")
+        if model not in ("llama", "gpt2") or not names:
+            raise ExportError(f"a GGUF tokenizer of an unknown model {model!r}, expected llama or gpt2")
+        byte_level = model == "gpt2"
+        types = [int(type) for type in get("ggml.token_type") or [NORMAL] * len(names)]
+        scores = [0.0] * len(names) if byte_level else [float(score) for score in get("ggml.scores", ())]
+        if not len(names) == len(types) == len(scores):
+            raise ExportError(f"{len(names)} tokens with {len(types)} types and {len(scores)} scores")
+        tokens = []
+        for name, type, score in zip(names, types, scores, strict=True):
+            if type != NORMAL or not byte_level:
+                text = token_text(name.encode(), type)
+                tokens.append(Token(text, type if text else UNUSED, score))
+            else:
+                tokens.append(byte_level_token(name))
+        ids = {name: id for id, name in enumerate(names)}
+        pre = get("ggml.pre", "default")
+        merges: tuple[Merge, ...] = ()
+        if byte_level:
+            if pre not in GGUF_PATTERNS:
+                raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
+            merges = to_merges([merge.split(" ") for merge in get("ggml.merges", ())], ids, tokens)
+        add_space = bool(get("ggml.add_space_prefix", not byte_level))
+        bos, eos = get("ggml.bos_token_id", -1), get("ggml.eos_token_id", -1)
+        stop_ids = [eos, get("ggml.eot_token_id", -1), get("ggml.eom_token_id", -1)]
+        special = {"bos_token": bos, "eos_token": eos, "unk_token": get("ggml.unknown_token_id", -1)}
+        tokenizer = cls(
+            tokens,
+            bos_id=bos,
+            unk_id=-1
+            if byte_level
+            else get("ggml.unknown_token_id", 0),  # llama.cpp leaves out unknown bytes
+            stop_ids=tuple(dict.fromkeys(int(id) for id in stop_ids if id >= 0)),
+            add_bos=bool(get("ggml.add_bos_token", not byte_level)) and bos >= 0,
+            add_space=add_space,
+            space_anew=add_space,
+            by_merges=byte_level,
+            whole_words=byte_level and pre in GGUF_WHOLE_WORDS,
+            kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
+            merges=merges,
+            machines=machines(GGUF_PATTERNS[pre]) if byte_level else words_at_spaces(tokens),
+        )
+        added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
+        return tokenizer.with_template(
+            get("chat_template"), {key: names[id] for key, id in special.items() if id >= 0}, added
+        )
+
+    def with_template(
+        self, source: str | None, special: Mapping[str, str], added: Mapping[str, int]
+    ) -> Tokenizer:
+        """The same with the pieces of a chat template; its tokens, of those in `added`, become control tokens.
+
+        So a user cannot type them. And that which ends an answer ends the model's text.
+        """
+        template = find_template(source, special, added) if source else None
+        if template is None:
+            return self
+        used = {item for piece in template.pieces for item in piece if isinstance(item, int)}
+        tokens = [t._replace(type=CONTROL) if id in used else t for id, t in enumerate(self.tokens)]
+        ends = [item for item in template.pieces[PIECES.index("after_answer")] if isinstance(item, int)][:1]
+        return replace(
+            self, tokens=tokens, template=template, stop_ids=tuple(dict.fromkeys((*self.stop_ids, *ends)))
+        )
+
+    def padded(self, size: int) -> Tokenizer:
+        """The same with unused tokens up to a number that a model has been given for speed's sake."""
+        return replace(self, tokens=self.tokens + [Token(b"", UNUSED)] * (size - len(self.tokens)))
 
 
 def token_type(text: bytes) -> int:
@@ -1474,7 +1675,7 @@ def token_text(piece: bytes, type: int) -> bytes:
     """What a token prints, from its name in a vocabulary."""
     if type == BYTE:
         return bytes([int(piece[3:5], 16)])
-    return piece.replace("▁".encode(), b" ") if type == NORMAL else piece
+    return piece.replace("▁".encode(), b" ") if type in (NORMAL, USER_DEFINED) else piece
 
 
 def fnv1a(data: bytes) -> int:
@@ -1485,12 +1686,771 @@ def fnv1a(data: bytes) -> int:
     return hash
 
 
+# ---- how words are cut: from regular expressions to the tables that run.c steps through
+
+CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
+GPT2 = rf"{CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    rf"(?i:{CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35 = QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
+DIGITS = "[[:Digits:]]"  # the `tokenizers` library's own notion of a digit, which no expression names
+WORDS_AT_SPACES = " *[^ ]+| +"  # for vocabularies that have no token with a space after something else
+
+GGUF_PATTERNS = {  # what llama.cpp calls pre-tokenizers
+    name: patterns
+    for names, patterns in [
+        ("gpt-2 gpt2 phi-2 mpt olmo jais trillion granite-docling", [GPT2]),
+        ("llama3 llama-v3 llama-bpe falcon3 pixtral dbrx smaug-bpe", [LLAMA3]),
+        ("qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan", [QWEN2]),
+        ("qwen35", [QWEN35]),
+        ("smollm starcoder refact command-r codeshell minerva-7b", [DIGITS, GPT2]),
+        ("default", [r"[\p{P}\$\+<=>\^~\|]+", GPT2.removesuffix(r"|\s+"), r"\p{N}+", "[0-9][0-9][0-9]"]),
+    ]
+    for name in names.split()
+}
+GGUF_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"}
+
+SCALARS_BELOW, SCALARS_FROM = 0xD800, 0xE000  # what lies between are no characters
+PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}|\\[sSdD]")
+
+
+@cache
+def all_characters() -> str:
+    return "".join(map(chr, [*range(SCALARS_BELOW), *range(SCALARS_FROM, 0x110000)]))
+
+
+@cache
+def characters(expression: str) -> NDArray[np.bool_]:
+    """(0x110000): whether an expression for one character matches it.
+
+    The `tokenizers` library itself is asked for Unicode's properties, as Python's tables may be older or newer.
+    """
+    if expression == r"\S":
+        return ~characters(r"\s")
+    if expression.startswith("[") and PROPERTY.search(expression):
+        negative, body = expression[1] == "^", expression[1:-1].removeprefix("^")
+        rest = PROPERTY.sub("", body)
+        parts = [*PROPERTY.findall(body), *([f"[{rest}]"] if rest else [])]
+        found: NDArray[np.bool_] = np.any([characters(part) for part in parts], axis=0)
+        return ~found if negative else found
+    if expression == DIGITS or PROPERTY.match(expression):
+        spans = library_spans(expression)
+    else:
+        spans = [match.span() for match in re.finditer(expression, all_characters())]
+    scalars = np.zeros(len(all_characters()), bool)
+    for start, end in spans:
+        scalars[start:end] = True
+    return np.insert(scalars, SCALARS_BELOW, np.zeros(SCALARS_FROM - SCALARS_BELOW, bool))
+
+
+def library_spans(expression: str) -> list[tuple[int, int]]:
+    """Where the `tokenizers` library finds it in all_characters()."""
+    try:
+        from tokenizers import Regex, pre_tokenizers
+    except ImportError:
+        raise ExportError("this tokenizer needs the Python package tokenizers") from None
+    if expression == DIGITS:
+        apart = "".join(c + "a" for c in all_characters())  # letters, so that the others come out one by one
+        found = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(apart)
+        return [
+            (start // 2, start // 2 + 1) for word, (start, _) in found if len(word) == 1 and start % 2 == 0
+        ]
+    split = pre_tokenizers.Split(Regex(f"{expression}+"), "removed", invert=True)
+    return [span for _, span in split.pre_tokenize_str(all_characters())]
+
+
+@dataclass(frozen=True)
+class Node:
+    """Of a parsed regular expression."""
+
+    type: str  # "set": a character, "all": parts in sequence, "any": of parts, "repeat": a part, "ahead": what follows
+    parts: tuple[Node, ...] = ()
+    expression: str = ""  # of a set, or what must follow
+    least: int = 1  # of a repetition
+    most: int | None = 1
+    negative: bool = False  # of what follows: must not
+
+    def optional(self) -> bool:
+        return self.type == "repeat" and self.least == 0
+
+
+class RegexParser:
+    """Of the part of the language that pre-tokenizers are written in; raises ExportError for all else."""
+
+    ESCAPED = r"\\[pP]\{\^?\w+\}|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[rntfvsSdD]|\\[^\w]"
+    ATOM = re.compile(
+        rf"{re.escape(DIGITS)}|\[(?:\^(?!\])|(?![\^\]]))(?:{ESCAPED}|[^\\\[\]&])+\]|{ESCAPED}|[^\\\[\](){{}}?*+|.^$]",
+        re.DOTALL,
+    )
+    REPEAT = re.compile(r"([?*+])(\+?)|\{(\d+)(,?)(\d*)\}")
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def parse(self) -> Node:
+        node = self.alternatives(False)
+        if self.at != len(self.text):
+            self.refuse()
+        return node
+
+    def refuse(self) -> NoReturn:
+        raise ExportError(
+            f"a pre-tokenizer with an unknown pattern, from its character {self.at} on: {self.text}"
+        )
+
+    def taken(self, text: str) -> bool:
+        found = self.text.startswith(text, self.at)
+        self.at += len(text) if found else 0
+        return found
+
+    def alternatives(self, any_case: bool) -> Node:
+        parts = [self.sequence(any_case)]
+        while self.taken("|"):
+            parts.append(self.sequence(any_case))
+        return Node("any", tuple(parts))
+
+    def sequence(self, any_case: bool) -> Node:
+        parts: list[Node] = []
+        possessive: list[int] = []
+        while self.at < len(self.text) and self.text[self.at] not in "|)":
+            node = self.item(any_case)
+            if repeat := self.REPEAT.match(self.text, self.at):
+                self.at = repeat.end()
+                sign, plus, least, comma, most = repeat.groups()
+                if sign:
+                    low, high = {"?": (0, 1), "*": (0, None), "+": (1, None)}[sign]
+                else:
+                    low = int(least)
+                    high = int(most) if most else None if comma else low
+                if node.type == "ahead" or self.REPEAT.match(self.text, self.at) or (high or low) > 100:
+                    self.refuse()
+                if plus:
+                    possessive.append(len(parts))
+                node = Node("repeat", (node,), least=low, most=high)
+            parts.append(node)
+        for i in (
+            possessive
+        ):  # what keeps all it has taken is the same as what might give back, if that is of no use
+            for other in parts[i + 1 :]:
+                a, b = parts[i].parts[0], other.parts[0] if other.type == "repeat" else other
+                if a.type != "set" or b.type != "set":
+                    self.refuse()
+                if np.any(characters(a.expression) & characters(b.expression)):
+                    self.refuse()
+                if not other.optional():
+                    break
+        return Node("all", tuple(parts))
+
+    def item(self, any_case: bool) -> Node:
+        for start in ("(?!", "(?="):
+            if self.taken(start):
+                inner = self.item(any_case)
+                if inner.type != "set" or not self.taken(")"):
+                    self.refuse()
+                return Node("ahead", expression=inner.expression, negative=start == "(?!")
+        for start in ("(?i:", "(?:", "("):
+            if self.taken(start):
+                if start == "(" and self.text.startswith("?", self.at):
+                    self.refuse()
+                inner = self.alternatives(any_case or "i" in start)
+                if not self.taken(")"):
+                    self.refuse()
+                return inner
+        atom = self.ATOM.match(self.text, self.at)
+        if atom is None:
+            self.refuse()
+        if any_case and len(atom[0]) > 1:
+            self.refuse()
+        self.at = atom.end()
+        return Node("set", expression=f"(?i:{atom[0]})" if any_case and atom[0].isalpha() else atom[0])
+
+
+class Machine:
+    """A regular expression as steps from state to state: what Perl's rules find, in one pass.
+
+    The expression becomes a program of instructions, of which many are followed at a time, those that Perl would
+    try first in front (Thompson 1968, Pike 1987). A state is a list of such places; what depends on the character
+    that follows is decided when that is there, so a step tells whether a word ends before it.
+    """
+
+    def __init__(self, tree: Node, members: Mapping[str, tuple[bool, ...]]) -> None:
+        self.members = members  # whether the class is in the set; class 0, the end of the text, is in none
+        self.program: list[tuple[str, tuple[int, ...], Node | None]] = [("match", (), None)]
+        self.start: tuple[int, ...] = (self.build(tree, 0),)
+
+    def add(self, what: str, to: tuple[int, ...], node: Node | None = None) -> int:
+        self.program.append((what, to, node))
+        return len(self.program) - 1
+
+    def build(self, node: Node, then: int) -> int:
+        """Where the instructions start that match `node` and go on at `then`."""
+        if node.type in ("set", "ahead"):
+            return self.add(node.type, (then,), node)
+        if node.type == "all":
+            for part in reversed(node.parts):
+                then = self.build(part, then)
+            return then
+        if node.type == "any":
+            return self.add("split", tuple(self.build(part, then) for part in node.parts))
+        (part,), at = node.parts, then
+        if node.most is None:
+            at = self.add("split", ())
+            self.program[at] = ("split", (self.build(part, at), then), None)
+        else:
+            for _ in range(node.most - node.least):
+                at = self.add("split", (self.build(part, at), then))
+        for _ in range(node.least):
+            at = self.build(part, at)
+        return at
+
+    def step(self, state: tuple[int, ...], kind: int) -> tuple[tuple[int, ...], bool]:
+        """The state after a character of the class `kind`, and whether there was a match before it."""
+        following: dict[int, None] = {}
+        seen: set[int] = set()
+        waiting = list(reversed(state))
+        while waiting:
+            at = waiting.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            what, to, node = self.program[at]
+            if what == "match":
+                return tuple(following), True
+            inside = node is not None and self.members[node.expression][kind]
+            if what == "split":
+                waiting.extend(reversed(to))
+            elif what == "ahead" and node is not None and inside != node.negative:
+                waiting.append(to[0])
+            elif what == "set" and inside:
+                following[to[0]] = None
+        return tuple(following), False
+
+
+def words_at_spaces(tokens: Sequence[Token]) -> Machines:
+    """A word begins with its spaces, unless there is a token with a space after something else."""
+    across = any(b" " in token.text.lstrip(b" ") for token in tokens if token.type == NORMAL)
+    return machines([] if across else [WORDS_AT_SPACES])
+
+
+def machines(patterns: Sequence[str]) -> Machines:
+    """The tables for several patterns: each cuts what the one before it has found, and what lies between."""
+    if not patterns:
+        return NO_MACHINES
+    trees = [RegexParser(pattern).parse() for pattern in patterns]
+
+    def sets(node: Node) -> Iterator[str]:
+        yield from [node.expression] if node.expression else []
+        for part in node.parts:
+            yield from sets(part)
+
+    # Characters that are in the same sets are of the same class; most are of class 1.
+    names = sorted({name for tree in trees for name in sets(tree)})
+    signature = np.stack([characters(name) for name in names], axis=1)
+    packed = np.packbits(signature, axis=1)
+    _, firsts, classes, counts = np.unique(
+        packed, axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    order = np.argsort(-counts, kind="stable")
+    rank = np.empty(len(order), int)
+    rank[order] = np.arange(1, len(order) + 1)
+    kinds = rank[classes.reshape(-1)]
+    if len(order) > 255:
+        raise ExportError(f"a pre-tokenizer that tells {len(order)} classes of characters apart")
+    members = {name: (False, *signature[firsts[order], i].tolist()) for i, name in enumerate(names)}
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    ranges = [(a, b - 1, int(kinds[a])) for a, b in pairwise(edges) if kinds[a] != 1]
+
+    # State 0 is dead, then come the states in which the machines start.
+    automata = [Machine(tree, members) for tree in trees]
+    states: dict[tuple[int, tuple[int, ...]], int] = {(i, a.start): i + 1 for i, a in enumerate(automata)}
+    steps: list[tuple[int, ...]] = [(0,) * (len(order) + 1)]
+    for i, state in (todo := list(states)):
+        row = []
+        for kind in range(len(order) + 1):
+            following, match = automata[i].step(state, kind)
+            if following and (i, following) not in states:
+                states[i, following] = len(states) + 1
+                todo.append((i, following))
+            row.append(2 * (states[i, following] if following else 0) + match)
+        steps.append(tuple(row))
+        if len(states) > 1 << 16:
+            raise ExportError(f"a pre-tokenizer with too many states: {patterns}")
+    return Machines(tuple(ranges), tuple(steps), len(trees))
+
+
+# ---- Hugging Face's tokenizer.json
+
+
+@cache
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's way to write bytes: the printable ones of Latin-1 as they are, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def byte_level_token(name: str) -> Token:
+    table = byte_of_character()
+    if not name or any(c not in table for c in name):  # no text can become this
+        return Token(name.encode(), UNUSED)
+    return Token(bytes(table[c] for c in name), BYTE if len(name) == 1 else NORMAL)
+
+
+def to_merges(
+    pairs: Sequence[Sequence[str]], ids: Mapping[str, int], tokens: Sequence[Token]
+) -> tuple[Merge, ...]:
+    """By the tokens' ids. Those that would make a control token of text are left out."""
+    try:
+        merges = [Merge(ids[left], ids[right], ids[left + right]) for left, right in pairs]
+    except (KeyError, ValueError):
+        raise ExportError("a merge of tokens that are not in the vocabulary, or of other than two") from None
+    return tuple(merge for merge in merges if tokens[merge.made].type != CONTROL)
+
+
+class HuggingFace:
+    """A tokenizer.json, and what stands beside it."""
+
+    def __init__(self, source: Path | bytes) -> None:
+        self.folder = None if isinstance(source, bytes) else source if source.is_dir() else source.parent
+        name = "tokenizer.json"
+        if isinstance(source, bytes):
+            data = source
+        else:
+            path = source / name if source.is_dir() else source
+            data = path.read_bytes()
+        try:
+            self.json = json.loads(data)
+            self.model = self.json["model"]
+            self.vocab: dict[str, int] = dict(self.model["vocab"])
+            self.added: list[dict[str, Any]] = list(self.json.get("added_tokens") or [])
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in self.model["merges"]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ExportError("expected a tokenizer.json with a BPE model, found something else") from None
+        self.pairs: list[list[str]] = pairs
+        self.config = self.read("tokenizer_config.json")
+        self.model_config = self.read("config.json")
+        self.generation = self.read("generation_config.json")
+        self.special_map = self.read("special_tokens_map.json")
+        self.ids = self.vocab | {token["content"]: token["id"] for token in self.added}
+
+    def read(self, name: str) -> dict[str, Any]:
+        if self.folder is None or not (self.folder / name).is_file():
+            return {}
+        try:
+            found = json.loads((self.folder / name).read_bytes())
+        except ValueError:
+            raise ExportError(f"{name} is no JSON") from None
+        return found if isinstance(found, dict) else {}
+
+    def special(self) -> dict[str, str]:
+        """bos_token, eos_token and so on, by their names."""
+        found: dict[str, str] = {}
+        for config in (self.special_map, self.config):
+            for key, value in config.items():
+                text = value.get("content") if isinstance(value, dict) else value
+                if key.endswith("_token") and isinstance(text, str):
+                    found[key] = text
+        return found
+
+    def configured(self, key: str) -> list[int]:
+        """Ids in the model's configuration that are added tokens: others are defaults that nobody has thought of."""
+        found: list[Any] = []
+        for config in (self.generation, self.model_config):
+            value = config.get(key)
+            found += value if isinstance(value, list) else [value]
+        added = {token["id"] for token in self.added}
+        return [id for id in found if id in added]
+
+    def stop_ids(self) -> list[int]:
+        eos = self.ids.get(self.special().get("eos_token", ""))
+        return list(dict.fromkeys([*([] if eos is None else [eos]), *self.configured("eos_token_id")]))
+
+    def bos(self) -> tuple[int, bool]:
+        """Its id, and whether a text begins with it."""
+        bos = self.ids.get(self.special().get("bos_token", ""), -1)
+        first: list[int] = []
+        for processor in flattened(self.json.get("post_processor"), "processors"):
+            if processor["type"] == "TemplateProcessing":
+                for item in processor["single"]:
+                    if "Sequence" in item:
+                        break
+                    first += processor["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+            elif processor["type"] != "ByteLevel":
+                raise ExportError(f"a tokenizer with an unknown post-processor: {json.dumps(processor)}")
+        if len(first) > 1:
+            raise ExportError(f"a tokenizer that begins a text with several tokens: {first}")
+        add = self.config.get("add_bos_token")
+        if first and add is not False:
+            return first[0], True
+        if bos < 0:
+            bos = next(iter(self.configured("bos_token_id")), -1)
+        return bos, add is True and bos >= 0
+
+    def control(self) -> set[int]:
+        """The ids of tokens that no text becomes."""
+        special = {self.ids[name] for name in self.special().values() if name in self.ids}
+        return special | set(self.stop_ids()) | {token["id"] for token in self.added if token.get("special")}
+
+    def tokens(self, make: Callable[[str], Token]) -> list[Token]:
+        if any(not isinstance(id, int) or not 0 <= id < 1 << 24 for id in self.ids.values()):
+            raise ExportError("a tokenizer.json with an id out of range")
+        size = max(self.ids.values(), default=-1) + 1
+        sizes = [size, self.model_config.get("vocab_size")]  # a model may have more, for speed's sake
+        tokens = [Token(b"", UNUSED)] * max(n for n in sizes if isinstance(n, int))
+        for name, id in self.vocab.items():
+            tokens[id] = make(name)
+        control = self.control()
+        for token in self.added:
+            name, id = token["content"], token["id"]
+            if id not in control:
+                self.check_added(token)
+            if name:
+                tokens[id] = Token(name.encode(), CONTROL if id in control else USER_DEFINED)
+        for id in control:
+            if tokens[id].text:
+                tokens[id] = tokens[id]._replace(type=CONTROL)
+        return tokens
+
+    def check_added(self, token: dict[str, Any]) -> None:
+        """Refuses a plain added token that is not simply sought, the longest first at each place of the text."""
+        if strange := [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]:
+            raise ExportError(f"the added token {token['content']!r} is {strange[0]} (not supported)")
+        # The library looks for those that are not "normalized" first, which matters where others may overlap them.
+        name = token["content"]
+        for other in self.added:
+            early, text = bool(other.get("normalized")) < bool(token.get("normalized")), other["content"]
+            if early and not other.get("special") and (name in text or text in name or overlap(name, text)):
+                raise ExportError(f"the added tokens {name!r} and {text!r} overlap (not supported)")
+
+    def tokenizer(self) -> Tokenizer:
+        model = self.model
+        kinds = flattened(self.json.get("pre_tokenizer"), "pretokenizers")
+        normalizers = flattened(self.json.get("normalizer"), "normalizers")
+        byte_level = any(kind["type"] == "ByteLevel" for kind in kinds)
+        if model.get("type", "BPE") != "BPE":
+            raise ExportError(
+                f"a tokenizer.json with a model of type {model['type']} (only BPE is supported)"
+            )
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option):
+                raise ExportError(f"a tokenizer.json with {option} {model[option]!r} (not supported)")
+        if byte_level:
+            tokens = self.tokens(byte_level_token)
+            patterns, spaces = self.byte_level(kinds, normalizers)
+        else:
+            tokens = self.tokens(self.piece)
+            patterns, spaces = self.sentencepiece(kinds, normalizers, tokens)
+        unk = self.ids.get(model.get("unk_token") or "", -1)
+        if byte_level and unk >= 0 and model.get("fuse_unk") and sum(t.type == BYTE for t in tokens) < 256:
+            raise ExportError(
+                "a byte-level tokenizer that lacks some bytes and fuses unknown ones (not supported)"
+            )
+        if not byte_level and unk >= 0:
+            tokens[unk] = tokens[unk]._replace(type=UNKNOWN)
+        bos, add_bos = self.bos()
+        if unk in (bos, *self.stop_ids()):
+            unk = -1  # an unknown byte is left out rather than the end of the text
+        tokenizer = Tokenizer(
+            tokens,
+            bos_id=bos,
+            unk_id=unk,
+            stop_ids=tuple(self.stop_ids()),
+            add_bos=add_bos,
+            add_space=spaces in ("first", "always", "each"),
+            space_anew=spaces in ("always", "each"),
+            no_second_space=spaces in ("first", "always"),
+            by_merges=True,
+            whole_words=bool(model.get("ignore_merges")),
+            kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
+            merges=to_merges(self.pairs, self.vocab, tokens),
+            machines=machines(patterns),
+        )
+        added = {token["content"]: token["id"] for token in self.added}
+        chatty = tokenizer.with_template(self.chat_template(), self.special(), added)
+        used = {item for piece in chatty.template.pieces for item in piece} if chatty.template else set()
+        for token in self.added:
+            if token["id"] in used and (token.get("lstrip") or token.get("rstrip")):
+                print(
+                    f"note: no chat template is stored: {token['content']} takes spaces with it",
+                    file=sys.stderr,
+                )
+                return tokenizer
+        return chatty
+
+    def byte_level(self, kinds: list[Any], normalizers: list[Any]) -> tuple[list[str], str]:
+        """The patterns that cut words, and where a space is put in front.
+
+        That is at the "first" text, or "always", also after an added token, but not where there is a space; or
+        before "each" text, even so.
+        """
+        for normalizer in normalizers:
+            if normalizer["type"] != "NFC":  # run.c leaves it out: most text is in that form
+                raise ExportError(
+                    f"a byte-level tokenizer with an unknown normalizer: {json.dumps(normalizer)}"
+                )
+        patterns = []
+        space = False
+        for kind in kinds:
+            name = kind["type"]
+            if name == "Digits":
+                patterns.append(DIGITS if kind.get("individual_digits") else DIGITS + "+")
+            elif name == "Split" and kind.get("behavior") == "Isolated" and not kind.get("invert"):
+                pattern = kind["pattern"]
+                patterns.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
+            elif name == "ByteLevel" and not (kind.get("add_prefix_space", True) and patterns):
+                space = bool(kind.get("add_prefix_space", True))
+                patterns += [GPT2] if kind.get("use_regex", True) else []
+            else:
+                raise ExportError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
+        return patterns, "always" if space else "never"
+
+    def piece(self, name: str) -> Token:
+        """Of a vocabulary like SentencePiece's."""
+        type = token_type(name.encode())
+        if type == BYTE and not self.model.get("byte_fallback"):
+            type = UNUSED
+        return Token(token_text(name.encode(), type), type)
+
+    def sentencepiece(
+        self, kinds: list[Any], normalizers: list[Any], tokens: list[Token]
+    ) -> tuple[list[str], str]:
+        """The same for a vocabulary that writes spaces as '▁'."""
+        bar = "▁"
+        spaces = "never"
+        known = [
+            {"type": "Prepend", "prepend": bar},
+            {"type": "Replace", "pattern": {"String": " "}, "content": bar},
+        ]
+        if unknown := [normalizer for normalizer in normalizers if normalizer not in known]:
+            raise ExportError(f"a tokenizer with an unknown normalizer: {json.dumps(unknown[0])}")
+        if known[0] in normalizers:
+            spaces = "each"
+            if any(t.get("normalized") and not t.get("special") for t in self.added):
+                raise ExportError("added tokens that are sought in text with a '▁' in front (not supported)")
+        replaced, patterns = known[1] in normalizers, [WORDS_AT_SPACES]
+        if any(b" " in token.text.lstrip(b" ") for token in tokens if token.type == NORMAL):
+            patterns = []
+        for kind in kinds:
+            if kind["type"] == "Metaspace" and kind.get("replacement", bar) == bar and not replaced:
+                replaced = True
+                scheme = kind.get(
+                    "prepend_scheme", "always" if kind.get("add_prefix_space", True) else "never"
+                )
+                spaces = scheme if spaces == "never" else spaces
+                patterns = [" [^ ]*|[^ ]+"] if kind.get("split", True) else patterns
+            elif not (kind["type"] == "Split" and kind["pattern"] == {"String": " "} and replaced):
+                raise ExportError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
+        if not replaced:
+            raise ExportError("a tokenizer.json that is neither byte-level nor writes spaces as '▁'")
+        if any(b" " in token.text for token in tokens if token.type == USER_DEFINED):
+            raise ExportError("an added token with a space in it (not supported)")
+        if not self.model.get("byte_fallback") and not self.model.get("fuse_unk"):
+            raise ExportError("a tokenizer.json without byte_fallback and fuse_unk (not supported)")
+        return patterns, spaces
+
+    def chat_template(self) -> str | None:
+        if self.folder and (self.folder / "chat_template.jinja").is_file():
+            return (self.folder / "chat_template.jinja").read_text()
+        found = self.config.get("chat_template")
+        if isinstance(found, list):  # several of them, by name
+            found = next((t.get("template") for t in found if t.get("name") == "default"), None)
+        return found if isinstance(found, str) else None
+
+
+def overlap(a: str, b: str) -> bool:
+    """Whether one may begin within the other."""
+    return any(a[-n:] == b[:n] or b[-n:] == a[:n] for n in range(1, min(len(a), len(b))))
+
+
+def flattened(step: Any, inside: str) -> list[Any]:
+    """A step of the library's pipeline, or those that make up a sequence of them."""
+    if not step:
+        return []
+    if step["type"] == "Sequence":
+        return [inner for part in step[inside] for inner in flattened(part, inside)]
+    return [step]
+
+
+# ---- chat templates
+
+
+def template_bytes(piece: Piece) -> bytes:
+    items = [item if isinstance(item, int) else item.encode() for item in piece]
+    return b"".join(
+        struct.pack("<I", item) if isinstance(item, int) else struct.pack("<I", TEXT_ITEM | len(item)) + item
+        for item in items
+    )
+
+
+def template_piece(data: bytes) -> Piece:
+    items: list[int | str] = []
+    at = 0
+    while at < len(data):
+        (item,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if item & TEXT_ITEM:
+            length = item ^ TEXT_ITEM
+            items.append(data[at : at + length].decode(errors="replace"))
+            at += length
+        else:
+            items.append(item)
+    return tuple(items)
+
+
+class TemplateError(Exception):
+    """Why a chat template cannot be used."""
+
+
+Renderer = Callable[
+    [list[str], bool, str | None], str
+]  # of turns, perhaps with a prompt for more, and a system text
+
+
+def renderer(source: str, special: Mapping[str, str]) -> Renderer:
+    """What makes one text of turns (the user's, an answer, the user's, ...), as transformers does."""
+    from jinja2 import TemplateError as JinjaError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        template = environment.from_string(source)
+    except JinjaError as error:
+        raise TemplateError(str(error)) from None
+
+    def render(turns: list[str], prompt: bool, system: str | None) -> str:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        try:
+            return template.render(
+                messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **special
+            )
+        except TemplateError:
+            raise
+        except Exception as error:  # noqa: BLE001 a template may do anything
+            raise TemplateError(f"{type(error).__name__}: {error}") from None
+
+    return render
+
+
+MARKS = ["zqsystemqz", "zquseraqz", "zqanswerbqz", "zquseradqz", "zqanswerfqz", "zquserghqz"]
+
+
+def cut(text: str, marks: Sequence[str]) -> list[str]:
+    """What lies before, between and after the marks."""
+    pieces = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found:
+            raise TemplateError("a text is left out, changed, or moved")
+        pieces.append(before)
+    if any(mark in piece for piece in [*pieces, text] for mark in MARKS):
+        raise TemplateError("a text occurs twice, or out of turn")
+    return [*pieces, text]
+
+
+def find_template(source: str, special: Mapping[str, str], added: Mapping[str, int]) -> Template | None:
+    """The plain pieces of a chat template, if it has any: if they give what it gives for several conversations."""
+    try:
+        render = renderer(source, special)
+        system, *turns = MARKS
+        before_user, after_user = cut(render(turns[:1], True, None), turns[:1])
+        *_, tail = cut(render(turns[:2], False, None), turns[:2])
+        _, whole, between, _ = cut(render(turns[:3], True, None), turns[:3])
+        before_answer = whole.removeprefix(after_user)
+        after_answer = tail if between.startswith(tail) else between
+        next_user = between.removeprefix(after_answer)
+        pieces = [before_user, "", "", after_user, before_answer, after_answer, next_user]
+        check_template(render, pieces, None)
+        flags = 1
+        try:
+            pieces[1], pieces[2], _ = cut(render(turns[:1], True, system), MARKS[:2])
+            check_template(render, pieces, system)
+            flags |= 2
+        except TemplateError as error:
+            pieces[1] = pieces[2] = ""
+            print(f"note: the chat template takes no system text: {error}", file=sys.stderr)
+        flags |= find_trimming(render, system if flags & 2 else None)
+        if "strftime_now" in source:
+            print("note: the chat template holds today's date, which stays as it is", file=sys.stderr)
+        return Template(tuple(to_items(piece, added) for piece in pieces), flags)
+    except TemplateError as error:
+        print(f"note: no chat template is stored: {error}", file=sys.stderr)
+        return None
+
+
+def find_trimming(render: Renderer, system: str | None) -> int:
+    """Flags for the left and the right end of: the system text, the user's first text after it, others, answers."""
+    flags = 0
+    for bit in range(8):
+        kind = bit // 2
+        for place in ([0], [1], [1, 3], [2])[kind]:  # in MARKS
+            given = system if kind in (0, 1) else None
+            if given is None and kind in (0, 1):
+                continue
+            spaced = f"{MARKS[place]}\n " if bit % 2 else f" \n{MARKS[place]}"
+            first, *turns = [spaced if i == place else mark for i, mark in enumerate(MARKS[:4])]
+            plain = render(MARKS[1:4], True, given)
+            text = render(turns, True, first if given else None)
+            if text == plain:
+                flags |= 4 << bit
+            elif kind < 3 and (text != plain.replace(MARKS[place], spaced) or flags & 4 << bit):
+                raise TemplateError("spaces around a text are treated in an unknown way")
+    return flags
+
+
+def check_template(render: Renderer, pieces: list[str], system: str | None) -> None:
+    """Compares what the template makes of conversations with what the pieces do."""
+    before_user, before_system, after_system, after_user, before_answer, after_answer, next_user = pieces
+    for length in range(1, len(MARKS), 2):  # those that the user has the last word in
+        text = before_user if system is None else before_system + system + after_system
+        for i, turn in enumerate(MARKS[1 : length + 1]):
+            text += (
+                (next_user if i else "") + turn + after_user
+                if i % 2 == 0
+                else before_answer + turn + after_answer
+            )
+        if render(MARKS[1 : length + 1], True, system) != text:
+            raise TemplateError("it treats some turn of a conversation differently from others")
+
+
+def to_items(text: str, added: Mapping[str, int]) -> Piece:
+    """A text with the tokens that stand in it, the longest at each place."""
+    if not added:
+        return (text,) if text else ()
+    names = sorted(added, key=len, reverse=True)
+    parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+    return tuple(added[part] if i % 2 else part for i, part in enumerate(parts) if part)
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """Recognises a tokenizer by its first bytes: llama2.c's begin with a small int32, protobuf with a tag."""
-    data = path.read_bytes()
     try:
+        if path.is_dir():
+            return Tokenizer.from_huggingface(path)
+        with open(path, "rb") as file:
+            gguf = file.read(4) == b"GGUF"
+        if gguf:
+            return Tokenizer.from_gguf(Gguf(path).settings.values)
+        data = path.read_bytes()
         if data.startswith(TOKENIZER_MAGIC):
             return Tokenizer.from_bytes(data)
+        if data.lstrip()[:1] == b"{":
+            return Tokenizer.from_huggingface(path)
         if kind := known_format(data[:16]):
             raise ExportError(f"expected a tokenizer, found {kind}")
         if data[2:4] == b"\0\0":
@@ -1644,7 +2604,9 @@ def tokenizer_file(source: Source, wanted: Path | None) -> Path:
     found = wanted or source.tokenizer_file
     if found is None:
         size = source.config.vocab_size
-        raise ExportError(f"no tokenizer of {size} tokens (a tokenizer.model) at hand, use --tokenizer FILE")
+        raise ExportError(
+            f"no tokenizer of {size} tokens (tokenizer.json or tokenizer.model) at hand, use --tokenizer FILE"
+        )
     return found
 
 
@@ -1678,7 +2640,7 @@ def main() -> int:
     sources = f"Hugging Face or Meta directory, .gguf, llama2.c .bin, or random:{{{','.join(SHAPES)}}}"
     parser.add_argument("source", metavar="SOURCE", help=sources)
     parser.add_argument("-o", dest="output", metavar="OUT.bin", type=Path, required=True)
-    kinds = "llama2.c's .bin, SentencePiece .model, or one made by this program"
+    kinds = "llama2.c's .bin, SentencePiece .model, tokenizer.json or its folder, or one made by this program"
     parser.add_argument("--tokenizer", metavar="FILE", type=Path, help=kinds)
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights")
     parser.add_argument("--lora", metavar="DIR", type=Path, help="PEFT adapter to merge into the weights")

@@ -756,7 +756,7 @@ static void feed(const Model *m, State *s, const uint32_t *tokens, size_t n, siz
 // A binary heap: the item with the largest key is on top, of equal ones that with the smallest index.
 typedef struct {
     float key;
-    uint32_t index, length; // the length is the tokenizer's
+    uint32_t index, id; // the id is the tokenizer's
 } Item;
 
 typedef struct {
@@ -876,19 +876,38 @@ static double log_probability(const float *logits, size_t n, uint32_t token) {
 
 // ------------------------------------------------------------------------------------------------
 // 5 The tokenizer
+//
+// A text is cut into words, and each word into tokens. Of both kinds of tokenizer, SentencePiece's starts from
+// characters and knows bytes only as a makeshift; the byte-level one starts from bytes. What else tells one tokenizer
+// from another is data in its file: how words are cut, what is merged first, which tokens are taken as they stand.
 
 typedef struct {
     const unsigned char *bytes;
     size_t n;
 } Text;
 
-enum { SENTENCEPIECE_BPE = 1 };                                      // TokenizerHeader.kind
-enum { ADD_BOS = 1, ADD_SPACE = 2, ALL_TOKENIZER_FLAGS = 3 };        // TokenizerHeader.flags
-enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, UNUSED = 5, BYTE = 6 }; // Piece.type, as SentencePiece counts
-enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, NONE = INT32_MAX };        // NONE: no token, no symbol
+enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 };                                    // TokenizerHeader.kind
+enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6 }; // Piece.type
+enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, NONE = INT32_MAX };                          // NONE: no token, no symbol
+
+enum { // TokenizerHeader.flags
+    ADD_BOS = 1,
+    ADD_SPACE = 2,       // in front of a text
+    SPACE_ANEW = 4,      // and of a text that follows a control or user-defined token
+    NO_SECOND_SPACE = 8, // but not of one that begins with a space
+    BY_MERGES = 16,      // the order of merging is that of the list of merges, not that of the pieces' scores
+    WHOLE_WORDS = 32,    // a word that is a piece is never cut
+    ALL_TOKENIZER_FLAGS = 63
+};
+
+// The texts of a conversation around what is said, see the README
+enum { BEFORE_USER, BEFORE_SYSTEM, AFTER_SYSTEM, AFTER_USER, BEFORE_ANSWER, AFTER_ANSWER, NEXT_USER, TEMPLATES };
+enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 1023 }; // TokenizerHeader.template_flags
+#define TEXT_ITEM 0x80000000u // in a template, so many bytes of text; other items are ids of tokens
 
 // The start of a tokenizer file, byte for byte. Then for each token u32 length, u32 type, f32 score, and the bytes that
-// it prints.
+// it prints; zeros up to a multiple of 4 bytes; the merges, the ranges of characters, the steps of the machines that
+// cut words, and the templates.
 typedef struct {
     char magic[8]; // "twotoken"
     uint32_t version, kind, flags, vocab_size;
@@ -896,8 +915,10 @@ typedef struct {
     uint32_t n_stops;
     int32_t stop_ids[MAX_STOPS];
     uint64_t file_size, vocab_hash;
+    uint32_t n_merges, n_ranges, n_classes, n_states, n_machines, template_flags;
+    uint64_t rest_hash; // of all that follows the tokens
 } TokenizerHeader;
-_Static_assert(sizeof(TokenizerHeader) == 80, "the compiler added padding to TokenizerHeader");
+_Static_assert(sizeof(TokenizerHeader) == 112, "the compiler added padding to TokenizerHeader");
 
 typedef struct {
     Text text; // in the mapped file
@@ -906,41 +927,87 @@ typedef struct {
 } Piece;
 
 typedef struct {
+    uint32_t left, right, made; // tokens
+} Merge;
+
+typedef struct {
+    uint32_t first, last, class; // of characters
+} Range;
+
+typedef struct {
+    uint32_t *places; // (mask + 1) NONE where empty
+    size_t mask;      // a power of 2, less 1
+} Table;
+
+typedef struct {
     const char *path;
     TokenizerHeader h;
-    Piece *pieces;         // (V)
-    uint32_t *table;       // (mask + 1) a hash table of the normal pieces' ids, NONE where empty
-    size_t mask;           // a power of 2, less 1
-    size_t longest;        // bytes of the longest normal piece
-    bool words;            // no piece has a space after something else
-    uint32_t byte_id[256]; // the token for each byte; unk_id if there are none
+    Piece *pieces;             // (V)
+    Table by_text;             // the ids of normal and user-defined pieces
+    size_t longest;            // bytes of the longest of them
+    size_t user_defined[256];  // bytes of the longest user-defined one that starts with this byte, 0 if there is none
+    uint32_t byte_id[256];     // the token for each byte; unk_id, or NONE, where there is none
+    const Merge *merges;       // (n_merges) the first to be done first
+    Table by_pair;             // the numbers of the merges
+    uint8_t *classes;          // (0x110000) the class of each character
+    const uint32_t *steps;     // (n_states, n_classes) the machines
+    Text templates[TEMPLATES]; // items: the id of a token, or a TEXT_ITEM and its bytes
 } Tokenizer;
 
-// FNV-1a: finds pieces, and tells one vocabulary from another.
+// FNV-1a: finds pieces and merges, and tells one vocabulary from another.
+static const uint64_t HASH_OF_NOTHING = 0xcbf29ce484222325;
+
+static uint64_t hash_more(uint64_t hash, unsigned char byte) { return (hash ^ byte) * 0x100000001b3; }
+
 static uint64_t hash_of(Text text) {
-    uint64_t hash = 0xcbf29ce484222325;
+    uint64_t hash = HASH_OF_NOTHING;
     for (size_t i = 0; i < text.n; i++)
-        hash = (hash ^ text.bytes[i]) * 0x100000001b3;
+        hash = hash_more(hash, text.bytes[i]);
     return hash;
 }
 
-// The place in the table of the piece with this text, or the empty place where it would go.
-static uint32_t *place_of(const Tokenizer *t, Text text) {
-    size_t i = hash_of(text) & t->mask;
-    for (; t->table[i] != NONE; i = (i + 1) & t->mask) {
-        Text other = t->pieces[t->table[i]].text;
+// An empty table that will not be more than half full.
+static Table new_table(size_t n) {
+    Table table = {0};
+    while (table.mask < 2 * n)
+        table.mask = 2 * table.mask + 1;
+    table.places = allocate(table.mask + 1, sizeof *table.places, "the vocabulary");
+    for (size_t i = 0; i <= table.mask; i++)
+        table.places[i] = NONE;
+    return table;
+}
+
+// The place in the table of the piece with this text and hash, or the empty place where it would go.
+static uint32_t *place_of(const Tokenizer *t, Text text, uint64_t hash) {
+    size_t i = hash & t->by_text.mask;
+    for (; t->by_text.places[i] != NONE; i = (i + 1) & t->by_text.mask) {
+        Text other = t->pieces[t->by_text.places[i]].text;
         if (other.n == text.n && !memcmp(other.bytes, text.bytes, text.n))
             break;
     }
-    return &t->table[i];
+    return &t->by_text.places[i];
 }
 
-static uint32_t find_piece(const Tokenizer *t, Text text) { return text.n > t->longest ? NONE : *place_of(t, text); }
+static uint32_t find_piece(const Tokenizer *t, Text text) {
+    return text.n > t->longest ? NONE : *place_of(t, text, hash_of(text));
+}
+
+// The same for the merge of two tokens.
+static uint32_t *place_of_merge(const Tokenizer *t, uint32_t left, uint32_t right) {
+    const uint32_t pair[2] = {left, right};
+    size_t i = hash_of((Text){(const unsigned char *)pair, sizeof pair}) & t->by_pair.mask;
+    for (; t->by_pair.places[i] != NONE; i = (i + 1) & t->by_pair.mask) {
+        const Merge *other = &t->merges[t->by_pair.places[i]];
+        if (other->left == left && other->right == right)
+            break;
+    }
+    return &t->by_pair.places[i];
+}
 
 static void check_tokenizer_header(const Tokenizer *t, size_t size) {
     const TokenizerHeader *h = &t->h;
-    check(t->path, "version", h->version, 1, 1);
-    check(t->path, "kind", h->kind, SENTENCEPIECE_BPE, SENTENCEPIECE_BPE);
+    check(t->path, "version", h->version, 2, 2);
+    check(t->path, "kind", h->kind, SENTENCEPIECE_BPE, BYTE_LEVEL_BPE);
     check(t->path, "flags", h->flags, 0, ALL_TOKENIZER_FLAGS);
     check(t->path, "vocab_size", h->vocab_size, 1, 1 << 24);
     check(t->path, "bos_id", h->bos_id, h->flags & ADD_BOS ? 0 : -1, h->vocab_size - 1);
@@ -948,6 +1015,12 @@ static void check_tokenizer_header(const Tokenizer *t, size_t size) {
     check(t->path, "n_stop_ids", h->n_stops, 0, MAX_STOPS);
     for (size_t i = 0; i < h->n_stops; i++)
         check(t->path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
+    check(t->path, "n_merges", h->n_merges, 0, 1 << 24);
+    check(t->path, "n_ranges", h->n_ranges, 0, 0x110000);
+    check(t->path, "n_machines", h->n_machines, 0, 16);
+    check(t->path, "n_classes", h->n_classes, h->n_machines ? 2 : 0, 256);
+    check(t->path, "n_states", h->n_states, h->n_machines ? h->n_machines + 1 : 0, 1 << 20);
+    check(t->path, "template_flags", h->template_flags, 0, ALL_TEMPLATE_FLAGS);
     check_size(t->path, h->file_size, size);
 }
 
@@ -962,8 +1035,7 @@ static size_t read_piece(const Tokenizer *t, const unsigned char *file, size_t s
     expect(size - at >= sizeof e, "%s: %s: expected %zu bytes, found %zu", t->path, name, sizeof e, size - at);
     memcpy(&e, file + at, sizeof e);
     at += sizeof e;
-    expect(e.type >= NORMAL && e.type <= BYTE && e.type != 4, "%s: %s: type: expected 1, 2, 3, 5 or 6, found %u",
-           t->path, name, e.type);
+    expect(e.type >= NORMAL && e.type <= BYTE, "%s: %s: type: expected 1 to 6, found %u", t->path, name, e.type);
     size_t min = e.type == UNUSED ? 0 : 1, max = e.type == BYTE ? smaller(1, size - at) : size - at;
     expect(e.length >= min && e.length <= max, "%s: %s: length: expected %zu to %zu, found %u", t->path, name, min, max,
            e.length);
@@ -972,32 +1044,83 @@ static size_t read_piece(const Tokenizer *t, const unsigned char *file, size_t s
     return at + e.length;
 }
 
-// Fills the table of normal pieces and that of the bytes.
+// Fills the table of pieces and that of the bytes.
 static void index_pieces(Tokenizer *t) {
-    while (t->mask < 2 * (size_t)t->h.vocab_size)
-        t->mask = 2 * t->mask + 1;
-    t->table = allocate(t->mask + 1, sizeof *t->table, "the vocabulary");
-    for (size_t i = 0; i <= t->mask; i++)
-        t->table[i] = NONE;
+    t->by_text = new_table(t->h.vocab_size);
+    uint32_t unknown = t->h.unk_id < 0 ? NONE : (uint32_t)t->h.unk_id;
     for (size_t b = 0; b < 256; b++)
-        t->byte_id[b] = (uint32_t)t->h.unk_id;
+        t->byte_id[b] = unknown;
     size_t n_bytes = 0;
-    t->words = true;
     for (uint32_t id = 0; id < t->h.vocab_size; id++) {
         Text text = t->pieces[id].text;
-        if (t->pieces[id].type == BYTE) {
-            n_bytes += t->byte_id[*text.bytes] == (uint32_t)t->h.unk_id;
+        uint32_t type = t->pieces[id].type;
+        if (type == BYTE) {
+            n_bytes += t->byte_id[*text.bytes] == unknown;
             t->byte_id[*text.bytes] = id;
         }
-        if (t->pieces[id].type != NORMAL || *place_of(t, text) != NONE)
+        if (type != NORMAL && type != USER_DEFINED)
             continue;
-        *place_of(t, text) = id;
+        uint32_t *place = place_of(t, text, hash_of(text));
+        if (*place == NONE || type == USER_DEFINED)
+            *place = id;
         t->longest = larger(t->longest, text.n);
-        for (size_t i = 1; i < text.n; i++)
-            t->words = t->words && !(text.bytes[i] == ' ' && text.bytes[i - 1] != ' ');
+        if (type == USER_DEFINED)
+            t->user_defined[*text.bytes] = larger(t->user_defined[*text.bytes], text.n);
     }
-    expect(n_bytes == 256 || (n_bytes == 0 && t->h.unk_id >= 0),
+    expect(t->h.kind == BYTE_LEVEL_BPE || n_bytes == 256 || (n_bytes == 0 && unknown != NONE),
            "%s: byte tokens: expected one for each byte, or none and an unk_id, found %zu", t->path, n_bytes);
+}
+
+// Fills the table of merges. Of two for one pair the later counts.
+static void index_merges(Tokenizer *t) {
+    t->by_pair = new_table(t->h.n_merges);
+    for (uint32_t i = 0; i < t->h.n_merges; i++) {
+        const Merge *m = &t->merges[i];
+        uint32_t most = (uint32_t)larger(larger(m->left, m->right), m->made);
+        expect(most < t->h.vocab_size, "%s: merge %u: expected tokens below %u, found %u", t->path, i, t->h.vocab_size,
+               most);
+        expect(t->pieces[m->made].type != CONTROL, "%s: merge %u: expected to make text, found control token %u",
+               t->path, i, m->made);
+        *place_of_merge(t, m->left, m->right) = i;
+    }
+}
+
+// Spreads the ranges out over all characters, so that the class of one is found in one step.
+static void read_classes(Tokenizer *t, const Range *ranges) {
+    t->classes = allocate(0x110000, 1, "the classes of characters");
+    memset(t->classes, 1, 0x110000);
+    for (size_t i = 0, next = 0; i < t->h.n_ranges; next = ranges[i++].last + 1) {
+        const Range *r = &ranges[i];
+        expect(r->first >= next && r->first <= r->last && r->last < 0x110000,
+               "%s: range %zu: expected characters from %zx to 10ffff, found %x to %x", t->path, i, next, r->first,
+               r->last);
+        expect(r->class > 0 && r->class < t->h.n_classes, "%s: range %zu: class: expected 1 to %u, found %u", t->path,
+               i, t->h.n_classes - 1, r->class);
+        memset(t->classes + r->first, (int)r->class, r->last - r->first + 1);
+    }
+}
+
+// The number at `at`, which moves on, unless that would be beyond `end`.
+static bool read_number(const unsigned char *file, size_t end, size_t *at, uint32_t *number) {
+    bool fits = end - *at >= sizeof *number;
+    if (fits)
+        memcpy(number, file + *at, sizeof *number);
+    *at += fits ? sizeof *number : 0;
+    return fits;
+}
+
+// Reads one template at `at` and returns where the next one starts.
+static size_t read_template(Tokenizer *t, const unsigned char *file, size_t size, size_t at, size_t which) {
+    uint32_t n = 0, item = 0;
+    bool fits = read_number(file, size, &at, &n) && size - at >= n;
+    t->templates[which] = (Text){file + at, n};
+    for (size_t end = at + n, length; fits && at < end; at += length) {
+        fits = read_number(file, end, &at, &item);
+        length = item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
+        fits = fits && length <= end - at && (item & TEXT_ITEM || item < t->h.vocab_size);
+    }
+    expect(fits, "%s: template %zu: expected tokens and texts within its %u bytes, found others", t->path, which, n);
+    return at;
 }
 
 static Tokenizer open_tokenizer(const char *path) {
@@ -1009,12 +1132,35 @@ static Tokenizer open_tokenizer(const char *path) {
     t.pieces = allocate(t.h.vocab_size, sizeof *t.pieces, "the vocabulary");
     for (uint32_t id = 0; id < t.h.vocab_size; id++)
         at = read_piece(&t, file, size, at, id);
-    expect(at == size, "%s: expected %zu bytes for %u tokens, found %zu", path, at, t.h.vocab_size, size);
-    uint64_t hash = hash_of((Text){file + sizeof t.h, size - sizeof t.h});
+    uint64_t hash = hash_of((Text){file + sizeof t.h, at - sizeof t.h});
     expect(hash == t.h.vocab_hash, "%s: hash of the vocabulary: expected %016llx, found %016llx: damaged", path,
            (unsigned long long)t.h.vocab_hash, (unsigned long long)hash);
+
+    size_t merges = (at + 3) / 4 * 4, ranges = merges + t.h.n_merges * sizeof(Merge);
+    size_t steps = ranges + t.h.n_ranges * sizeof(Range), n_steps = (size_t)t.h.n_states * t.h.n_classes;
+    size_t end = steps + n_steps * sizeof *t.steps;
+    expect(end <= size, "%s: expected at least %zu bytes by its header, found %zu", path, end, size);
+    hash = hash_of((Text){file + at, size - at});
+    expect(hash == t.h.rest_hash, "%s: hash of what follows the vocabulary: expected %016llx, found %016llx: damaged",
+           path, (unsigned long long)t.h.rest_hash, (unsigned long long)hash);
+    t.merges = (const void *)(file + merges);
+    t.steps = (const void *)(file + steps);
+    for (size_t i = 0; i < n_steps; i++)
+        check(path, "a step's next state", t.steps[i] / 2, 0, (int64_t)t.h.n_states - 1);
+    for (size_t i = 0; i < TEMPLATES; i++)
+        end = read_template(&t, file, size, end, i);
+    expect(end == size, "%s: expected %zu bytes by its contents, found %zu", path, end, size);
     index_pieces(&t);
+    index_merges(&t);
+    read_classes(&t, (const void *)(file + ranges));
     return t;
+}
+
+static void close_tokenizer(Tokenizer *t) {
+    free(t->pieces);
+    free(t->by_text.places);
+    free(t->by_pair.places);
+    free(t->classes);
 }
 
 // The length of the UTF-8 character that starts here; 0 if none can; -1 if one might, with more bytes.
@@ -1033,116 +1179,230 @@ static int utf8_length(Text text) {
     return length;
 }
 
-// The text as the vocabulary has it: a space in front, and "▁", by which SentencePiece means a space, is one.
-static Text normalise(const Tokenizer *t, Text text) {
-    unsigned char *out = allocate(text.n + 1, 1, "the prompt");
-    size_t n = 0;
-    if (t->h.flags & ADD_SPACE && text.n > 0)
-        out[n++] = ' ';
+// The first character of a text, which is not empty, and its number. A stray byte stands for itself, as U+FFFD.
+static Text first_character(Text text, uint32_t *number) {
+    int length = utf8_length(text);
+    *number = length <= 0 ? 0xfffd : length == 1 ? *text.bytes : *text.bytes & (0x7fu >> length);
+    for (int i = 1; i < length; i++)
+        *number = *number << 6 | (text.bytes[i] & 0x3f);
+    return (Text){text.bytes, length > 0 ? (size_t)length : 1};
+}
+
+// The longest user-defined token at the start of a text, NONE if there is none.
+static uint32_t find_user_defined(const Tokenizer *t, Text text) {
+    uint32_t found = NONE;
+    uint64_t hash = HASH_OF_NOTHING;
+    size_t longest = text.n ? smaller(text.n, t->user_defined[*text.bytes]) : 0;
+    for (size_t n = 1; n <= longest; n++) {
+        hash = hash_more(hash, text.bytes[n - 1]);
+        uint32_t id = *place_of(t, (Text){text.bytes, n}, hash);
+        if (id != NONE && t->pieces[id].type == USER_DEFINED)
+            found = id;
+    }
+    return found;
+}
+
+static bool takes_space(const Tokenizer *t, Text text) {
+    return text.n > 0 && !(t->h.flags & NO_SECOND_SPACE && *text.bytes == ' ');
+}
+
+// The text as the vocabulary has it, in `out`, of text.n + 1 bytes: "▁", by which SentencePiece means a space, is one, and
+// a space may come in front. SentencePiece puts it there in any case, others not before a user-defined token.
+static Text normalise(const Tokenizer *t, Text text, unsigned char *out) {
+    size_t n = 1;
     for (size_t i = 0; i < text.n; i++) {
-        bool bar = text.n - i >= 3 && !memcmp(text.bytes + i, "\xe2\x96\x81", 3);
+        bool bar = t->h.kind == SENTENCEPIECE_BPE && text.n - i >= 3 && !memcmp(text.bytes + i, "\xe2\x96\x81", 3);
         out[n++] = bar ? ' ' : text.bytes[i];
         i += bar ? 2 : 0;
     }
+    Text plain = {out + 1, n - 1};
+    bool to_token = t->h.flags & (SPACE_ANEW | NO_SECOND_SPACE) && find_user_defined(t, plain) != NONE;
+    if (!(t->h.flags & ADD_SPACE) || !takes_space(t, plain) || to_token)
+        return plain;
+    out[0] = ' ';
     return (Text){out, n};
 }
 
 // A part of a word on its way to becoming a token. Neighbours are linked by their index, NONE at the ends.
 typedef struct {
-    Text text; // empty once it has become part of the symbol before it
+    Text text;   // empty once it has become part of the symbol before it
+    uint32_t id; // NONE: no token of the vocabulary
     uint32_t previous, next;
 } Symbol;
 
 typedef struct {
-    Symbol *symbols;
+    uint32_t *tokens; // found so far
+    size_t n_tokens;
+    Symbol *symbols; // of one word
     size_t capacity;
-    Heap pairs; // key: the score of the piece that two neighbours would make, index: the first of them
-} Bpe;
+    Heap pairs; // key: how soon two neighbours are to be merged, index: the first of them, id: what they make
+} Encoder;
 
-// Considers merging symbol `first` with the next.
-static void push_pair(const Tokenizer *t, Bpe *bpe, uint32_t first) {
-    if (first == NONE || bpe->symbols[first].next == NONE)
-        return;
-    Text pair = bpe->symbols[first].text;
-    pair.n += bpe->symbols[bpe->symbols[first].next].text.n;
-    uint32_t id = find_piece(t, pair);
-    if (id != NONE)
-        heap_push(&bpe->pairs, (Item){t->pieces[id].score, first, (uint32_t)pair.n});
+// The token that two neighbours make, NONE if they make none, and how soon they are to be merged.
+static uint32_t merged(const Tokenizer *t, const Symbol *a, const Symbol *b, float *key) {
+    if (t->h.flags & BY_MERGES) {
+        uint32_t rank = *place_of_merge(t, a->id, b->id);
+        *key = -(float)rank;
+        return rank == NONE ? NONE : t->merges[rank].made;
+    }
+    uint32_t id = find_piece(t, (Text){a->text.bytes, a->text.n + b->text.n});
+    *key = id == NONE ? 0 : t->pieces[id].score;
+    return id;
 }
 
-// Byte-pair encoding: starts from characters and merges the pair of the highest score, the leftmost of equals, until
-// none is left. As a heap finds it, that takes n log n steps. Appends to `tokens` and returns their new number.
-//                                                                        (Sennrich, Haddow and Birch 2016)
-static size_t encode_word(const Tokenizer *t, Bpe *bpe, Text word, uint32_t *tokens, size_t n_tokens) {
-    if (word.n > bpe->capacity) {
-        bpe->capacity = 2 * word.n;
-        free(bpe->symbols);
-        bpe->symbols = allocate(bpe->capacity, sizeof *bpe->symbols, "the prompt");
+// Considers merging symbol `first` with the next.
+static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
+    if (first == NONE || e->symbols[first].next == NONE)
+        return;
+    Item pair = {.index = first};
+    pair.id = merged(t, &e->symbols[first], &e->symbols[e->symbols[first].next], &pair.key);
+    if (pair.id != NONE)
+        heap_push(&e->pairs, pair);
+}
+
+// Cuts a word into the symbols that merging starts from and returns their number.
+static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
+    if (word.n > e->capacity) {
+        e->capacity = larger(word.n, 2 * e->capacity);
+        free(e->symbols);
+        e->symbols = allocate(e->capacity, sizeof *e->symbols, "the prompt");
     }
-    Symbol *symbols = bpe->symbols;
-    uint32_t n = 0;
-    for (size_t i = 0; i < word.n; i += symbols[n++].text.n) {
-        int length = utf8_length((Text){word.bytes + i, word.n - i}); // a stray byte stands for itself
-        symbols[n] = (Symbol){{word.bytes + i, length > 0 ? (size_t)length : 1}, n ? n - 1 : NONE, n + 1};
+    uint32_t n = 0, number;
+    for (size_t i = 0; i < word.n;) {
+        Text text = {word.bytes + i, 1};
+        uint32_t id = t->byte_id[*text.bytes];
+        if (t->h.kind == SENTENCEPIECE_BPE) {
+            text = first_character((Text){text.bytes, word.n - i}, &number);
+            id = find_piece(t, text);
+        }
+        i += text.n;
+        if (t->h.kind == BYTE_LEVEL_BPE && id == NONE)
+            continue; // a byte that the vocabulary cannot say is left out
+        e->symbols[n] = (Symbol){text, id, n ? n - 1 : NONE, n + 1};
+        n++;
     }
-    symbols[n - 1].next = NONE;
+    if (n)
+        e->symbols[n - 1].next = NONE;
+    return n;
+}
+
+// Byte-pair encoding: merges the pair of the highest key, the leftmost of equals, until none is left. As a heap finds
+// it, that takes n log n steps.                                          (Sennrich, Haddow and Birch 2016)
+static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
+    uint32_t whole = t->h.flags & WHOLE_WORDS ? find_piece(t, word) : NONE;
+    if (whole != NONE) {
+        e->tokens[e->n_tokens++] = whole;
+        return;
+    }
+    uint32_t n = first_symbols(t, e, word);
+    Symbol *symbols = e->symbols;
     for (uint32_t i = 0; i < n; i++)
-        push_pair(t, bpe, i);
-    while (bpe->pairs.n) {
-        Item pair = heap_pop(&bpe->pairs);
+        push_pair(t, e, i);
+    while (e->pairs.n) {
+        Item pair = heap_pop(&e->pairs);
         Symbol *first = &symbols[pair.index], *second = first->next == NONE ? NULL : &symbols[first->next];
-        if (first->text.n == 0 || !second || first->text.n + second->text.n != pair.length)
+        float key;
+        if (first->text.n == 0 || !second || merged(t, first, second, &key) != pair.id)
             continue; // one of the two has been merged with another since
-        first->text.n = pair.length;
+        first->text.n += second->text.n;
+        first->id = pair.id;
         second->text.n = 0;
         first->next = second->next;
         if (first->next != NONE)
             symbols[first->next].previous = pair.index;
-        push_pair(t, bpe, first->previous);
-        push_pair(t, bpe, pair.index);
+        push_pair(t, e, first->previous);
+        push_pair(t, e, pair.index);
     }
-    for (uint32_t i = 0; i != NONE; i = symbols[i].next) {
-        uint32_t id = find_piece(t, symbols[i].text);
-        if (id != NONE) {
-            tokens[n_tokens++] = id;
+    for (uint32_t i = n ? 0 : NONE; i != NONE; i = symbols[i].next) {
+        if (symbols[i].id != NONE) {
+            e->tokens[e->n_tokens++] = symbols[i].id;
             continue;
         }
         for (size_t b = 0; b < symbols[i].text.n; b++) { // a token for each byte, or one <unk> for all
             uint32_t byte = t->byte_id[symbols[i].text.bytes[b]];
-            if (byte != (uint32_t)t->h.unk_id || n_tokens == 0 || tokens[n_tokens - 1] != byte)
-                tokens[n_tokens++] = byte;
+            if (byte != (uint32_t)t->h.unk_id || e->n_tokens == 0 || e->tokens[e->n_tokens - 1] != byte)
+                e->tokens[e->n_tokens++] = byte;
         }
     }
-    return n_tokens;
 }
 
-// The tokens of a text, for the caller to free. No text becomes a control token: those are not in the table.
+// How many bytes at the start of a text are a word to the machine that starts in `state`; 0 if no word starts here.
+// Each character is a step: from the state that the machine is in, and the character's class, to twice the next state,
+// plus 1 if what lies before this character is a word. The last word found counts. State 0 is the end of all hope, and
+// class 0 stands for the end of the text. export.py makes the machines from the regular expressions that a tokenizer
+// comes with; they never go back, so the time is linear.                                    (Thompson 1968)
+static size_t word_length(const Tokenizer *t, uint32_t state, Text text) {
+    size_t word = 0;
+    uint32_t number;
+    for (size_t at = 0, length; state; at += length) {
+        bool more = at < text.n;
+        length = more ? first_character((Text){text.bytes + at, text.n - at}, &number).n : 0;
+        uint32_t step = t->steps[(size_t)state * t->h.n_classes + (more ? t->classes[number] : 0)];
+        word = step & 1 ? at : word;
+        state = more ? step >> 1 : 0;
+    }
+    return word;
+}
+
+// Cuts a text into the words of one machine and what lies between them, each of those with the next machine, and so on.
+static void encode_words(const Tokenizer *t, Encoder *e, Text text, uint32_t machine) {
+    if (machine == t->h.n_machines) {
+        encode_word(t, e, text);
+        return;
+    }
+    size_t start = 0, at = 0; // from start to at there is no word
+    uint32_t number;
+    while (start < text.n) {
+        Text rest = {text.bytes + at, text.n - at};
+        size_t word = rest.n ? word_length(t, machine + 1, rest) : 0;
+        if (rest.n && word == 0) {
+            at += first_character(rest, &number).n;
+            continue;
+        }
+        size_t end = at > start ? at : at + word;
+        encode_words(t, e, (Text){text.bytes + start, end - start}, machine + 1);
+        start = at = end;
+    }
+}
+
+// The tokens of a text, for the caller to free. User-defined tokens are found first, the longest at each place. No text
+// becomes a control token: those are not in the table.
 static uint32_t *encode(const Tokenizer *t, Text text, size_t *n) {
     expect(text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found %zu", MAX_TEXT, text.n);
-    Text all = normalise(t, text);
-    uint32_t *tokens = allocate(all.n + 1, sizeof *tokens, "the prompt");
-    *n = 0;
+    unsigned char *copy = allocate(text.n + 1, 1, "the prompt");
+    Encoder e = {.tokens = allocate(text.n + 2, sizeof *e.tokens, "the prompt")};
     if (t->h.flags & ADD_BOS)
-        tokens[(*n)++] = (uint32_t)t->h.bos_id;
-    Bpe bpe = {0};
-    for (size_t start = 0, end; start < all.n; start = end) {
-        // No piece reaches across the start of a word, so words can be taken one by one.
-        for (end = start + 1; end < all.n; end++)
-            if (t->words && all.bytes[end] == ' ' && all.bytes[end - 1] != ' ')
-                break;
-        *n = encode_word(t, &bpe, (Text){all.bytes + start, end - start}, tokens, *n);
+        e.tokens[e.n_tokens++] = (uint32_t)t->h.bos_id;
+    Text rest = normalise(t, text, copy);
+    while (rest.n) {
+        size_t plain = 0;
+        uint32_t id = NONE;
+        while (plain < rest.n && (id = find_user_defined(t, (Text){rest.bytes + plain, rest.n - plain})) == NONE)
+            plain++;
+        if (plain)
+            encode_words(t, &e, (Text){rest.bytes, plain}, 0);
+        if (id == NONE)
+            break;
+        e.tokens[e.n_tokens++] = id;
+        plain += t->pieces[id].text.n;
+        rest = (Text){rest.bytes + plain, rest.n - plain};
+        if (t->h.flags & SPACE_ANEW && takes_space(t, rest) && find_user_defined(t, rest) == NONE) {
+            rest = (Text){rest.bytes - 1, rest.n + 1}; // the token's last byte has done its duty
+            copy[rest.bytes - copy] = ' ';
+        }
     }
-    free(bpe.symbols);
-    free(bpe.pairs.items);
-    free((void *)all.bytes);
-    return tokens;
+    free(copy);
+    free(e.symbols);
+    free(e.pairs.items);
+    *n = e.n_tokens;
+    return e.tokens;
 }
 
 // What the token at position `pos` prints. At the start of a text, that is without the space put there by encode.
 static Text decode(const Tokenizer *t, uint32_t token, size_t pos) {
     Text text = t->pieces[token].text;
     uint32_t type = t->pieces[token].type;
-    if (type != NORMAL && type != BYTE)
+    if (type != NORMAL && type != USER_DEFINED && type != BYTE)
         return (Text){0};
     bool first = pos == (t->h.flags & ADD_BOS ? 1 : 0);
     bool skip = first && t->h.flags & ADD_SPACE && text.bytes[0] == ' ';
@@ -1962,8 +2222,7 @@ int main(int argc, char **argv) {
         generate(&m, &t, &o);
     flush_output();
     free(m.layers);
-    free(t.pieces);
-    free(t.table);
+    close_tokenizer(&t);
     free(path);
     return 0;
 }

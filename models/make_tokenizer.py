@@ -22,7 +22,7 @@ from pathlib import Path
 TOP = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
 
-from export import BYTE, CONTROL, NORMAL, UNKNOWN, Token, Tokenizer, atomic, token_text
+from export import BYTE, CONTROL, NORMAL, UNKNOWN, Token, Tokenizer, atomic, token_text, words_at_spaces
 
 PACKAGE = "llama-tokenizer-js"
 N_BYTES = 256
@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("-o", dest="output", type=Path, default=TOP / "tokenizer.bin")
     args = parser.parse_args()
     tokens = [token(id, piece) for id, piece in enumerate(pieces(javascript(args.package)))]
-    tokenizer = Tokenizer(tokens, bos_id=1, unk_id=0, stop_ids=(2,), add_bos=True, add_space=True)
+    words = words_at_spaces(tokens)
+    tokenizer = Tokenizer(tokens, 1, 0, (2,), add_bos=True, add_space=True, machines=words)
     with atomic(args.output) as file:
         file.write(tokenizer.to_bytes())
 

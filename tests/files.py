@@ -25,9 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # The tokenizer file
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-ADD_BOS, ADD_SPACE = 1, 2
+ADD_BOS, ADD_SPACE, SPACE_ANEW, NO_SECOND_SPACE, BY_MERGES, WHOLE_WORDS = 1, 2, 4, 8, 16, 32
+SENTENCEPIECE_BPE, BYTE_LEVEL_BPE = 1, 2
 
-TOKENIZER_HEADER = "<8s4I2iI7i2Q"
+TOKENIZER_HEADER = "<8s4I2iI7i2Q6IQ"
+TOKENS_START = 112
 TOKENIZER_FIELDS = {  # name: (offset, struct format)
     "magic": (0, "8s"),
     "version": (8, "I"),
@@ -40,8 +42,15 @@ TOKENIZER_FIELDS = {  # name: (offset, struct format)
     "stop_ids": (36, "i"),  # the first of seven
     "file_size": (64, "Q"),
     "vocab_hash": (72, "Q"),
+    "n_merges": (80, "I"),
+    "n_ranges": (84, "I"),
+    "n_classes": (88, "I"),
+    "n_states": (92, "I"),
+    "n_machines": (96, "I"),
+    "template_flags": (100, "I"),
+    "rest_hash": (104, "Q"),
 }
-assert struct.calcsize(TOKENIZER_HEADER) == 80
+assert struct.calcsize(TOKENIZER_HEADER) == TOKENS_START
 
 
 def fnv1a(data: bytes) -> int:
@@ -68,6 +77,13 @@ class Vocabulary:
     unk_id: int = 0
     stop_ids: tuple[int, ...] = (2,)
     flags: int = ADD_BOS | ADD_SPACE
+    kind: int = SENTENCEPIECE_BPE
+    merges: tuple[tuple[int, int, int], ...] = ()  # left, right, made
+    ranges: tuple[tuple[int, int, int], ...] = ()  # first, last, class
+    steps: tuple[tuple[int, ...], ...] = ()  # (states, classes)
+    n_machines: int = 0
+    templates: tuple[bytes, ...] = (b"",) * 7
+    template_flags: int = 0
 
     def body(self) -> bytes:
         return b"".join(piece.pack() for piece in self.pieces)
@@ -82,19 +98,27 @@ class Vocabulary:
     def id(self, text: bytes, type: int = NORMAL) -> int:
         return next(i for i, p in enumerate(self.pieces) if p.text == text and p.type == type)
 
+    def rest(self) -> bytes:
+        """What follows the vocabulary."""
+        rows = [*self.merges, *self.ranges, *self.steps]
+        parts = [bytes(-len(self.body()) % 4), *(struct.pack(f"<{len(row)}I", *row) for row in rows)]
+        return b"".join([*parts, *(struct.pack("<I", len(text)) + text for text in self.templates)])
+
     def to_bytes(self) -> bytes:
-        body = self.body()
+        body, rest = self.body(), self.rest()
         stops = [*self.stop_ids, *[-1] * (7 - len(self.stop_ids))]
         head = struct.pack(
             TOKENIZER_HEADER,
-            *(b"twotoken", 1, 1, self.flags, len(self.pieces), self.bos_id, self.unk_id),
-            *(len(self.stop_ids), *stops, 80 + len(body), fnv1a(body)),
+            *(b"twotoken", 2, self.kind, self.flags, len(self.pieces), self.bos_id, self.unk_id),
+            *(len(self.stop_ids), *stops, TOKENS_START + len(body) + len(rest), fnv1a(body)),
+            *(len(self.merges), len(self.ranges), len(self.steps[0]) if self.steps else 0, len(self.steps)),
+            *(self.n_machines, self.template_flags, fnv1a(rest)),
         )
-        return head + body
+        return head + body + rest
 
     def entry_offsets(self) -> list[int]:
         """Where in the file each piece's entry starts, and the end."""
-        offsets = [80]
+        offsets = [TOKENS_START]
         for piece in self.pieces:
             offsets.append(offsets[-1] + 12 + len(piece.text))
         return offsets
@@ -127,6 +151,64 @@ def default_vocabulary(extra: Sequence[bytes] = (), **changes: Any) -> Vocabular
     return Vocabulary(tuple(pieces), **changes)
 
 
+def byte_level_vocabulary(**changes: Any) -> Vocabulary:
+    """The 256 bytes and a few merges, a user-defined and two control tokens, a machine and a template.
+
+    The machine cuts before each space that follows something else. Its classes: 0 the end, 1 letters, 2 spaces.
+    """
+    texts = [bytes([b]) for b in range(256)]
+    pieces = [Piece(text, BYTE) for text in texts]
+    merges = []
+    for left, right in [
+        (b"h", b"e"),
+        (b"t", b"he"),
+        (b" ", b"the"),
+        (b"a", b"t"),
+        (b" c", b"at"),
+        (b" ", b"c"),
+    ]:
+        if left + right not in texts:
+            texts.append(left + right)
+            pieces.append(Piece(left + right))
+    for left, right in [
+        (b"h", b"e"),
+        (b"t", b"he"),
+        (b" ", b"the"),
+        (b"a", b"t"),
+        (b" ", b"c"),
+        (b" c", b"at"),
+    ]:
+        merges.append((texts.index(left), texts.index(right), texts.index(left + right)))
+    pieces += [Piece(b"<think>", USER_DEFINED), Piece(b"<s>", CONTROL), Piece(b"</s>", CONTROL)]
+    start, end = len(pieces) - 2, len(pieces) - 1
+    # state 1 is the start, 2 within spaces, 3 within letters; an odd step says that a word ends before the character
+    steps = ((0, 0, 0), (0, 6, 4), (1, 6, 4), (1, 6, 1))
+    text = struct.pack("<I", 0x80000000 | 5) + b"user\n"
+    templates = (
+        struct.pack("<I", start) + text,
+        b"",
+        b"",
+        struct.pack("<I", end),
+        b"",
+        struct.pack("<I", end),
+        text,
+    )
+    fields: dict[str, Any] = {
+        "bos_id": start,
+        "unk_id": -1,
+        "stop_ids": (end,),
+        "flags": ADD_BOS | BY_MERGES | WHOLE_WORDS,
+        "kind": BYTE_LEVEL_BPE,
+        "merges": tuple(merges),
+        "ranges": ((0x20, 0x20, 2), (0x3000, 0x3000, 2)),
+        "steps": steps,
+        "n_machines": 1,
+        "templates": templates,
+        "template_flags": 1,
+    }
+    return Vocabulary(tuple(pieces), **fields | changes)
+
+
 def write_tokenizer(path: Path, vocabulary: Vocabulary | None = None) -> Vocabulary:
     vocabulary = vocabulary or default_vocabulary()
     path.write_bytes(vocabulary.to_bytes())
@@ -135,15 +217,34 @@ def write_tokenizer(path: Path, vocabulary: Vocabulary | None = None) -> Vocabul
 
 def read_tokenizer(data: bytes) -> Vocabulary:
     head = struct.unpack_from(TOKENIZER_HEADER, data)
-    assert head[0] == b"twotoken" and head[1:3] == (1, 1) and head[15] == len(data)
+    assert head[:2] == (b"twotoken", 2) and head[15] == len(data)
+    at = TOKENS_START
+
+    def rows(count: int, width: int) -> tuple[tuple[int, ...], ...]:
+        nonlocal at
+        at += 4 * count * width
+        return tuple(
+            struct.unpack_from(f"<{width}I", data, at - 4 * width * (count - i)) for i in range(count)
+        )
+
     pieces: list[Piece] = []
-    at = 80
     for _ in range(head[4]):
         length, type, score = struct.unpack_from("<IIf", data, at)
         pieces.append(Piece(data[at + 12 : at + 12 + length], type, score))
         at += 12 + length
-    assert at == len(data) and head[16] == fnv1a(data[80:])
-    return Vocabulary(tuple(pieces), head[5], head[6], tuple(head[8 : 8 + head[7]]), head[3])
+    assert head[16] == fnv1a(data[TOKENS_START:at]) and head[23] == fnv1a(data[at:])
+    at += -at % 4
+    merges, ranges, steps = rows(head[17], 3), rows(head[18], 3), rows(head[20], head[19])
+    templates = []
+    for _ in range(7):
+        ((length,),) = rows(1, 1)
+        templates.append(data[at : at + length])
+        at += length
+    assert at == len(data)
+    return Vocabulary(
+        *(tuple(pieces), head[5], head[6], tuple(head[8 : 8 + head[7]]), head[3], head[2]),
+        *(merges, ranges, steps, head[21], tuple(templates), head[22]),  # type: ignore[arg-type]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -326,12 +427,24 @@ def patch(data: bytes, **fields: Any) -> bytes:
     return bytes(out)
 
 
+def end_of_tokens(data: bytes) -> int:
+    """Where the vocabulary of a tokenizer file ends, as far as one can tell of a damaged one."""
+    at = TOKENS_START
+    for _ in range(min(struct.unpack_from("<I", data, 20)[0], len(data))):
+        if at + 12 > len(data):
+            break
+        at += 12 + struct.unpack_from("<I", data, at)[0]
+    return min(at, len(data))
+
+
 def fix(data: bytes) -> bytes:
-    """The file with the size, and a tokenizer's hash, that belong to what it now holds."""
-    if len(data) < 96:
+    """The file with the size, and a tokenizer's hashes, that belong to what it now holds."""
+    if len(data) < TOKENS_START:
         return data
     if data[:8] == b"twotoken":
-        return patch(data, file_size=len(data), vocab_hash=fnv1a(data[80:]))
+        at = end_of_tokens(data)
+        hashes = {"vocab_hash": fnv1a(data[TOKENS_START:at]), "rest_hash": fnv1a(data[at:])}
+        return patch(data, file_size=len(data), **hashes)
     return patch(data, file_size=len(data))
 
 

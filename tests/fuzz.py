@@ -26,9 +26,11 @@ from files import (
     ROOT,
     TIED,
     TOKENIZER_FIELDS,
+    TOKENS_START,
     Model,
     Program,
-    default_vocabulary,
+    byte_level_vocabulary,
+    end_of_tokens,
     fix,
     patch,
 )
@@ -75,6 +77,7 @@ TEXTS = [
     b"Once upon a time",
     "caf\u00e9 \u2581 \U0001f600".encode(),
     b"<s></s><unk><0x0A>",
+    b"<think> the <think",
     b"\n",
 ]
 
@@ -93,6 +96,8 @@ def base_models() -> list[Model]:
         Model(
             dim=64, hidden_dim=96, head_dim=16, n_kv_heads=1, dtype="bf16", rope_scaling=1, rope_factor=2.0
         ).randomise(4),
+        Model(dim=16, hidden_dim=20, n_layers=1, vocabulary=byte_level_vocabulary()).randomise(5),
+        Model(dim=16, hidden_dim=20, n_layers=1, vocabulary=byte_level_vocabulary()).randomise(6),
     ]
 
 
@@ -142,7 +147,7 @@ def spoil_header(rng: random.Random, data: bytes) -> bytes:
 
 def spoil_entry(rng: random.Random, data: bytes) -> bytes:
     """The length, type or score of one entry of a tokenizer."""
-    at, steps = 80, rng.choice([0, 1, 2, 3, 100, 258, 259, 260, rng.randrange(300)])
+    at, steps = TOKENS_START, rng.choice([0, 1, 2, 3, 100, 258, 259, 260, rng.randrange(300)])
     for _ in range(steps):
         if at + 12 > len(data):
             return data
@@ -153,6 +158,19 @@ def spoil_entry(rng: random.Random, data: bytes) -> bytes:
     out = bytearray(data)
     value = rng.choice([*INTERESTING, *range(8)])
     struct.pack_into("<I", out, at + field, value)
+    return bytes(out)
+
+
+def spoil_rest(rng: random.Random, data: bytes) -> bytes:
+    """A number after the vocabulary."""
+    at = end_of_tokens(data)
+    at += -(at - TOKENS_START) % 4
+    if len(data) - at < 4:
+        return data
+    out = bytearray(data)
+    struct.pack_into(
+        "<I", out, at + 4 * rng.randrange((len(data) - at) // 4), rng.choice([*INTERESTING, *range(12)])
+    )
     return bytes(out)
 
 
@@ -194,10 +212,12 @@ def make_case(rng: random.Random, models: list[tuple[bytes, bytes]], folder: Pat
             model = fix(model)
     elif target == "tokenizer":
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
-            tokenizer = rng.choice([spoil_header, spoil_entry, spoil_entry, spoil_bytes])(rng, tokenizer)
+            tokenizer = rng.choice([spoil_header, spoil_entry, spoil_rest, spoil_rest, spoil_bytes])(
+                rng, tokenizer
+            )
             if rng.random() < 0.3:
-                tokenizer = spoil_bytes(rng, tokenizer, 80)
-        if rng.random() < 0.9 and len(tokenizer) >= 80:
+                tokenizer = spoil_bytes(rng, tokenizer, TOKENS_START)
+        if rng.random() < 0.9 and len(tokenizer) >= TOKENS_START:
             tokenizer = fix(tokenizer)
             if rng.random() < 0.8 and tokenizer[:8] == b"twotoken":  # and a model that agrees
                 model = patch(model, vocab_hash=struct.unpack_from("<Q", tokenizer, 72)[0])
@@ -245,7 +265,7 @@ def main() -> int:
     program = Program(args.run or os.environ.get("RUN") or (debug if debug.exists() else None))
     if not program.path.exists():
         parser.error(f"{program.path} is not there: run make or make debug first")
-    models = [(m.to_bytes(), default_vocabulary().to_bytes()) for m in base_models()]
+    models = [(m.to_bytes(), m.vocabulary.to_bytes()) for m in base_models()]
     # The one error path ends the program where it is, with memory still in use.
     env = program.env | {"ASAN_OPTIONS": "detect_leaks=0"}
     cases, failures, statuses = 0, 0, [0, 0, 0]

@@ -1,9 +1,11 @@
 /* What run.c computes, for the tests that compare it with a reference:
  *
  *     probe isa
+ *     probe tokens TOKENIZER
  *     probe MODEL THREADS CHUNK LAYERS OUT TOKEN...
  *
- * prints the instruction set; or feeds the tokens in batches of CHUNK through the first LAYERS layers (0: all of them) and writes to OUT, as f32:
+ * prints the instruction set; or a line of ids for each text on standard input, which comes as u32 length and bytes; or
+ * feeds the tokens in batches of CHUNK through the first LAYERS layers (0: all of them) and writes to OUT, as f32:
  *   x         (T, D)       after the last of these layers
  *   qkv       (T, Q + 2K)  of the last layer, queries and keys rotated
  *   attended  (T, Q)       of the last layer
@@ -19,7 +21,28 @@ static size_t number(const char *name, const char *text, long long min, long lon
     return value;
 }
 
+static void print_tokens(const char *path) {
+    Tokenizer t = open_tokenizer(path);
+    for (uint32_t length; fread(&length, sizeof length, 1, stdin) == 1;) {
+        unsigned char *bytes = allocate(length, 1, "a text");
+        expect(fread(bytes, 1, length, stdin) == length, "standard input: expected %u bytes", length);
+        size_t n;
+        uint32_t *tokens = encode(&t, (Text){bytes, length}, &n);
+        for (size_t i = 0; i < n; i++)
+            printf("%s%u", i ? " " : "", tokens[i]);
+        puts("");
+        flush_output();
+        free(tokens);
+        free(bytes);
+    }
+    close_tokenizer(&t);
+}
+
 int main(int argc, char **argv) {
+    if (argc == 3 && !strcmp(argv[1], "tokens")) {
+        print_tokens(argv[2]);
+        return 0;
+    }
     if (argc == 2 && !strcmp(argv[1], "isa")) {
         puts(isa());
         return 0;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures run against llama.cpp: the same bf16 weights, the same threads, one after the other in each round.
 
-    make peers                      # or: python tests/peers.py --help
+    make peers                      # or: python tests/speed.py --help
 
 llama.cpp is PyPI's llama-cpp-python, built for this machine. It gets the weights as a GGUF file, which is written
 here with the `gguf` package; that both compute the same is checked by the greedy token after a prompt.

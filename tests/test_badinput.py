@@ -8,6 +8,7 @@ import re
 import resource
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from files import (
     CONTROL,
     MODEL_FIELDS,
     NORMAL,
+    TOKENS_START,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -26,6 +28,7 @@ from files import (
     Piece,
     Program,
     Vocabulary,
+    byte_level_vocabulary,
     chain_model,
     default_vocabulary,
     fix,
@@ -327,7 +330,7 @@ def test_sums_that_overflow(run: Program, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fixed", [False, True], ids=["as it was", "with its size and hash"])
 def test_truncated_tokenizers(victim: Victim, fixed: bool) -> None:
     offsets = victim.model.vocabulary.entry_offsets()
-    ends = {*range(96), len(victim.tokens) - 1}
+    ends = {*range(116), *range(offsets[-1], len(victim.tokens))}
     for start in [*offsets[:5], *offsets[256:262], *offsets[-4:]]:
         ends |= {start - 1, start, start + 1, start + 4, start + 11, start + 12, start + 13}
     args = ["-m", "tokenize", "-z", victim.tokenizer_path]
@@ -340,11 +343,15 @@ def test_truncated_tokenizers(victim: Victim, fixed: bool) -> None:
 def test_an_entry_across_the_last_page(victim: Victim) -> None:
     """What is mapped ends with a page: to read on is to crash."""
     for at in range(4085, 4096):  # where the second entry starts, whose 12 bytes end beyond 4096
-        pieces = (Piece(b"x" * (at - 92)), *victim.model.vocabulary.pieces)
+        pieces = (Piece(b"x" * (at - TOKENS_START - 12)), *victim.model.vocabulary.pieces)
         victim.bad_tokenizer(
             fix(Vocabulary(pieces).to_bytes()[:4096]), "token 1:", "expected 12 bytes", "found"
         )
-    pieces = (Piece(b"x" * (4080 - 92)), Piece(b"more than four"), *victim.model.vocabulary.pieces)
+    pieces = (
+        Piece(b"x" * (4080 - TOKENS_START - 12)),
+        Piece(b"more than four"),
+        *victim.model.vocabulary.pieces,
+    )
     victim.bad_tokenizer(
         fix(Vocabulary(pieces).to_bytes()[:4096]), "token 1:", "length", "expected 1 to 4", "found 14"
     )
@@ -360,15 +367,15 @@ def test_a_tokenizer_that_is_too_long(victim: Victim) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "found"),
     [
-        *[("version", v, f"found {v}") for v in (0, 2, HUGE)],
+        *[("version", v, f"found {v}") for v in (0, 1, 3, HUGE)],
         *[("kind", v, "found") for v in (0, 3, HUGE)],
-        *[("flags", v, "found") for v in (4, 1 << 31, HUGE)],
+        *[("flags", v, "found") for v in (64, 1 << 31, HUGE)],
         *[("vocab_size", v, "found") for v in (0, 1, 10**6, 1 << 24, (1 << 24) + 1, 1 << 31, HUGE)],
         *[("bos_id", v, f"found {v}") for v in (-1, -2, 10**6, 0x7FFFFFFF, -0x80000000)],
         *[("unk_id", v, f"found {v}") for v in (-2, 10**6, 0x7FFFFFFF, -0x80000000)],
         *[("n_stop_ids", v, "found") for v in (8, 1 << 31, HUGE)],
         *[("stop_ids", v, f"found {v}") for v in (-1, -2, 10**6, 0x7FFFFFFF)],
-        *[("file_size", v, "found") for v in (0, 80, 2**32, 2**64 - 1)],
+        *[("file_size", v, "found") for v in (0, 80, 112, 2**32, 2**64 - 1)],
         *[("vocab_hash", v, "found") for v in (0, 1, 2**64 - 1)],
     ],
 )
@@ -384,7 +391,7 @@ def test_ids_one_past_the_end(victim: Victim, name: str) -> None:
 
 
 @pytest.mark.parametrize("entry", [0, 2, 3, 130, 258, 259, -1])
-@pytest.mark.parametrize("length", [0, 3, 0x7FFFFFFF, 0x80000000, HUGE, HUGE - 11, HUGE - 12])
+@pytest.mark.parametrize("length", [0, 9, 0x7FFFFFFF, 0x80000000, HUGE, HUGE - 11, HUGE - 12])
 def test_lengths_of_tokens(victim: Victim, entry: int, length: int) -> None:
     at = victim.model.vocabulary.entry_offsets()[:-1][entry]
     data = bytearray(victim.tokens)
@@ -392,7 +399,7 @@ def test_lengths_of_tokens(victim: Victim, entry: int, length: int) -> None:
     victim.bad_tokenizer(fix(bytes(data)), "expected", "found")
 
 
-@pytest.mark.parametrize("type", [0, USER_DEFINED, 7, 1 << 31, HUGE])
+@pytest.mark.parametrize("type", [0, 7, 1 << 31, HUGE])
 @pytest.mark.parametrize("entry", [0, 100, 270])
 def test_types_of_tokens(victim: Victim, entry: int, type: int) -> None:
     at = victim.model.vocabulary.entry_offsets()[entry]
@@ -437,7 +444,7 @@ def test_unused_tokens_may_be_empty_and_only_they(victim: Victim) -> None:
 
 
 def test_any_flipped_bit_of_the_vocabulary(victim: Victim) -> None:
-    for at in np.random.default_rng(1).integers(80, len(victim.tokens), 40):
+    for at in np.random.default_rng(1).integers(TOKENS_START, len(victim.tokens), 40):
         data = bytearray(victim.tokens)
         data[at] ^= 1 << int(at) % 8
         victim.tokenizer_path.write_bytes(data)
@@ -471,6 +478,136 @@ def test_tokenizers_of_the_least_size(run: Program, tmp_path: Path) -> None:
     assert run.ok("-m", "tokenize", "-i", "some text", "-z", path).text == "0\n"
     path.write_bytes(Vocabulary((Piece(b"a"),), bos_id=0, unk_id=0, stop_ids=(), flags=ADD_BOS).to_bytes())
     assert run.ok("-m", "tokenize", "-i", "aba", "-z", path).text.split()[0] == "0"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Byte-level tokenizers
+
+
+class ByteLevelVictim:
+    def __init__(self, run: Program, folder: Path) -> None:
+        self.run, self.path = run, folder / "t.bin"
+        self.vocabulary = byte_level_vocabulary()
+        assert self.tokens("the cat<think> the</s>") == self.expected()
+
+    def expected(self) -> list[int]:
+        v = self.vocabulary
+        ids = [v.bos_id, v.id(b"the"), v.id(b" cat"), v.id(b"<think>", USER_DEFINED), v.id(b" the")]
+        return ids + list(b"</s>")
+
+    def tokens(self, text: str | bytes, **changes: Any) -> list[int]:
+        self.path.write_bytes(replace(self.vocabulary, **changes).to_bytes())
+        return [int(word) for word in self.run.ok("-m", "tokenize", "-i", text, "-z", self.path).text.split()]
+
+    def bad(self, data: bytes | None = None, *says: object, **changes: Any) -> None:
+        self.path.write_bytes(replace(self.vocabulary, **changes).to_bytes() if data is None else data)
+        args = ("-m", "tokenize", "-i", "the cat<think> the</s>", "-z", self.path)
+        self.run.fails(1, *args, says=[self.path, *says])
+
+
+@pytest.fixture
+def byte_level(run: Program, tmp_path: Path) -> ByteLevelVictim:
+    return ByteLevelVictim(run, tmp_path)
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["as it was", "with its size and hashes"])
+def test_truncated_byte_level_tokenizers(byte_level: ByteLevelVictim, fixed: bool) -> None:
+    data = byte_level.vocabulary.to_bytes()
+    for end in range(byte_level.vocabulary.entry_offsets()[-2], len(data)):
+        byte_level.bad(fix(data[:end]) if fixed else data[:end], "expected", "found")
+    byte_level.bad(fix(data + b"\0"), "expected", len(data), f"found {len(data) + 1}")
+
+
+def test_any_flipped_bit_after_the_vocabulary(byte_level: ByteLevelVictim) -> None:
+    data = byte_level.vocabulary.to_bytes()
+    for at in range(byte_level.vocabulary.entry_offsets()[-1], len(data)):
+        spoilt = bytearray(data)
+        spoilt[at] ^= 1 << at % 8
+        byte_level.bad(bytes(spoilt), "hash of what follows the vocabulary", "expected", "found", "damaged")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("n_merges", [0, 5, 7, 1 << 24, (1 << 24) + 1, HUGE]),
+        ("n_ranges", [0, 1, 3, 0x110000, 0x110001, HUGE]),
+        ("n_classes", [0, 1, 2, 4, 256, 257, HUGE]),
+        ("n_states", [0, 1, 3, 5, 1 << 20, (1 << 20) + 1, HUGE]),
+        ("n_machines", [4, 16, 17, HUGE]),
+        ("template_flags", [1024, HUGE]),
+        ("rest_hash", [0, 1, 2**64 - 1]),
+    ],
+)
+def test_fields_of_byte_level_tokenizers(byte_level: ByteLevelVictim, name: str, values: list[int]) -> None:
+    for value in values:
+        byte_level.bad(patch(byte_level.vocabulary.to_bytes(), **{name: value}), "expected", "found")
+
+
+def test_bad_merges(byte_level: ByteLevelVictim) -> None:
+    v = byte_level.vocabulary
+    for bad in [(len(v), 0, 1), (0, len(v), 1), (0, 1, len(v)), (HUGE, 0, 1), (0, 0x7FFFFFFF, 1)]:
+        byte_level.bad(None, "merge 3", "expected", "found", merges=(*v.merges[:3], bad))
+    byte_level.bad(None, "merge 0", "control token", merges=((0, 1, v.bos_id),))
+    # Odd, but harmless: a merge that makes something else, one that is there twice, none at all.
+    odd = (*v.merges, (116, 256, 7), v.merges[0])
+    assert byte_level.tokens("zthe", merges=odd)[1:] == [122, 7]
+    assert byte_level.tokens("zthe", merges=())[1:] == list(b"zthe")
+
+
+def test_bad_ranges(byte_level: ByteLevelVictim) -> None:
+    bad = [
+        (1, 0, 2),
+        (0, 0x110000, 2),
+        (0x110000, 0x110000, 2),
+        (HUGE, HUGE, 2),
+        (0, 5, 0),
+        (0, 5, 3),
+        (0, 5, HUGE),
+    ]
+    for one in bad:
+        byte_level.bad(None, "range 0", "expected", "found", ranges=(one,))
+    for second in [(0x20, 0x30, 2), (0, 0x10, 2), (0x10, 0x20, 1)]:
+        byte_level.bad(None, "range 1", "expected", "found", ranges=((0x20, 0x20, 2), second))
+    assert byte_level.tokens("the cat", ranges=((0, 0x10FFFF, 1),))[1:] == [257, 260]
+    assert byte_level.tokens("the cat", ranges=()) == byte_level.tokens("the cat", ranges=((32, 32, 1),))
+
+
+def test_bad_steps(byte_level: ByteLevelVictim) -> None:
+    for step in [8, 9, 0x7FFFFFFF, HUGE]:
+        byte_level.bad(
+            None, "step", "expected 0 to 3", "found", steps=((0, 0, 0), (0, step, 4), (1, 6, 4), (1, 6, 1))
+        )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_machines_come_to_an_end(byte_level: ByteLevelVictim, seed: int) -> None:
+    """Whatever the steps, each byte of the text comes out once."""
+    rng = np.random.default_rng(seed)
+    n_machines, n_classes = int(rng.integers(1, 5)), int(rng.integers(2, 5))
+    n_states = n_machines + int(rng.integers(1, 6))
+    steps = tuple(tuple(map(int, row)) for row in rng.integers(0, 2 * n_states, (n_states, n_classes)))
+    ranges = ((0x20, 0x60, int(rng.integers(1, n_classes))), (0x70, 0x3000, int(rng.integers(1, n_classes))))
+    text = "the cat<think>  sat, \u00e9\u4e2d\U0001f600 the end".encode() + b"\xe9\x80"
+    ids = byte_level.tokens(text, steps=steps, ranges=ranges, n_machines=n_machines)
+    assert b"".join(byte_level.vocabulary.pieces[i].text for i in ids[1:]) == text
+
+
+def test_bad_templates(byte_level: ByteLevelVictim) -> None:
+    v = byte_level.vocabulary
+    bad = [b"a", b"\0\0\0", *(struct.pack("<I", x) for x in (len(v), 0x7FFFFFFF, 0x80000001, HUGE))]
+    bad += [struct.pack("<I", 1) + one for one in bad] + [struct.pack("<I", 0x80000000 | 5) + b"user"]
+    for i in range(7):
+        for one in bad:
+            templates = (*v.templates[:i], one, *v.templates[i + 1 :])
+            byte_level.bad(None, f"template {i}", "expected", "found", templates=templates)
+
+
+def test_bytes_that_are_missing(byte_level: ByteLevelVictim) -> None:
+    """They are left out, or unknown if there is a token for that."""
+    v = byte_level.vocabulary
+    pieces = (*v.pieces[:101], Piece(b"", UNUSED), *v.pieces[102:])  # no e
+    assert byte_level.tokens("thee tete", pieces=pieces)[1:] == [116, 104, 32, 116, 116]
+    assert byte_level.tokens("te", pieces=pieces, unk_id=7)[1:] == [116, 7]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -124,20 +124,20 @@ class Vocabulary:
     def __init__(self, data):
         assert data[:8] == b"twotoken"
         version, kind, self.flags, size, self.bos, self.unk, n_stop = struct.unpack_from("<4I2iI", data, 8)
-        assert (version, kind) == (1, 1)
+        assert (version, kind) == (2, 1)
         stop_ids = struct.unpack_from("<7i", data, 36)
         self.stop_ids = stop_ids[:n_stop]
         assert all(id == -1 for id in stop_ids[n_stop:])
         file_size, self.hash = struct.unpack_from("<2Q", data, 64)
         assert file_size == len(data)
-        assert self.hash == fnv1a(data[80:])
         self.tokens = []
-        position = 80
-        while position < len(data):
+        position = 112
+        for _ in range(size):
             length, type, score = struct.unpack_from("<IIf", data, position)
             position += 12 + length
             self.tokens.append((data[position - length : position], type, score))
-        assert position == len(data) and len(self.tokens) == size
+        assert self.hash == fnv1a(data[112:position])
+        assert struct.unpack_from("<Q", data, 104) == (fnv1a(data[position:]),)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -728,7 +728,6 @@ def test_sentencepiece_model_without_bos_and_eos(tmp_path):
         ({"model_type": "unigram"}, "UNIGRAM"),
         ({"normalization_rule_name": "nmt_nfkc"}, "nmt_nfkc"),
         ({"remove_extra_whitespaces": True}, "changes the text"),
-        ({"user_defined_symbols": ["<sep>"]}, "<sep>"),
         ({"treat_whitespace_as_suffix": True}, "spaces"),
     ],
 )

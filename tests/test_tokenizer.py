@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from files import ADD_BOS, ADD_SPACE, BYTE, CONTROL, NORMAL, Piece, Program, Vocabulary, read_tokenizer
+from files import (
+    ADD_BOS,
+    ADD_SPACE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    USER_DEFINED,
+    Piece,
+    Program,
+    Vocabulary,
+    read_tokenizer,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
@@ -59,7 +70,7 @@ class Pair:
 
     def decode(self, ids: list[int]) -> bytes:
         pieces = [self.vocabulary.pieces[i] for i in ids]
-        text = b"".join(piece.text for piece in pieces if piece.type in (NORMAL, BYTE))
+        text = b"".join(piece.text for piece in pieces if piece.type in (NORMAL, USER_DEFINED, BYTE))
         return text[1:] if self.vocabulary.flags & ADD_SPACE else text
 
 
@@ -159,7 +170,30 @@ def across_words(run: Program, tmp_path_factory: pytest.TempPathFactory) -> Pair
     return pair
 
 
-PAIRS = ["llama", "with_bytes", "with_unknown", "across_words"]
+SYMBOLS = [
+    "<sep>",
+    "<sep",
+    "cat",
+    f"{MARK}the",
+    f"a{MARK}b",
+    f"{MARK}{MARK}{MARK}",
+    "\n\n",
+    "\u00e9t",
+    "\U0001f600",
+]
+
+
+@pytest.fixture(scope="session")
+def user_defined(run: Program, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Tokens that are taken from the text before all else, the longest at each place."""
+    folder = tmp_path_factory.mktemp("user_defined")
+    options: dict[str, Any] = {"vocab_size": 600, "byte_fallback": True, "user_defined_symbols": SYMBOLS}
+    pair = trained(run, folder, "t", ADD_BOS | ADD_SPACE, **options)
+    assert sum(p.type == USER_DEFINED for p in pair.vocabulary.pieces) == len(SYMBOLS)
+    return pair
+
+
+PAIRS = ["llama", "with_bytes", "with_unknown", "across_words", "user_defined"]
 
 
 @pytest.fixture(scope="session", params=PAIRS)
@@ -305,7 +339,26 @@ def test_the_prompt_may_come_as_an_argument(llama: Pair) -> None:
 # Random cases
 
 words = st.sampled_from(
-    ["the", "cat", " ", "  ", "\n", "s", "ing", "\u00e9", MARK, "<s>", "</s>", "<unk>", "<0x0A>"]
+    [
+        "the",
+        "cat",
+        " ",
+        "  ",
+        "\n",
+        "s",
+        "ing",
+        "\u00e9",
+        MARK,
+        "<sep>",
+        "<se",
+        "p>",
+        "t",
+        "a b",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<0x0A>",
+    ]
 )
 letters = st.text(alphabet="abest \n", max_size=60)
 texts = st.one_of(
@@ -329,6 +382,17 @@ quickly = settings(
 @given(text=texts)
 def test_random_text(llama: Pair, text: str) -> None:
     llama.check(text)
+
+
+@pytest.mark.parametrize("name", ["user_defined"])
+def test_user_defined_symbols_side_by_side(request: pytest.FixtureRequest, name: str) -> None:
+    pair = request.getfixturevalue(name)
+    raw = [symbol.replace(MARK, " ") for symbol in SYMBOLS]
+    for a in raw:
+        pair.check(a)
+        for b in [*raw, " ", "x"]:
+            for text in [a + b, f"{a} {b}", f" {a}{b}{a} "]:
+                pair.check(text)
 
 
 @settings(quickly, max_examples=60)

@@ -459,6 +459,7 @@ static void test_layout(void) {
     CHECK(offsetof(Header, file_size) == 80 && offsetof(Header, vocab_hash) == 88, "Header");
     CHECK(offsetof(TokenizerHeader, bos_id) == 24 && offsetof(TokenizerHeader, n_stops) == 32, "TokenizerHeader");
     CHECK(offsetof(TokenizerHeader, stop_ids) == 36 && offsetof(TokenizerHeader, file_size) == 64, "TokenizerHeader");
+    CHECK(offsetof(TokenizerHeader, n_merges) == 80 && offsetof(TokenizerHeader, rest_hash) == 104, "TokenizerHeader");
     CHECK(hash_of((Text){(const unsigned char *)"foobar", 6}) == 0x85944171f73967e8, "FNV-1a's published value");
 }
 
