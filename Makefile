@@ -14,7 +14,7 @@ run: run.c Makefile ## the program, for this machine's CPU, with OpenMP where th
 	$(if $(OPENMP),,@echo "$(CC) has no OpenMP: run will use one thread")
 	$(CC) $(CFLAGS) $(RULES) -march=native $(OPENMP) run.c -o $(OUT) -lm
 
-.PHONY: portable debug test check lint clean help
+.PHONY: portable debug test check bench peers lint clean help
 
 portable: ## the same for any CPU of this kind, without its newer instructions: slow
 	$(CC) $(CFLAGS) $(RULES) $(OPENMP) run.c -o $(OUT) -lm
@@ -55,6 +55,15 @@ check: build/run-debug run .venv/installed lint ## more: sanitizers, other compi
 	VARIANTS=sanitized $(PYTHON) -m pytest -q -rs -n 2 tests/test_bytelevel.py
 	VARIANTS=v3,portable $(PYTHON) -m pytest -q -rs -n 2 tests/test_reference.py
 	$(PYTHON) tests/fuzz.py --run build/run-debug --seconds 30
+
+bench: run .venv/installed ## tokens a second for 15M to 70B parameters; needs up to 30 GB of disk for a while
+	$(PYTHON) tests/bench.py
+
+peers: run ## the same weights and threads in llama.cpp, which this builds, in turns
+	test -x build/peers/bin/python || python3 -m venv build/peers
+	CMAKE_ARGS=-DGGML_NATIVE=ON build/peers/bin/pip install --quiet --no-binary llama-cpp-python \
+	    llama-cpp-python gguf -r requirements.txt
+	build/peers/bin/python tests/speed.py
 
 lint: .venv/installed
 	.venv/bin/ruff format --check .
