@@ -363,9 +363,9 @@ static void weigh_ref(float *y, const float *a, const uint16_t *x, size_t m, siz
 
 // out[r] += the dot product of row r of w with x (1, cols), for all rows of w, chunk by chunk
 static void dot_rows(float *out, Tensor w, Tensor x);
-// TILE_ROWS rows of w by up to TILE_TOKENS rows of x, for one chunk of columns, to the bits of dot_rows: out[t][r] += their
-// dot product, where rows of out are `stride` apart
-static void tile(float *out, size_t stride, Tensor w, Tensor x);
+// out[t][r] += the dot product of row r of w, of a multiple of TILE_ROWS, with row t of x, of up to TILE_TOKENS, to the
+// bits of dot_rows; for one chunk of columns; rows of out are `stride` apart
+static void tiles(float *out, size_t stride, Tensor w, Tensor x);
 // weigh_ref for one or QUERY_TILE vectors y, a at a time; x (m, n)
 static void weigh(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n);
 // An array of any type as f32.
@@ -411,9 +411,8 @@ static void multiply(float *out, size_t stride, Tensor w, Tensor x) {
     for (size_t c = 0; c < w.cols && whole; c += n) {
         Tensor rows = some_cols(w, c, smaller(n, w.cols - c)), tokens = some_cols(x, c, rows.cols);
         for (size_t t = 0; t < x.rows; t += TILE_TOKENS)
-            for (size_t r = 0; r < whole; r += TILE_ROWS)
-                tile(out + t * stride + r, stride, some_rows(rows, r, TILE_ROWS),
-                     some_rows(tokens, t, smaller(TILE_TOKENS, x.rows - t)));
+            tiles(out + t * stride, stride, some_rows(rows, 0, whole),
+                  some_rows(tokens, t, smaller(TILE_TOKENS, x.rows - t)));
     }
     for (size_t t = 0; t < x.rows && whole < w.rows; t++)
         dot_rows(out + t * stride + whole, some_rows(w, whole, w.rows - whole), some_rows(x, t, 1));
@@ -2101,23 +2100,26 @@ INLINE void tile_fixed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor
     }
 }
 
-INLINE void tile_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
-    size_t t = 0;
-    for (; t + GROUP <= x.rows; t += GROUP)
-        tile_fixed(out + t * stride, stride, w, w_type, some_rows(x, t, GROUP), x_type, GROUP);
-    for (; t < x.rows; t++)
-        tile_fixed(out + t * stride, stride, w, w_type, some_rows(x, t, 1), x_type, 1);
+INLINE void tiles_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
+    for (size_t r = 0; r < w.rows; r += TILE_ROWS) {
+        Tensor rows = some_rows(w, r, TILE_ROWS);
+        size_t t = 0;
+        for (; t + GROUP <= x.rows; t += GROUP)
+            tile_fixed(out + t * stride + r, stride, rows, w_type, some_rows(x, t, GROUP), x_type, GROUP);
+        for (; t < x.rows; t++)
+            tile_fixed(out + t * stride + r, stride, rows, w_type, some_rows(x, t, 1), x_type, 1);
+    }
 }
 
-static void tile(float *out, size_t stride, Tensor w, Tensor x) {
+static void tiles(float *out, size_t stride, Tensor w, Tensor x) {
     if (x.dtype == BF16)
-        tile_typed(out, stride, w, BF16, x, BF16);
+        tiles_typed(out, stride, w, BF16, x, BF16);
     else if (w.dtype == F32)
-        tile_typed(out, stride, w, F32, x, F32);
+        tiles_typed(out, stride, w, F32, x, F32);
     else if (w.dtype == BF16)
-        tile_typed(out, stride, w, BF16, x, F32);
+        tiles_typed(out, stride, w, BF16, x, F32);
     else
-        tile_typed(out, stride, w, F16, x, F32);
+        tiles_typed(out, stride, w, F16, x, F32);
 }
 
 // weigh_ref for `columns` vectors of columns from column `first` on; the numbers of both are known when it is compiled

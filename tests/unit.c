@@ -138,7 +138,7 @@ static void test_tile_has_the_bits_of_dot(void) {
                 float out[TILE_TOKENS][STRIDE];
                 for (size_t i = 0; i < TILE_TOKENS * STRIDE; i++)
                     out[i / STRIDE][i % STRIDE] = 0.75f;
-                tile(out[0], STRIDE, w, x);
+                tiles(out[0], STRIDE, w, x);
                 for (size_t t = 0; t < TILE_TOKENS; t++)
                     for (size_t r = 0; r < STRIDE; r++) {
                         float expected = 0.75f;
