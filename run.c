@@ -354,19 +354,13 @@ static float dot_ref(const void *a, Dtype a_type, const void *b, Dtype b_type, s
     return sum;
 }
 
-// The weighted sum of rows that attention is made of: y[c] += sum_j a[j] x[j][c], x (m, stride) f16.
-static void weigh_ref(float *y, const float *a, const uint16_t *x, size_t m, size_t n, size_t stride) {
-    for (size_t j = 0; j < m; j++)
-        for (size_t c = 0; c < n; c++)
-            y[c] += a[j] * f16_to_f32(x[j * stride + c]);
-}
-
 // out[r] += the dot product of row r of w with x (1, cols), for all rows of w, chunk by chunk
 static void dot_rows(float *out, Tensor w, Tensor x);
 // out[t][r] += the dot product of row r of w, of a multiple of TILE_ROWS, with row t of x, of up to TILE_TOKENS, to the
 // bits of dot_rows; for one chunk of columns; rows of out are `stride` apart
 static void tiles(float *out, size_t stride, Tensor w, Tensor x);
-// weigh_ref for one or QUERY_TILE vectors y, a at a time; x (m, n)
+// The weighted sum of rows that attention is made of: y[c] += sum_j a[j] x[j][c], x (m, n) f16, for one or QUERY_TILE
+// vectors y, a at a time. Reads up to a vector behind the end of x.
 static void weigh(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n);
 // An array of any type as f32.
 static void widen(float *out, const void *array, Dtype dtype, size_t n);
@@ -665,6 +659,14 @@ static _Noreturn void die_of_context(const Model *m, size_t context) {
         needed, fits);
 }
 
+// How many threads are worth while: they wait for each other several times a layer, which costs some microseconds, so
+// each has to have 128 KB of a layer's weights at least.
+static size_t useful_threads(const Model *m) {
+    const Layer *l = &m->layers[0];
+    size_t weights = (l->wqkv.rows + l->wo.cols + l->w_gate_up.rows + l->w_down.cols) * m->h.dim;
+    return larger(1, weights * sizeof(uint16_t) >> 17);
+}
+
 static State open_state(const Model *m, size_t context, size_t threads) {
     size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
     size_t widest = larger(larger(D, Q), F);
@@ -674,7 +676,7 @@ static State open_state(const Model *m, size_t context, size_t threads) {
     s.wide_size = larger(BLOCK_ROWS * 2048, TILE_ROWS * widest);
 
     double bytes = 2 * cache_bytes(m, context);
-    s.k = bytes < 0x1p62 ? aligned_alloc(64, (size_t)bytes) : NULL;
+    s.k = bytes < 0x1p62 ? aligned_alloc(64, (size_t)bytes + 64) : NULL; // weigh reads a little more
     if (!s.k)
         die_of_context(m, context);
     s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
@@ -2122,7 +2124,7 @@ static void tiles(float *out, size_t stride, Tensor w, Tensor x) {
         tiles_typed(out, stride, w, F16, x, F32);
 }
 
-// weigh_ref for `columns` vectors of columns from column `first` on; the numbers of both are known when it is compiled
+// weigh for `columns` vectors of columns from column `first` on; the numbers of both are known when it is compiled
 INLINE void weigh_fixed(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n,
                         size_t first, size_t columns) {
     vec sums[QUERY_TILE][COLUMNS];
@@ -2151,12 +2153,14 @@ static void weigh(float *const *y, const float *const *a, size_t queries, const 
             weigh_fixed(y, a, QUERY_TILE, x, m, n, c, COLUMNS);
         else
             weigh_fixed(y, a, 1, x, m, n, c, COLUMNS);
-    for (size_t q = 0; q < queries; q++) {
-        size_t rest = c;
-        for (; rest + W <= n; rest += W)
-            weigh_fixed(y + q, a + q, 1, x, m, n, rest, 1);
-        weigh_ref(y[q] + rest, a[q], x + rest, m, n - rest, n);
-    }
+    for (; c < n; c += W) // what is left, a vector at a time, of which the last one may be used in part only
+        for (size_t q = 0; q < queries; q++) {
+            size_t size = smaller(W, n - c) * sizeof(float);
+            float part[W] = {0}, *const one = part;
+            memcpy(part, y[q] + c, size);
+            weigh_fixed(&one, a + q, 1, x + c, m, n, 0, 1);
+            memcpy(y[q] + c, part, size);
+        }
 }
 
 static void widen(float *out, const void *array, Dtype dtype, size_t n) {
@@ -2211,6 +2215,7 @@ int main(int argc, char **argv) {
         m = open_model(o.model);
         if (o.context > m.h.max_seq_len)
             die(USAGE, "-c: expected at most %u, the context of %s, found %zu", m.h.max_seq_len, m.path, o.context);
+        o.threads = smaller(o.threads, useful_threads(&m));
     }
     char *path = tokenizer_path(&o);
     Tokenizer t = open_tokenizer(path);
