@@ -53,6 +53,7 @@ check: build/run-debug run .venv/installed lint ## more: sanitizers, other compi
 	RUN=build/run-debug $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py tests/test_tokenizer.py
 	VARIANTS=sanitized,clang,neon,neon-bf16 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
 	VARIANTS=sanitized $(PYTHON) -m pytest -q -rs -n 2 tests/test_bytelevel.py
+	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py
 	VARIANTS=v3,portable $(PYTHON) -m pytest -q -rs -n 2 tests/test_reference.py
 	$(PYTHON) tests/fuzz.py --run build/run-debug --seconds 30
 

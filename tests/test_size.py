@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import re
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from files import ROOT, Program
+from files import ROOT, Program, default_vocabulary, write_model
 
 import export
 
@@ -56,3 +62,54 @@ def test_own_memory_is_the_cache_and_64_mb(
     args = [path, "-z", TOKENIZER, "-i", text, "-n", prompt + 2, "-t", 0, "-j", 2]
     done = run.ok(*args, preexec=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
     assert f"prompt: {prompt} tokens" in done.stderr
+
+
+def test_70b_runs_whole(run: Program, tmp_path: Path) -> None:
+    """A token through all 138 GB: the last layer and the classifier decide, from beyond 32 and 37 bits of offset.
+
+    All weights are 0 but these: the embedding of bos is all ones; the last layer's FFN makes component 5 very
+    negative; of the classifier, the last row asks for the sum, and the one before it for minus component 5.
+    """
+    if run.sanitized or not os.environ.get("LARGE"):
+        pytest.skip("reads 138 GB of a sparse file: LARGE=1 runs it")
+    path = tmp_path / "m.bin"
+    config = sparse(path, "70b")
+    places = {part.name: at for at, parts in export.layout(config) for part in parts[:1]}
+    places["up"] = places["model.layers.79.mlp.gate_proj.weight"] + 2 * config.hidden_dim * config.dim
+    ones = np.ones(config.dim, np.float32)
+
+    def put(name: str, element: int, values: Any) -> None:
+        file.seek(places[name] + 2 * element)
+        file.write(export.to_bf16(np.asarray(values, np.float32)).tobytes())
+
+    with path.open("r+b") as file:
+        put("model.embed_tokens.weight", 1 * config.dim, ones)
+        put("model.layers.79.post_attention_layernorm.weight", 0, ones)
+        put("model.layers.79.mlp.gate_proj.weight", 0, ones / 1024)
+        put("up", 0, ones / 1024)
+        put("model.layers.79.mlp.down_proj.weight", 5 * config.hidden_dim, [-100.0])
+        put("model.norm.weight", 0, ones)
+        put("lm_head.weight", (config.vocab_size - 1) * config.dim, ones)
+        put("lm_head.weight", (config.vocab_size - 2) * config.dim + 5, [-1.0])
+    limit = 2 * config.n_layers * config.kv_dim * 64 * 2 + 64 * MB
+    args = [path, "-z", TOKENIZER, "-n", 1, "-t", 0, "-j", 2, "--json"]
+    done = run.ok(*args, preexec=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
+    assert json.loads(done.stdout)["id"] == config.vocab_size - 2
+
+
+def test_a_prompt_of_100000_tokens(run: Program, tmp_path: Path) -> None:
+    """No int overflows, and no memory but the cache and the workspace; batches do not matter to the result."""
+    if run.sanitized or not sys.platform.startswith("linux"):
+        pytest.skip("needs RLIMIT_DATA, and no sanitizers, which take memory of their own")
+    path, n = tmp_path / "m.bin", 100_000
+    sizes = {"n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 8, "max_seq_len": 1 << 17}
+    model = write_model(path, tokenizer=default_vocabulary(), **sizes)
+    text = tmp_path / "long.txt"
+    text.write_bytes(bytes(97 + i * i % 26 for i in range(n)))
+    positions = (n + 64) // 64 * 64
+    limit = 2 * model.n_kv_heads * model.head_dim * positions * 2 + 64 * MB
+    args = [path, "-f", text, "-n", 0, "-t", 0, "-c", n + 40, "--json"]
+    done = run.ok(*args, preexec=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
+    fed = re.search(r"prompt: (\d+) tokens", done.stderr)
+    assert fed and int(fed[1]) > 0.9 * n
+    assert all(math.isfinite(json.loads(line)["logprob"]) for line in done.stdout.splitlines())
