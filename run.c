@@ -1575,17 +1575,22 @@ static const struct {
     int colour;
 } shades[] = {{0.8, 28}, {0.4, 64}, {0.1, 136}, {0.02, 166}, {0, 160}};
 
-// https://no-color.org
+static int colour_of(double probability) {
+    size_t i = 0;
+    while (probability < shades[i].from)
+        i++;
+    return shades[i].colour;
+}
+
 static bool wants_colours(const Options *o) {
-    const char *no = getenv("NO_COLOR"), *terminal = getenv("TERM");
-    return o->probs && !o->json && isatty(STDOUT_FILENO) && !(no && *no) && !(terminal && !strcmp(terminal, "dumb"));
+    const char *no = getenv("NO_COLOR"); // https://no-color.org
+    return o->probs && !o->json && isatty(STDOUT_FILENO) && !(no && *no);
 }
 
 static void print_legend(void) {
-    fputs("probability:", stderr);
+    fputs("probability, at least:", stderr);
     for (size_t i = 0; i < sizeof shades / sizeof *shades; i++)
-        fprintf(stderr, " \x1b[38;5;%dm%s %g%%\x1b[0m", shades[i].colour, i ? "from" : "at least",
-                100 * shades[i].from);
+        fprintf(stderr, " \x1b[38;5;%dm%g%%\x1b[0m", shades[i].colour, 100 * shades[i].from);
     fputs("\n\n", stderr);
 }
 
@@ -1608,22 +1613,19 @@ static void print_likeliest(const Tokenizer *t, const float *logits, size_t k, s
 // Prints a token that was chosen by these logits: its text, in the colour of its probability, or with --json an object.
 static void print_token(Printer *p, const Tokenizer *t, const Options *o, const float *logits, uint32_t token,
                         size_t pos) {
-    size_t n = t->h.vocab_size, shade = 0;
+    size_t n = t->h.vocab_size;
     double logprob = o->json || p->colours ? log_probability(logits, n, token) : 0;
     if (o->json) {
         printf("{\"id\": %u, \"text\": ", token);
         print_json(decode(t, token, pos));
-        printf(", \"logprob\": %.6f", logprob);
-        fputs(o->probs ? ", \"top\": " : "", stdout);
+        printf(", \"logprob\": %.6f%s", logprob, o->probs ? ", \"top\": " : "");
         if (o->probs)
             print_likeliest(t, logits, smaller(o->top_k ? o->top_k : 5, n), pos, false);
-        fputs("}\n", stdout);
+        puts("}");
     } else if (!is_stop(t, token)) {
-        while (exp(logprob) < shades[shade].from)
-            shade++;
-        p->colour = p->colours ? shades[shade].colour : 0;
+        p->colour = p->colours ? colour_of(exp(logprob)) : 0;
         print_text(p, decode(t, token, pos));
-        p->colour = 0;
+        p->colour = 0; // what people write has none
     }
 }
 
@@ -1676,43 +1678,41 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     close_state(&s);
 }
 
-enum { MIN_COLUMNS = 20, MAX_COLUMNS = 300 };
-
+// The width of the terminal, within reason.
 static size_t terminal_columns(void) {
     const char *set = getenv("COLUMNS");
     long columns = set ? atol(set) : 0;
     struct winsize size = {0};
     if (columns <= 0 && !ioctl(STDOUT_FILENO, TIOCGWINSZ, &size))
         columns = size.ws_col;
-    return columns <= 0 ? 80 : smaller(larger((size_t)columns, MIN_COLUMNS), MAX_COLUMNS);
+    return columns <= 0 ? 80 : smaller(larger((size_t)columns, 20), 300);
 }
 
-enum { INVISIBLE = 9 };
-
 // The columns that a character takes, near enough: East Asian ones and emoji take two, accents none.
-static size_t columns_of(uint32_t character) {
-    static const Range ranges[] = {
-        {0xa0, 0xa0, INVISIBLE},     {0x300, 0x36f, 0},           {0x1100, 0x115f, 2},   {0x2000, 0x200f, INVISIBLE},
-        {0x2028, 0x202f, INVISIBLE}, {0x2060, 0x206f, INVISIBLE}, {0x2e80, 0xa4cf, 2},   {0xac00, 0xd7a3, 2},
-        {0xf900, 0xfaff, 2},         {0xfe00, 0xfe0f, 0},         {0xfe30, 0xfe6f, 2},   {0xfeff, 0xfeff, INVISIBLE},
-        {0xff01, 0xff60, 2},         {0xffe0, 0xffe6, 2},         {0x1f300, 0x1faff, 2}, {0x20000, 0x3ffff, 2}};
-    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
-        if (character >= ranges[i].first && character <= ranges[i].last)
-            return ranges[i].class;
-    return 1;
+static size_t columns_of(uint32_t c) {
+    bool wide = (c >= 0x1100 && c < 0x1160) || (c >= 0x2e80 && c < 0xa4d0) || (c >= 0xac00 && c < 0xd7a4) ||
+                (c >= 0xf900 && c < 0xfb00) || (c >= 0xff01 && c < 0xff61) || (c >= 0x1f300 && c < 0x40000);
+    bool joins = (c >= 0x300 && c < 0x370) || (c >= 0xfe00 && c < 0xfe10);
+    return wide ? 2 : !joins;
+}
+
+// Spaces and marks that would not be seen, or would turn the line around.
+static bool is_invisible(uint32_t c) {
+    return c == 0xa0 || (c >= 0x2000 && c < 0x2010) || (c >= 0x2028 && c < 0x2030) || (c >= 0x205f && c < 0x2070) ||
+           c == 0xfeff;
 }
 
 // A character as in a C string, as `shown`; returns its columns. What cannot be seen is shown by its bytes.
 static size_t show_character(char shown[20], Text c, uint32_t number, bool valid) {
     const char *special = "\n\t\r\"\\", *names = "ntr\"\\", *found = *c.bytes ? strchr(special, *c.bytes) : NULL;
-    size_t columns = columns_of(number), n = 0;
+    size_t n = 0;
     if (found) {
         snprintf(shown, 20, "\\%c", names[found - special]);
         return 2;
     }
-    if (valid && !is_control(c) && columns != INVISIBLE) {
+    if (valid && !is_control(c) && !is_invisible(number)) {
         snprintf(shown, 20, "%.*s", (int)c.n, (const char *)c.bytes);
-        return columns;
+        return columns_of(number);
     }
     for (size_t i = 0; i < c.n; i++)
         n += (size_t)snprintf(shown + n, 20 - n, "\\x%02x", c.bytes[i]);
@@ -1843,9 +1843,10 @@ static void score_window(const Model *m, State *s, const Tokenizer *t, float *lo
 // --stride N, windows start N tokens apart, nothing is replaced, and each scores what the ones before have not.
 static void perplexity(const Model *m, const Tokenizer *t, const Options *o) {
     size_t n, context = o->context ? o->context : m->h.max_seq_len;
-    if (context < 2 || o->stride > context)
-        die(USAGE, context < 2 ? "-c: expected at least 2" : "--stride: expected at most %zu, the context, found %zu",
-            context, (size_t)o->stride);
+    if (context < 2)
+        die(USAGE, "-c: perplexity expected at least 2, found %zu", context);
+    if (o->stride > context)
+        die(USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
     uint32_t *tokens = read_text(t, o, 2, &n);
     context = smaller(context, n);
     size_t stride = o->stride ? o->stride : context - 1;
@@ -1853,26 +1854,28 @@ static void perplexity(const Model *m, const Tokenizer *t, const Options *o) {
     float *logits = allocate(SCORED_AT_ONCE * m->h.vocab_size, sizeof *logits, "the logits");
     Score score = {0};
     double start = seconds();
-    for (size_t begin = 0, end = 1; end < n; begin += stride) {
-        size_t first = larger(end, begin + 1); // nothing comes before a window's first token
+    for (size_t begin = 0, end = 1; end < n; begin += stride) { // tokens before `end` are scored
+        size_t first = larger(end, begin + 1);                  // nothing comes before a window's first token
         end = smaller(begin + context, n);
         if (!o->stride)
             begin_with_bos(t, tokens + begin);
         score_window(m, &s, t, logits, tokens, begin, first, end, &score);
         if (isatty(STDERR_FILENO))
-            fprintf(stderr, "\r%zu of %zu tokens%s", end, n, end < n ? "" : "\r\x1b[K");
+            fprintf(stderr, "\r%zu of %zu tokens%s", end, n, end < n ? "" : "\n");
     }
     double speed = (double)score.n / (seconds() - start), count = (double)score.n, nll = score.sum / count;
     double variance = (score.squares / count - nll * nll) * count / fmax(count - 1, 1);
-    double result = fmin(exp(nll), DBL_MAX);                                // JSON has no infinity
-    double error = fmin(result * sqrt(fmax(variance, 0) / count), DBL_MAX); // the delta method: exp is its own slope
+    // exp is its own slope, so (by the delta method) this times the error of nll is the error; JSON has no infinity
+    double result = fmin(exp(nll), DBL_MAX), error = fmin(result * sqrt(fmax(variance, 0) / count), DBL_MAX);
     double bits = score.sum / log(2) / (double)larger(score.bytes, 1);
-    printf(o->json
-               ? "{\"tokens\": %zu, \"nll\": %.9g, \"perplexity\": %.9g, \"stderr\": %.6g, \"bits_per_byte\": %.9g, "
-                 "\"tok_s\": %.6g}\n"
-               : "tokens         %zu\nnll            %.6g nats a token\nperplexity     %.6g +- %.3g\n"
-                 "bits per byte  %.6g\nspeed          %.1f tok/s\n",
-           score.n, nll, result, error, bits, speed);
+    if (o->json)
+        printf("{\"tokens\": %zu, \"nll\": %.9g, \"perplexity\": %.9g, \"stderr\": %.6g, \"bits_per_byte\": %.9g, "
+               "\"tok_s\": %.6g}\n",
+               score.n, nll, result, error, bits, speed);
+    else
+        printf("tokens         %zu\nnll            %.5f nats a token\nperplexity     %.5g +- %.2g\n"
+               "bits per byte  %.5f\nspeed          %.1f tok/s\n",
+               score.n, nll, result, error, bits, speed);
     free(logits);
     free(tokens);
     close_state(&s);
@@ -2158,11 +2161,8 @@ static Options parse_options(int argc, char **argv) {
     }
     if (o.prompt && o.prompt_file)
         die(USAGE, "expected one of -i and -f, found both");
-    const char *const modes[] = {"generate", "next", "perplexity", "tokenize", "bench"};
-    bool known = false;
-    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
-        known = known || !strcmp(o.mode, modes[i]);
-    if (!known)
+    if (strcmp(o.mode, "generate") && strcmp(o.mode, "next") && strcmp(o.mode, "perplexity") &&
+        strcmp(o.mode, "tokenize") && strcmp(o.mode, "bench"))
         die(USAGE, "-m: expected generate, next, perplexity, tokenize or bench, found '%s'", o.mode);
     return o;
 }
