@@ -1594,17 +1594,25 @@ static void print_legend(void) {
     fputs("\n\n", stderr);
 }
 
-// The k likeliest tokens at position pos as a JSON array; `text` is what a token would print there.
+// A token at position pos as a JSON object, open for more; `text` is what it prints there.
+static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double logprob) {
+    printf("{\"id\": %u, \"text\": ", token);
+    print_json(decode(t, token, pos));
+    printf(", \"logprob\": %.6f", logprob);
+}
+
+// The k likeliest tokens at position pos as a JSON array.
 static void print_likeliest(const Tokenizer *t, const float *logits, size_t k, size_t pos, bool with_probability) {
     double total = log_sum(logits, t->h.vocab_size);
     Item *items = likeliest(logits, t->h.vocab_size, k);
     putchar('[');
     for (size_t i = 0; i < k; i++) {
-        printf("%s{\"id\": %u, \"text\": ", i ? ", " : "", items[i].index);
-        print_json(decode(t, items[i].index, pos));
+        double logprob = (double)items[i].key - total;
+        fputs(i ? ", " : "", stdout);
+        open_json(t, items[i].index, pos, logprob);
         if (with_probability)
-            printf(", \"prob\": %.6g", exp((double)items[i].key - total));
-        printf(", \"logprob\": %.6f}", (double)items[i].key - total);
+            printf(", \"prob\": %.6g", exp(logprob));
+        putchar('}');
     }
     putchar(']');
     free(items);
@@ -1616,9 +1624,8 @@ static void print_token(Printer *p, const Tokenizer *t, const Options *o, const 
     size_t n = t->h.vocab_size;
     double logprob = o->json || p->colours ? log_probability(logits, n, token) : 0;
     if (o->json) {
-        printf("{\"id\": %u, \"text\": ", token);
-        print_json(decode(t, token, pos));
-        printf(", \"logprob\": %.6f%s", logprob, o->probs ? ", \"top\": " : "");
+        open_json(t, token, pos, logprob);
+        fputs(o->probs ? ", \"top\": " : "", stdout);
         if (o->probs)
             print_likeliest(t, logits, smaller(o->top_k ? o->top_k : 5, n), pos, false);
         puts("}");
