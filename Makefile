@@ -50,7 +50,8 @@ test: run .venv/installed ## all tests, in a Python environment of their own, .v
 	$(PYTHON) -m pytest -q -rs -n 2 tests
 
 check: build/run-debug run .venv/installed lint ## more: sanitizers, other compilers and CPUs, fuzzing, linters
-	RUN=build/run-debug $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py tests/test_tokenizer.py
+	RUN=build/run-debug $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py tests/test_tokenizer.py \
+		tests/test_think.py
 	VARIANTS=sanitized,clang,neon,neon-bf16 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
 	VARIANTS=sanitized $(PYTHON) -m pytest -q -rs -n 2 tests/test_bytelevel.py
 	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py

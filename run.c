@@ -10,7 +10,7 @@
  *   3 The forward pass    the whole Transformer
  *   4 Sampling            from logits to the next token
  *   5 The tokenizer       from text to tokens and back
- *   6 Modes               generate, tokenize, bench
+ *   6 Modes               generate, next, perplexity, tokenize, bench
  *   7 The command line
  *   8 Appendix: SIMD      three inner loops again, for AVX-512, AVX2, NEON
  *
@@ -36,6 +36,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -730,25 +731,31 @@ static void forward(const Model *m, State *s, const uint32_t *tokens, size_t T, 
     }
 }
 
-// The score of each token of the vocabulary to come after token t of the last batch: s->logits (V).
-static void classify(const Model *m, State *s, size_t t) {
+// The score of each token of the vocabulary to come after token t of the last batch, and after the n - 1 tokens that
+// follow it: logits (n, V).
+static void classify(const Model *m, State *s, float *logits, size_t t, size_t n) {
 #pragma omp parallel num_threads((int)s->threads)
     {
-        rmsnorm(s->norm, s->x + t * m->h.dim, m->final_norm, 1, m->h.norm_eps);
-        matmul(s->logits, s->norm, m->classifier, 1, false, s);
+        rmsnorm(s->norm, s->x + t * m->h.dim, m->final_norm, n, m->h.norm_eps);
+        matmul(logits, s->norm, m->classifier, n, false, s);
     }
+}
+
+// Of logits (V) after position pos.
+static void check_finite(const Model *m, const float *logits, size_t pos) {
+    size_t bad = 0;
+    for (size_t i = 0; i < m->h.vocab_size; i++)
+        bad += !(fabsf(logits[i]) <= FLT_MAX);
+    expect(bad == 0, "%s: %zu logits after position %zu are not finite: the weights hold NaN, or are too large",
+           m->path, bad, pos);
 }
 
 // Feeds n > 0 tokens, batch by batch, and leaves the logits for the one to come after them.
 static void feed(const Model *m, State *s, const uint32_t *tokens, size_t n, size_t pos) {
     for (size_t done = 0; done < n; done += s->batch)
         forward(m, s, tokens + done, smaller(s->batch, n - done), pos + done);
-    classify(m, s, (n - 1) % s->batch);
-    size_t bad = 0;
-    for (size_t i = 0; i < m->h.vocab_size; i++)
-        bad += !(fabsf(s->logits[i]) <= FLT_MAX);
-    expect(bad == 0, "%s: %zu logits after position %zu are not finite: the weights hold NaN, or are too large",
-           m->path, bad, pos + n - 1);
+    classify(m, s, s->logits, (n - 1) % s->batch, 1);
+    check_finite(m, s->logits, pos + n - 1);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -867,12 +874,28 @@ static uint32_t sample(Sampler *s, const float *logits, size_t n) {
     return best;
 }
 
-// ln of a token's probability, at temperature 1
-static double log_probability(const float *logits, size_t n, uint32_t token) {
+// ln of the sum of e to the logits: a logit less this is ln of its token's probability, at temperature 1
+static double log_sum(const float *logits, size_t n) {
     double max = (double)logits[argmax(logits, n)], sum = 0;
     for (size_t i = 0; i < n; i++)
         sum += exp((double)logits[i] - max);
-    return (double)logits[token] - max - log(sum);
+    return max + log(sum);
+}
+
+static double log_probability(const float *logits, size_t n, uint32_t token) {
+    return (double)logits[token] - log_sum(logits, n);
+}
+
+// The k likeliest tokens, at most all n, likeliest first and with their logits as keys; for the caller to free.
+static Item *likeliest(const float *logits, size_t n, size_t k) {
+    Heap heap = {0};
+    for (size_t i = 0; i < n; i++)
+        heap_push(&heap, (Item){.key = logits[i], .index = (uint32_t)i});
+    Item *items = allocate(k, sizeof *items, "the likeliest tokens");
+    for (size_t i = 0; i < k; i++)
+        items[i] = heap_pop(&heap);
+    free(heap.items);
+    return items;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1425,7 +1448,8 @@ typedef struct {
     float temperature, top_p;
     uint64_t top_k, steps, context, threads, seed;
     uint64_t prefill, decode, repeat; // what bench measures: tokens, and how often
-    bool json;
+    uint64_t stride;                  // of perplexity's windows
+    bool json, probs;
 } Options;
 
 static double seconds(void) {
@@ -1440,9 +1464,10 @@ static void flush_output(void) {
 
 // Streams text without ever splitting a character: the bytes of one that is not complete yet wait in `pending`.
 typedef struct {
-    bool terminal;
+    bool terminal, colours; // with `colours`, print_token shows how likely a token was
     unsigned char pending[4];
     size_t n;
+    int colour, begun, shown; // of the text to come, of the pending character's first byte, on the screen; 0: none
 } Printer;
 
 static bool is_control(Text c) { // U+0000 to U+001F and U+007F to U+009F
@@ -1456,6 +1481,14 @@ static void print_character(const Printer *p, Text c, bool valid) {
         printf(p->terminal && (control || !valid) ? "\\x%02x" : "%c", c.bytes[i]);
 }
 
+static void paint(Printer *p, int colour) {
+    if (colour && colour != p->shown)
+        printf("\x1b[38;5;%dm", colour);
+    else if (colour != p->shown)
+        fputs("\x1b[0m", stdout);
+    p->shown = colour;
+}
+
 // Prints the characters that are complete; at the end of the text, all that is left.
 static void print_pending(Printer *p, bool end) {
     while (p->n) {
@@ -1463,17 +1496,23 @@ static void print_pending(Printer *p, bool end) {
         if (length < 0 && !end)
             return;
         size_t n = length > 0 ? (size_t)length : 1;
+        paint(p, p->begun);
         print_character(p, (Text){p->pending, n}, length > 0);
         p->n -= n;
         memmove(p->pending, p->pending + n, p->n);
     }
+    if (end)
+        paint(p, 0);
 }
 
 static void print_text(Printer *p, Text text) {
     for (size_t i = 0; i < text.n; i++) {
+        if (p->n == 0)
+            p->begun = p->colour;
         p->pending[p->n++] = text.bytes[i];
         print_pending(p, false);
     }
+    paint(p, 0); // so that Ctrl-C between two tokens leaves the terminal as it was
 }
 
 // As a JSON string; bytes that are not UTF-8 become U+FFFD, as JSON cannot say them.
@@ -1531,6 +1570,73 @@ static void tokenize(const Tokenizer *t, const Options *o) {
     free(tokens);
 }
 
+// Of the 256 colours, some that can be read on black and on white, and from which probability on each is used.
+static const struct {
+    double from;
+    int colour;
+} shades[] = {{0.8, 28}, {0.4, 64}, {0.1, 136}, {0.02, 166}, {0, 160}};
+
+static int colour_of(double probability) {
+    size_t i = 0;
+    while (probability < shades[i].from)
+        i++;
+    return shades[i].colour;
+}
+
+static bool wants_colours(const Options *o) {
+    const char *no = getenv("NO_COLOR"); // https://no-color.org
+    return o->probs && !o->json && isatty(STDOUT_FILENO) && !(no && *no);
+}
+
+static void print_legend(void) {
+    fputs("probability, at least:", stderr);
+    for (size_t i = 0; i < sizeof shades / sizeof *shades; i++)
+        fprintf(stderr, " \x1b[38;5;%dm%g%%\x1b[0m", shades[i].colour, 100 * shades[i].from);
+    fputs("\n\n", stderr);
+}
+
+// A token at position pos as a JSON object, open for more; `text` is what it prints there.
+static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double logprob) {
+    printf("{\"id\": %u, \"text\": ", token);
+    print_json(decode(t, token, pos));
+    printf(", \"logprob\": %.6f", logprob);
+}
+
+// The k likeliest tokens at position pos as a JSON array.
+static void print_likeliest(const Tokenizer *t, const float *logits, size_t k, size_t pos, bool with_probability) {
+    double total = log_sum(logits, t->h.vocab_size);
+    Item *items = likeliest(logits, t->h.vocab_size, k);
+    putchar('[');
+    for (size_t i = 0; i < k; i++) {
+        double logprob = (double)items[i].key - total;
+        fputs(i ? ", " : "", stdout);
+        open_json(t, items[i].index, pos, logprob);
+        if (with_probability)
+            printf(", \"prob\": %.6g", exp(logprob));
+        putchar('}');
+    }
+    putchar(']');
+    free(items);
+}
+
+// Prints a token that was chosen by these logits: its text, in the colour of its probability, or with --json an object.
+static void print_token(Printer *p, const Tokenizer *t, const Options *o, const float *logits, uint32_t token,
+                        size_t pos) {
+    size_t n = t->h.vocab_size;
+    double logprob = o->json || p->colours ? log_probability(logits, n, token) : 0;
+    if (o->json) {
+        open_json(t, token, pos, logprob);
+        fputs(o->probs ? ", \"top\": " : "", stdout);
+        if (o->probs)
+            print_likeliest(t, logits, smaller(o->top_k ? o->top_k : 5, n), pos, false);
+        puts("}");
+    } else if (!is_stop(t, token)) {
+        p->colour = p->colours ? colour_of(exp(logprob)) : 0;
+        print_text(p, decode(t, token, pos));
+        p->colour = 0; // what people write has none
+    }
+}
+
 // Prints the prompt and what follows: to -n tokens in all, to a stop, or to the end of the context. With --json, only
 // what follows, an object a token.
 static void generate(const Model *m, const Tokenizer *t, const Options *o) {
@@ -1545,7 +1651,9 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     Sampler sampler = {.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
     sampler.kept = allocate(vocab, sizeof *sampler.kept, "sampling");
     sampler.probabilities = allocate(vocab, sizeof *sampler.probabilities, "sampling");
-    Printer printer = {.terminal = isatty(STDOUT_FILENO)};
+    Printer printer = {.terminal = isatty(STDOUT_FILENO), .colours = wants_colours(o)};
+    if (printer.colours && isatty(STDERR_FILENO))
+        print_legend();
     for (size_t i = 0; i < n && !o->json; i++)
         print_text(&printer, decode(t, tokens[i], i));
     flush_output();
@@ -1556,14 +1664,7 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     for (size_t pos = n;; pos++) { // so many tokens are in the cache
         token = sample(&sampler, s.logits, vocab);
         made++;
-        Text text = decode(t, token, pos);
-        if (o->json) {
-            printf("{\"id\": %u, \"text\": ", token);
-            print_json(text);
-            printf(", \"logprob\": %.6f}\n", log_probability(s.logits, vocab, token));
-        } else if (!is_stop(t, token)) {
-            print_text(&printer, text);
-        }
+        print_token(&printer, t, o, s.logits, token, pos);
         flush_output();
         if (is_stop(t, token) || pos == limit)
             break;
@@ -1581,6 +1682,209 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     free(sampler.heap.items);
     free(sampler.kept);
     free(sampler.probabilities);
+    free(tokens);
+    close_state(&s);
+}
+
+// The width of the terminal, within reason.
+static size_t terminal_columns(void) {
+    const char *set = getenv("COLUMNS");
+    long columns = set ? atol(set) : 0;
+    struct winsize size = {0};
+    if (columns <= 0 && !ioctl(STDOUT_FILENO, TIOCGWINSZ, &size))
+        columns = size.ws_col;
+    return columns <= 0 ? 80 : smaller(larger((size_t)columns, 20), 300);
+}
+
+// The columns that a character takes, near enough: East Asian ones and emoji take two, accents none.
+static size_t columns_of(uint32_t c) {
+    bool wide = (c >= 0x1100 && c < 0x1160) || (c >= 0x2e80 && c < 0xa4d0) || (c >= 0xac00 && c < 0xd7a4) ||
+                (c >= 0xf900 && c < 0xfb00) || (c >= 0xff01 && c < 0xff61) || (c >= 0x1f300 && c < 0x40000);
+    bool joins = (c >= 0x300 && c < 0x370) || (c >= 0xfe00 && c < 0xfe10);
+    return wide ? 2 : !joins;
+}
+
+// Spaces and marks that would not be seen, or would turn the line around.
+static bool is_invisible(uint32_t c) {
+    return c == 0xa0 || (c >= 0x2000 && c < 0x2010) || (c >= 0x2028 && c < 0x2030) || (c >= 0x205f && c < 0x2070) ||
+           c == 0xfeff;
+}
+
+// A character as in a C string, as `shown`; returns its columns. What cannot be seen is shown by its bytes.
+static size_t show_character(char shown[20], Text c, uint32_t number, bool valid) {
+    const char *special = "\n\t\r\"\\", *names = "ntr\"\\", *found = *c.bytes ? strchr(special, *c.bytes) : NULL;
+    size_t n = 0;
+    if (found) {
+        snprintf(shown, 20, "\\%c", names[found - special]);
+        return 2;
+    }
+    if (valid && !is_control(c) && !is_invisible(number)) {
+        snprintf(shown, 20, "%.*s", (int)c.n, (const char *)c.bytes);
+        return columns_of(number);
+    }
+    for (size_t i = 0; i < c.n; i++)
+        n += (size_t)snprintf(shown + n, 20 - n, "\\x%02x", c.bytes[i]);
+    return n;
+}
+
+// Prints a token in quotes, or the name of a control token without them, cut or padded to so many columns.
+static void print_quoted(const Piece *piece, size_t columns) {
+    bool quoted = piece->type == NORMAL || piece->type == USER_DEFINED || piece->type == BYTE, cut = false;
+    Text rest = piece->text;
+    size_t used = quoted;
+    fputs(quoted ? "\"" : "", stdout);
+    while (rest.n && !cut) {
+        char shown[20];
+        uint32_t number;
+        Text c = first_character(rest, &number);
+        size_t width = show_character(shown, c, number, utf8_length(rest) > 0);
+        cut = used + width + 1 > columns; // one for what ends it
+        fputs(cut ? "…" : shown, stdout);
+        used += cut ? 1 : width;
+        rest = (Text){rest.bytes + c.n, rest.n - c.n};
+    }
+    fputs(quoted && !cut ? "\"" : "", stdout);
+    printf("%*s", (int)(columns - used - (quoted && !cut)), "");
+}
+
+// A bar of `eighths` of a column.
+static void print_bar(size_t eighths) {
+    for (size_t i = 0; i < eighths / 8; i++)
+        fputs("█", stdout);
+    if (eighths % 8)
+        printf("\xe2\x96%c", (int)(0x90 - eighths % 8)); // U+258F, an eighth, to U+2589, seven
+    putchar('\n');
+}
+
+// The k likeliest tokens to come, a line each; the longest bar reaches the edge of the terminal.
+static void print_table(const Tokenizer *t, const float *logits, size_t k) {
+    size_t columns = terminal_columns(), label = smaller(16, (columns - 8) / 2), bar = columns - label - 9;
+    double total = log_sum(logits, t->h.vocab_size), rest = 1;
+    Item *items = likeliest(logits, t->h.vocab_size, k);
+    for (size_t i = 0; i < k; i++) {
+        double probability = exp((double)items[i].key - total);
+        rest -= probability;
+        print_quoted(&t->pieces[items[i].index], label);
+        printf("%7.2f%% ", 100 * probability);
+        print_bar((size_t)(8 * (double)bar * exp((double)(items[i].key - items[0].key)) + 0.5));
+    }
+    printf("%-*s%7.2f%%\n", (int)label, "rest", 100 * fmax(rest, 0));
+    free(items);
+}
+
+// The tokens of the text to look at, at least so many, for the caller to free.
+static uint32_t *read_text(const Tokenizer *t, const Options *o, size_t least, size_t *n) {
+    if (!o->prompt && !o->prompt_file)
+        die(USAGE, "-m %s: expected a text, -i or -f", o->mode);
+    uint32_t *tokens = read_prompt(t, o, n);
+    expect(*n >= least, "the text is too short: expected at least %zu tokens, bos included, found %zu", least, *n);
+    return tokens;
+}
+
+// A window on a text starts with bos too.
+static void begin_with_bos(const Tokenizer *t, uint32_t *tokens) {
+    if (t->h.flags & ADD_BOS)
+        *tokens = (uint32_t)t->h.bos_id;
+}
+
+// Shows what may come after the prompt, of which it takes the end if it is longer than the context.
+static void next(const Model *m, const Tokenizer *t, const Options *o) {
+    size_t all, vocab = m->h.vocab_size, k = smaller(o->top_k ? o->top_k : 10, vocab);
+    uint32_t *tokens = read_text(t, o, 1, &all);
+    size_t n = smaller(all, o->context ? o->context : m->h.max_seq_len);
+    if (n < all) {
+        begin_with_bos(t, tokens + all - n);
+        fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
+    }
+    State s = open_state(m, n, o->threads);
+    feed(m, &s, tokens + all - n, n, 0);
+    double total = log_sum(s.logits, vocab), entropy = 0;
+    for (size_t i = 0; i < vocab; i++)
+        entropy += exp((double)s.logits[i] - total) * (total - (double)s.logits[i]) / log(2);
+    if (o->json) {
+        printf("{\"tokens\": %zu, \"entropy_bits\": %.6f, \"next\": ", n, entropy);
+        print_likeliest(t, s.logits, k, all, true);
+        puts("}");
+    } else {
+        print_table(t, s.logits, k);
+        printf("entropy %.2f bits\n", entropy);
+    }
+    free(tokens);
+    close_state(&s);
+}
+
+enum { SCORED_AT_ONCE = 32 }; // the logits of so many tokens are in memory
+
+// What the tokens of a text cost, in nats.
+typedef struct {
+    size_t n, bytes;
+    double sum, squares;
+} Score;
+
+// Feeds a window, tokens[begin] to tokens[end - 1], and scores those from tokens[first] on.
+static void score_window(const Model *m, State *s, const Tokenizer *t, float *logits, const uint32_t *tokens,
+                         size_t begin, size_t first, size_t end, Score *score) {
+    size_t vocab = m->h.vocab_size;
+    for (size_t at = begin, T; at + 1 < end; at += T) { // nothing comes after the last one
+        T = smaller(s->batch, end - 1 - at);
+        forward(m, s, tokens + at, T, at - begin);
+        for (size_t i = larger(at + 1, first), n; i <= at + T; i += n) { // a token's score is in the logits before it
+            double cost[SCORED_AT_ONCE];
+            n = smaller(SCORED_AT_ONCE, at + T + 1 - i);
+            classify(m, s, logits, i - 1 - at, n);
+#pragma omp parallel for num_threads((int)s->threads)
+            for (size_t j = 0; j < n; j++)
+                cost[j] = -log_probability(logits + j * vocab, vocab, tokens[i + j]);
+            for (size_t j = 0; j < n; j++) {
+                check_finite(m, logits + j * vocab, i + j - 1 - begin);
+                score->n++;
+                score->bytes += decode(t, tokens[i + j], i + j).n;
+                score->sum += cost[j];
+                score->squares += cost[j] * cost[j];
+            }
+        }
+    }
+}
+
+// How well the model predicts a text, in windows of the context's length. Each overlaps the one before by a token, in
+// whose place is bos, if the tokenizer begins texts with it; so each token is scored once, but the text's first. With
+// --stride N, windows start N tokens apart, nothing is replaced, and each scores what the ones before have not.
+static void perplexity(const Model *m, const Tokenizer *t, const Options *o) {
+    size_t n, context = o->context ? o->context : m->h.max_seq_len;
+    if (context < 2)
+        die(USAGE, "-c: perplexity expected at least 2, found %zu", context);
+    if (o->stride > context)
+        die(USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
+    uint32_t *tokens = read_text(t, o, 2, &n);
+    context = smaller(context, n);
+    size_t stride = o->stride ? o->stride : context - 1;
+    State s = open_state(m, context, o->threads);
+    float *logits = allocate(SCORED_AT_ONCE * m->h.vocab_size, sizeof *logits, "the logits");
+    Score score = {0};
+    double start = seconds();
+    for (size_t begin = 0, end = 1; end < n; begin += stride) { // tokens before `end` are scored
+        size_t first = larger(end, begin + 1);                  // nothing comes before a window's first token
+        end = smaller(begin + context, n);
+        if (!o->stride)
+            begin_with_bos(t, tokens + begin);
+        score_window(m, &s, t, logits, tokens, begin, first, end, &score);
+        if (isatty(STDERR_FILENO))
+            fprintf(stderr, "\r%zu of %zu tokens%s", end, n, end < n ? "" : "\n");
+    }
+    double speed = (double)score.n / (seconds() - start), count = (double)score.n, nll = score.sum / count;
+    double variance = (score.squares / count - nll * nll) * count / fmax(count - 1, 1);
+    // exp is its own slope, so (by the delta method) this times the error of nll is the error; JSON has no infinity
+    double result = fmin(exp(nll), DBL_MAX), error = fmin(result * sqrt(fmax(variance, 0) / count), DBL_MAX);
+    double bits = score.sum / log(2) / (double)larger(score.bytes, 1);
+    if (o->json)
+        printf("{\"tokens\": %zu, \"nll\": %.9g, \"perplexity\": %.9g, \"stderr\": %.6g, \"bits_per_byte\": %.9g, "
+               "\"tok_s\": %.6g}\n",
+               score.n, nll, result, error, bits, speed);
+    else
+        printf("tokens         %zu\nnll            %.5f nats a token\nperplexity     %.5g +- %.2g\n"
+               "bits per byte  %.5f\nspeed          %.1f tok/s\n",
+               score.n, nll, result, error, bits, speed);
+    free(logits);
     free(tokens);
     close_state(&s);
 }
@@ -1727,12 +2031,17 @@ static const char usage[] = "usage: run [MODEL] [options]     MODEL: weights (" 
                             "\n"
                             "what to do\n"
                             "  -m MODE   generate (default): continue the prompt\n"
+                            "            next: show the likeliest tokens to come; -k K of them (10)\n"
+                            "            perplexity: measure how well the model predicts the prompt\n"
                             "            tokenize: print the prompt's token ids\n"
                             "            bench: measure this machine with this model\n"
                             "  -i TEXT   the prompt (default: empty, the model begins)\n"
                             "  -f FILE   the prompt from a file, - for standard input\n"
                             "  -n N      stop after N tokens, the prompt included (256; 0: full context)\n"
-                            "  --json    print JSON: an object a token, or one for tokenize and bench\n"
+                            "  --probs   colour each token by its probability; with --json, the top K (5)\n"
+                            "  --stride N  of perplexity: windows N tokens apart, each scores the last N\n"
+                            "            (default: a context's length each, with bos in front)\n"
+                            "  --json    print JSON: an object a token, or one for the other modes\n"
                             "\n"
                             "sampling\n"
                             "  -t T      temperature (1.0; 0: always the likeliest token)\n"
@@ -1827,6 +2136,8 @@ static Options parse_options(int argc, char **argv) {
         {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX},
         {"--decode", INTEGER, &o.decode, 1, INT32_MAX},
         {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT},
+        {"--stride", INTEGER, &o.stride, 1, INT32_MAX},
+        {"--probs", SWITCH, &o.probs, 0, 0},
         {"--json", SWITCH, &o.json, 0, 0},
     };
     for (int i = 1; i < argc; i++) {
@@ -1858,8 +2169,9 @@ static Options parse_options(int argc, char **argv) {
     }
     if (o.prompt && o.prompt_file)
         die(USAGE, "expected one of -i and -f, found both");
-    if (strcmp(o.mode, "generate") && strcmp(o.mode, "tokenize") && strcmp(o.mode, "bench"))
-        die(USAGE, "-m: expected generate, tokenize or bench, found '%s'", o.mode);
+    if (strcmp(o.mode, "generate") && strcmp(o.mode, "next") && strcmp(o.mode, "perplexity") &&
+        strcmp(o.mode, "tokenize") && strcmp(o.mode, "bench"))
+        die(USAGE, "-m: expected generate, next, perplexity, tokenize or bench, found '%s'", o.mode);
     return o;
 }
 
@@ -2225,6 +2537,10 @@ int main(int argc, char **argv) {
         tokenize(&t, &o);
     else if (!strcmp(o.mode, "bench"))
         bench(&m, &o);
+    else if (!strcmp(o.mode, "next"))
+        next(&m, &t, &o);
+    else if (!strcmp(o.mode, "perplexity"))
+        perplexity(&m, &t, &o);
     else
         generate(&m, &t, &o);
     flush_output();
