@@ -153,6 +153,8 @@ static const void *map_file(const char *path, const char *magic, size_t min_size
 }
 
 static void check(const char *path, const char *name, int64_t value, int64_t min, int64_t max) {
+    expect(min < max || value == min, "%s: %s: expected %lld, found %lld", path, name, (long long)min,
+           (long long)value);
     expect(value >= min && value <= max, "%s: %s: expected %lld to %lld, found %lld", path, name, (long long)min,
            (long long)max, (long long)value);
 }
