@@ -1739,8 +1739,10 @@ static bool make_room(Chat *c) {
     }
     bool room = n_tokens(c->script) <= c->context;
     if (room)
-        fprintf(stderr, "run: the context of %zu tokens is full: %zu old turns are forgotten, the rest is read again\n",
-                c->context, c->first - before);
+        fprintf(
+            stderr,
+            "run: the context of %zu tokens is full: the oldest turns (%zu) are forgotten, the rest is read again\n",
+            c->context, c->first - before);
     else
         fprintf(stderr, "run: the context of %zu tokens is full: this message and its answer alone take %zu\n",
                 c->context, n_tokens(c->script));
@@ -1846,8 +1848,7 @@ static ssize_t read_line(FILE *input, bool terminal, char **line, size_t *capaci
 // Answers -i, then each line of the terminal, of standard input, or of -f.
 static void chat(const Model *m, const Tokenizer *t, const Options *o) {
     expect(t->h.template_flags & HAS_TEMPLATE,
-           "%s: -m chat: expected a chat template, found none: no chat model, or "
-           "export.py found none that it can take apart",
+           "%s: -m chat: expected a chat template, found none: export.py found none, or none that it can take apart",
            t->path);
     expect(!o->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system text", t->path);
     FILE *input = !o->prompt_file || !strcmp(o->prompt_file, "-") ? stdin : fopen(o->prompt_file, "rb");
