@@ -1638,8 +1638,8 @@ typedef struct {
     double reading, saying; // seconds
 } Chat;
 
-// Puts the run of text into the script, as tokens without bos. The tokenizer may want a space in front at the start or
-// after a control token; where the model's answer goes on, there is none.
+// Puts the run of text into the script, as tokens without bos. A run is tokenized as one, whoever wrote its parts. The
+// tokenizer may want a space in front of it at the start, or after a control token, but after an answer there is none.
 static void end_run(Chat *c) {
     size_t n = n_tokens(c->script);
     uint32_t type = n ? c->t->pieces[((uint32_t *)c->script.data)[n - 1]].type : CONTROL;
@@ -1765,19 +1765,23 @@ static void print_ids(const char *name, Buffer tokens) {
     fputs("], ", stdout);
 }
 
-// Takes a message and says the answer: to a stop, to -n tokens, to Ctrl-C, or to the end of the context, if there is
-// nothing more to forget.
-static void answer(Chat *c, Text message) {
-    const bool json = c->o->json;
-    Printer printer = {.terminal = isatty(STDOUT_FILENO)};
-    Buffer said = {0};
+static Turn *add_turn(Chat *c, Text said) {
     c->turns = realloc(c->turns, (c->n_turns + 1) * sizeof *c->turns);
     expect(c->turns, "no memory for the conversation");
     Turn *turn = &c->turns[c->n_turns++];
     *turn = (Turn){0};
-    append(&turn->said, message.bytes, message.n);
+    append(&turn->said, said.bytes, said.n);
     write_script(c);
+    return turn;
+}
 
+// Says the answer to a message: to a stop, to -n tokens, to Ctrl-C, or to the end of the context, if there is nothing
+// more to forget. With --json, that is an object.
+static void answer(Chat *c, Text message) {
+    const bool json = c->o->json;
+    Printer printer = {.terminal = isatty(STDOUT_FILENO)};
+    Buffer said = {0}; // bytes, of the answer
+    Turn *turn = add_turn(c, message);
     bool room = make_room(c);
     size_t cached = c->n_cached;
     double start = seconds();
@@ -2022,7 +2026,7 @@ static const char usage[] = "usage: run [MODEL] [options]     MODEL: weights (" 
                             "\n"
                             "what to do\n"
                             "  -m MODE   generate (default): continue the prompt\n"
-                            "            chat: answer -i, then each line of input or -f (Ctrl-C: stop; twice: leave)\n"
+                            "            chat: answer -i, then each line; Ctrl-C stops, twice leaves\n"
                             "            tokenize: print the prompt's token ids\n"
                             "            bench: measure this machine with this model\n"
                             "  -i TEXT   the prompt (default: empty, the model begins)\n"
@@ -2030,7 +2034,7 @@ static const char usage[] = "usage: run [MODEL] [options]     MODEL: weights (" 
                             "  -y TEXT   chat: the system text, which says how to answer\n"
                             "  -n N      stop after N tokens, the prompt included (256; 0: full context);\n"
                             "            chat: N tokens of an answer (0: until the model stops)\n"
-                            "  --json    print JSON: an object a token or answer, or one for tokenize and bench\n"
+                            "  --json    print JSON: an object a token or answer; one for tokenize, bench\n"
                             "\n"
                             "sampling\n"
                             "  -t T      temperature (1.0; 0: always the likeliest token)\n"
