@@ -1832,9 +1832,9 @@ static void answer(Chat *c, Text message) {
 
 // The length of the next line, without its end; -1 at the end of the input.
 static ssize_t read_line(FILE *input, bool terminal, char **line, size_t *capacity) {
+    catch_interrupts(0);
     fputs(terminal ? "> " : "", stderr);
     errno = 0;
-    catch_interrupts(0);
     ssize_t n = getline(line, capacity, input);
     catch_interrupts(SA_RESTART);
     if (n < 0 && errno == EINTR) {

@@ -98,7 +98,7 @@ class Peer:
         end = next(i for i in range(len(before), len(after)) if after[i] in self.stops)
         answer = after[len(before) : end]
         # What stands between the answer and its end belongs to the template: Llama 2's space.
-        gap = self.checkpoint.theirs.convert_tokens_to_ids(["\u2581", "\u0120"])
+        gap = [self.checkpoint.theirs.convert_tokens_to_ids(name) for name in ("\u2581", "\u0120")]
         self.answer = answer[:-1] if name == "LLAMA2" and answer[-1] in gap else answer
         vocabulary = read_tokenizer(self.checkpoint.tokenizer.to_bytes())
         model = chain_model([before[-1], *self.answer, after[end]], vocabulary=vocabulary, max_seq_len=1024)
@@ -108,10 +108,10 @@ class Peer:
     def rendered(self, turns: list[str], system: str | None = None) -> list[int]:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        ids: list[int] = self.checkpoint.theirs.apply_chat_template(
+        ids: Any = self.checkpoint.theirs.apply_chat_template(
             messages, add_generation_prompt=len(turns) % 2 == 1, tokenize=True, return_dict=False
         )
-        return ids
+        return list(ids)
 
 
 PEERS = ["LLAMA2", "LLAMA3", "CHATML", "ZEPHYR", "MISTRAL"]
@@ -355,6 +355,12 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def interrupt(self) -> None:
+        """Ctrl-C, when the program has come to rest, if it is about to."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        for _ in range(100):
+            time.sleep(0.01)
+            if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "S":
+                break
         self.process.send_signal(signal.SIGINT)
 
     def status(self) -> int:
