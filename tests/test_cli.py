@@ -82,7 +82,10 @@ WRONG = [
     (["--"], ["'--'"]),
     (["-tt", "1"], ["'-tt'"]),
     (["-t0.5"], ["'-t0.5'"]),
-    *[([flag], [flag, "expected", "found"]) for flag in ["-t", "-p", "-k", "-n", "-s", "-i", "-f", "-z"]],
+    *[
+        ([flag], [flag, "expected", "found"])
+        for flag in ["-t", "-p", "-k", "-n", "-s", "-i", "-f", "-y", "-z"]
+    ],
     *[([flag], [flag, "expected", "found"]) for flag in ["-m", "-c", "-j"]],
     *[
         ([flag, value], [f"{flag}: expected", f"found '{value}'"])
@@ -134,9 +137,24 @@ def test_help(run: Program, flag: str) -> None:
     assert lines[0].startswith("usage: run")
     assert len(lines) <= 40
     assert [line for line in lines if len(line) > 80] == []
-    for option in ["-m", "-i", "-f", "-n", "--json", "-t", "-p", "-k", "-s", "-c", "-j", "-z", "--version"]:
+    for option in [
+        "-m",
+        "-i",
+        "-f",
+        "-n",
+        "--json",
+        "-t",
+        "-p",
+        "-k",
+        "-s",
+        "-c",
+        "-j",
+        "-y",
+        "-z",
+        "--version",
+    ]:
         assert re.search(rf"(^|[\s,]){option}\b", result.text, re.MULTILINE), option
-    for mode in ["generate", "tokenize"]:
+    for mode in ["generate", "chat", "tokenize"]:
         assert mode in result.text
 
 
