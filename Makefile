@@ -14,7 +14,11 @@ run: run.c Makefile ## the program, for this machine's CPU, with OpenMP where th
 	$(if $(OPENMP),,@echo "$(CC) has no OpenMP: run will use one thread")
 	$(CC) $(CFLAGS) $(RULES) -march=native $(OPENMP) run.c -o $(OUT) -lm
 
-.PHONY: portable debug smollm2 test check bench peers lint clean help
+
+.PHONY: demo portable debug smollm2 test check bench peers lint clean help
+
+demo: run ## a story by the small model that ships in models/, another one each time
+	./run -t 0.8
 
 portable: ## the same for any CPU of this kind, without its newer instructions: slow
 	$(CC) $(CFLAGS) $(RULES) $(OPENMP) run.c -o $(OUT) -lm
