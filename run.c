@@ -2519,7 +2519,7 @@ static void check_pair(const Model *m, const Tokenizer *t) {
 //
 // An instruction set is a handful of inlines over vectors of W floats. The inner loops are written once, over them.
 // A sum is made by CHAINS accumulators of W lanes: number j takes the vectors j, j + CHAINS, ... of the operands. A
-// chain of dependent additions is slow, so `dot` works on all of them at a time; `tile` has many sums to work on,
+// chain of dependent additions is slow, so dot_typed works on all of them at a time; tile_fixed has many sums to work on,
 // and takes the accumulators one after the other. The sums are the same, bit for bit.
 
 #define INLINE static inline __attribute__((always_inline))
