@@ -1591,7 +1591,9 @@ static bool wants_colours(const Options *o) {
     return o->probs && !o->json && isatty(STDOUT_FILENO) && !(no && *no);
 }
 
-static void print_legend(void) {
+static void print_legend(const Options *o) {
+    if (!wants_colours(o) || !isatty(STDERR_FILENO))
+        return;
     fputs("probability, at least:", stderr);
     for (size_t i = 0; i < sizeof shades / sizeof *shades; i++)
         fprintf(stderr, " \x1b[38;5;%dm%g%%\x1b[0m", shades[i].colour, 100 * shades[i].from);
@@ -1671,8 +1673,7 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     State s = open_state(m, limit, o->threads);
     Sampler sampler = open_sampler(m, o);
     Printer printer = {.terminal = isatty(STDOUT_FILENO), .colours = wants_colours(o)};
-    if (printer.colours && isatty(STDERR_FILENO))
-        print_legend();
+    print_legend(o);
     for (size_t i = 0; i < n && !o->json; i++)
         print_text(&printer, decode(t, tokens[i], i));
     flush_output();
@@ -2086,7 +2087,7 @@ static Turn *add_turn(Chat *c, Text said) {
 // more to forget. With --json, that is an object.
 static void answer(Chat *c, Text message) {
     const bool json = c->o->json;
-    Printer printer = {.terminal = isatty(STDOUT_FILENO)};
+    Printer printer = {.terminal = isatty(STDOUT_FILENO), .colours = wants_colours(c->o)};
     Buffer said = {0}; // bytes, of the answer
     Turn *turn = add_turn(c, message);
     bool room = make_room(c);
@@ -2110,6 +2111,8 @@ static void answer(Chat *c, Text message) {
         for (; !said.n && text.n && is_space(*text.bytes); text.n--) // that belongs to the template
             text.bytes++;
         append(&said, text.bytes, text.n);
+        if (printer.colours)
+            printer.colour = colour_of(exp(log_probability(c->s.logits, c->m->h.vocab_size, token)));
         if (!json)
             print_text(&printer, text);
         flush_output();
@@ -2171,6 +2174,7 @@ static void chat(const Model *m, const Tokenizer *t, const Options *o) {
     char *line = NULL;
     size_t capacity = 0;
     catch_interrupts(SA_RESTART);
+    print_legend(o);
     if (o->prompt)
         answer(&c, (Text){(const unsigned char *)o->prompt, strlen(o->prompt)});
     for (ssize_t n; (n = read_line(input, terminal, &line, &capacity)) >= 0;)

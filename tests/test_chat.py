@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from files import (
 )
 from test_template import KINDS, NAMES, TAKES_NO_SYSTEM
 from test_template import Model as Checkpoint
+from test_think import on_terminal
 
 import export
 
@@ -379,6 +381,16 @@ def test_a_terminal_has_a_prompt(run: Program, hello: Path) -> None:
     terminal.type("\x04")
     terminal.until("tok/s")
     assert terminal.status() == 0
+
+
+def test_probs_colour_the_answer(run: Program, hello: Path) -> None:
+    args = [hello, "-m", "chat", "-t", 0, "-i", "hi", "-f", os.devnull]
+    plain, _ = on_terminal(run, *args)
+    coloured, _ = on_terminal(run, *args, "--probs")
+    assert "\x1b" not in plain and "\x1b[38;5;" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
+    assert "probability" in on_terminal(run, *args, "--probs", stderr_too=True)[0]
+    assert "\x1b" not in run.ok(*args, "--probs").text
 
 
 def test_control_c_at_the_prompt(run: Program, hello: Path) -> None:
