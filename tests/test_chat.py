@@ -383,8 +383,10 @@ def test_a_terminal_has_a_prompt(run: Program, hello: Path) -> None:
     assert terminal.status() == 0
 
 
-def test_probs_colour_the_answer(run: Program, hello: Path) -> None:
-    args = [hello, "-m", "chat", "-t", 0, "-i", "hi", "-f", os.devnull]
+def test_probs_colour_the_answer(run: Program, hello: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("hi\n")
+    args = [hello, "-m", "chat", "-t", 0, "-f", lines]
     plain, _ = on_terminal(run, *args)
     coloured, _ = on_terminal(run, *args, "--probs")
     assert "\x1b" not in plain and "\x1b[38;5;" in coloured
