@@ -305,9 +305,11 @@ static inline uint16_t f32_to_f16(float value) {
     return (uint16_t)(half | sign);
 }
 
+static inline size_t size_of(Dtype dtype) { return dtype == F32 ? sizeof(float) : sizeof(uint16_t); }
+
 // Where element i of an array of any type is, and what it is.
 static inline const void *address(const void *array, Dtype dtype, size_t i) {
-    return (const char *)array + i * (dtype == F32 ? sizeof(float) : sizeof(uint16_t));
+    return (const char *)array + i * size_of(dtype);
 }
 
 static inline float element(const void *array, Dtype dtype, size_t i) {
@@ -328,7 +330,7 @@ static inline Tensor some_cols(Tensor t, size_t first, size_t count) {
 }
 
 // Long sums are taken in chunks of so many columns: CHUNK_BYTES of each row of the input.
-static inline size_t chunk_of(Dtype dtype) { return CHUNK_BYTES / (dtype == F32 ? sizeof(float) : sizeof(uint16_t)); }
+static inline size_t chunk_of(Dtype dtype) { return CHUNK_BYTES / size_of(dtype); }
 
 // e^x for x <= 0 within 3 units in the last place, and 0 below -87. Not libm's, because compilers make vector
 // code of this one: x = n ln 2 + r, e^r is a polynomial, and 2^n goes straight into the exponent's bits.
@@ -389,7 +391,7 @@ typedef struct {
     float *logits;   // (V)
     float *cosine;   // (T, d/2)     RoPE's rotations at the positions of the batch
     float *sine;     // (T, d/2)
-    float *input;    // (T, max(D, Q, F) + INPUT_PAD) f32 or bf16   a product's input, as tile wants it
+    float *input;    // (T, max(D, Q, F) + INPUT_PAD) f32 or bf16   a product's input, as tiles wants it
     float *wide;     // (threads, wide_size)     a block of weights as f32
     size_t wide_size;
 } State;
@@ -663,13 +665,15 @@ static _Noreturn void die_of_context(const Model *m, size_t context) {
         needed, fits);
 }
 
+// The weights of a layer's matrix products.
+static size_t layer_weights(const Model *m) {
+    const Layer *l = &m->layers[0];
+    return (l->wqkv.rows + l->wo.cols + l->w_gate_up.rows + l->w_down.cols) * m->h.dim;
+}
+
 // How many threads are worth while: they wait for each other several times a layer, which costs some microseconds, so
 // each has to have 128 KB of a layer's weights at least.
-static size_t useful_threads(const Model *m) {
-    const Layer *l = &m->layers[0];
-    size_t weights = (l->wqkv.rows + l->wo.cols + l->w_gate_up.rows + l->w_down.cols) * m->h.dim;
-    return larger(1, weights * sizeof(uint16_t) >> 17);
-}
+static size_t useful_threads(const Model *m) { return larger(1, layer_weights(m) * sizeof(uint16_t) >> 17); }
 
 static State open_state(const Model *m, size_t context, size_t threads) {
     size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
@@ -1450,10 +1454,27 @@ typedef struct {
     const char *model, *tokenizer, *mode, *prompt, *prompt_file, *system;
     float temperature, top_p;
     uint64_t top_k, steps, context, threads, seed;
-    uint64_t prefill, decode, repeat; // what bench measures: tokens, and how often
+    uint64_t prefill, decode, repeat; // what bench measures: tokens (0: as many as usual), and how often
     uint64_t stride;                  // of perplexity's windows
     bool json, probs;
 } Options;
+
+// Memory that grows with what is appended: bytes, or tokens.
+typedef struct {
+    void *data;
+    size_t n, capacity; // bytes
+} Buffer;
+
+static void append(Buffer *b, const void *data, size_t n) {
+    if (b->n + n > b->capacity) {
+        b->capacity = 2 * (b->n + n);
+        b->data = realloc(b->data, b->capacity);
+        expect(b->data, "no memory for a text: %.1f MB needed", (double)b->capacity / 1e6);
+    }
+    if (n)
+        memcpy((char *)b->data + b->n, data, n);
+    b->n += n;
+}
 
 static double seconds(void) {
     struct timespec now;
@@ -1467,7 +1488,7 @@ static void flush_output(void) {
 
 // Streams text without ever splitting a character: the bytes of one that is not complete yet wait in `pending`.
 typedef struct {
-    bool terminal, colours; // with `colours`, print_token shows how likely a token was
+    bool terminal, colours; // with `colours`, print_said shows how likely a token was
     unsigned char pending[4];
     size_t n;
     int colour, begun, shown; // of the text to come, of the pending character's first byte, on the screen; 0: none
@@ -1539,21 +1560,15 @@ static uint32_t *read_prompt(const Tokenizer *t, const Options *o, size_t *n_tok
     if (!name)
         return encode(t, (Text){(const unsigned char *)prompt, strlen(prompt)}, n_tokens);
     FILE *file = strcmp(name, "-") ? fopen(name, "rb") : stdin;
-    unsigned char *bytes = NULL;
-    size_t n = 0, capacity = 0, got = 1;
-    for (; file && got; n += got) {
-        if (n == capacity) {
-            capacity = 2 * capacity + 65536;
-            bytes = realloc(bytes, capacity);
-            expect(bytes && capacity <= 4 * (size_t)MAX_TEXT, "%s: too large, or no memory", name);
-        }
-        got = fread(bytes + n, 1, capacity - n, file);
-    }
+    Buffer text = {0};
+    char part[65536];
+    for (size_t n; file && (n = fread(part, 1, sizeof part, file)) && text.n <= MAX_TEXT;)
+        append(&text, part, n);
     expect(file && !ferror(file), "%s: cannot read the prompt: %s", name, strerror(errno));
     if (file != stdin)
         fclose(file);
-    uint32_t *tokens = encode(t, (Text){bytes, n}, n_tokens);
-    free(bytes);
+    uint32_t *tokens = encode(t, (Text){text.data, text.n}, n_tokens);
+    free(text.data);
     return tokens;
 }
 
@@ -1624,21 +1639,25 @@ static void print_likeliest(const Tokenizer *t, const float *logits, size_t k, s
     free(items);
 }
 
-// Prints a token that was chosen by these logits: its text, in the colour of its probability, or with --json an object.
+// Prints what the model says, in the colour of the token's probability by these logits (n).
+static void print_said(Printer *p, Text text, const float *logits, size_t n, uint32_t token) {
+    p->colour = p->colours ? colour_of(exp(log_probability(logits, n, token))) : 0;
+    print_text(p, text);
+    p->colour = 0; // what people write has none
+}
+
+// Prints a token that was chosen by these logits: its text, or with --json an object.
 static void print_token(Printer *p, const Tokenizer *t, const Options *o, const float *logits, uint32_t token,
                         size_t pos) {
     size_t n = t->h.vocab_size;
-    double logprob = o->json || p->colours ? log_probability(logits, n, token) : 0;
     if (o->json) {
-        open_json(t, token, pos, logprob);
+        open_json(t, token, pos, log_probability(logits, n, token));
         fputs(o->probs ? ", \"top\": " : "", stdout);
         if (o->probs)
             print_likeliest(t, logits, smaller(o->top_k ? o->top_k : 5, n), pos, false);
         puts("}");
     } else if (!is_stop(t, token)) {
-        p->colour = p->colours ? colour_of(exp(logprob)) : 0;
-        print_text(p, decode(t, token, pos));
-        p->colour = 0; // what people write has none
+        print_said(p, decode(t, token, pos), logits, n, token);
     }
 }
 
@@ -1906,23 +1925,6 @@ static void perplexity(const Model *m, const Tokenizer *t, const Options *o) {
     close_state(&s);
 }
 
-// Memory that grows with what is appended: bytes, or tokens.
-typedef struct {
-    void *data;
-    size_t n, capacity; // bytes
-} Buffer;
-
-static void append(Buffer *b, const void *data, size_t n) {
-    if (b->n + n > b->capacity) {
-        b->capacity = 2 * (b->n + n);
-        b->data = realloc(b->data, b->capacity);
-        expect(b->data, "no memory for the conversation: %.1f MB needed", (double)b->capacity / 1e6);
-    }
-    if (n)
-        memcpy((char *)b->data + b->n, data, n);
-    b->n += n;
-}
-
 static size_t n_tokens(Buffer tokens) { return tokens.n / sizeof(uint32_t); }
 
 typedef struct {
@@ -2111,10 +2113,8 @@ static void answer(Chat *c, Text message) {
         for (; !said.n && text.n && is_space(*text.bytes); text.n--) // that belongs to the template
             text.bytes++;
         append(&said, text.bytes, text.n);
-        if (printer.colours)
-            printer.colour = colour_of(exp(log_probability(c->s.logits, c->m->h.vocab_size, token)));
         if (!json)
-            print_text(&printer, text);
+            print_said(&printer, text, c->s.logits, c->m->h.vocab_size, token);
         flush_output();
         if (n_tokens(turn->answer) == c->o->steps)
             break;
@@ -2288,9 +2288,8 @@ static void bench(const Model *m, const Options *o) {
     // the values, of the positions so far.
     double T = (double)prefill, layers = h->n_layers;
     double embedding = (double)h->vocab_size * h->dim, parameters = (double)(m->size - HEADER_SPACE) / 2;
-    double product =
-        layers * ((double)m->layers[0].wqkv.rows * h->dim + (double)m->q_dim * h->dim + 3.0 * h->hidden_dim * h->dim);
-    double operations = 2 * product + 2 * embedding / T + layers * 4 * (double)m->q_dim * (T + 1) / 2;
+    double operations =
+        2 * layers * (double)layer_weights(m) + 2 * embedding / T + layers * 4 * (double)m->q_dim * (T + 1) / 2;
     double weights = (double)m->size - (h->flags & TIED ? 0 : 2 * embedding);
     double cached = 2 * cache_bytes(m, context) / (double)s.context; // for a position
     double average = ((double)decode + 1) / 2;
@@ -2318,10 +2317,10 @@ static void bench(const Model *m, const Options *o) {
     } else {
         printf("%s: %.4g million parameters in %s, %.4g GB; %s, %zu threads; median of %zu; logits %016llx\n\n",
                m->path, parameters / 1e6, dtype, (double)m->size / 1e9, isa(), s.threads, n, (unsigned long long)hash);
-        printf("| work          | tokens | position |     tok/s |       min |       max |           rate |          "
-               "limit | share "
-               "|\n|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|----------"
-               "-----:|------:|\n");
+        puts("| work          | tokens | position |     tok/s |       min |       max |           rate |"
+             "          limit | share |\n"
+             "|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|"
+             "---------------:|------:|");
     }
     for (size_t kind = 0; kind < KINDS; kind++)
         print_measurement(&all[kind], n, o->json);
@@ -2654,7 +2653,7 @@ INLINE float dot_typed(const void *a, Dtype a_type, const void *b, Dtype b_type,
     vec sums[CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
     for (size_t j = 0; j < chains; j++)
         sums[j] = fill(0);
-    size_t i = 0, bytes = step * (a_type == F32 ? sizeof(float) : sizeof(uint16_t));
+    size_t i = 0, bytes = step * size_of(a_type);
     for (; i + 2 * chains * step <= n; i += 2 * chains * step)
         for (size_t j = 0; j < 2 * chains; j++) {
             size_t at = i + j * step;

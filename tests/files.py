@@ -6,9 +6,16 @@ opinion is `reference_logits`, the Transformer in numpy.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
+import signal
 import struct
 import subprocess
+import sys
+import termios
+import time
+import tty
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,27 +165,11 @@ def byte_level_vocabulary(**changes: Any) -> Vocabulary:
     """
     texts = [bytes([b]) for b in range(256)]
     pieces = [Piece(text, BYTE) for text in texts]
-    merges = []
-    for left, right in [
-        (b"h", b"e"),
-        (b"t", b"he"),
-        (b" ", b"the"),
-        (b"a", b"t"),
-        (b" c", b"at"),
-        (b" ", b"c"),
-    ]:
-        if left + right not in texts:
-            texts.append(left + right)
-            pieces.append(Piece(left + right))
-    for left, right in [
-        (b"h", b"e"),
-        (b"t", b"he"),
-        (b" ", b"the"),
-        (b"a", b"t"),
-        (b" ", b"c"),
-        (b" c", b"at"),
-    ]:
-        merges.append((texts.index(left), texts.index(right), texts.index(left + right)))
+    pairs = [(b"h", b"e"), (b"t", b"he"), (b" ", b"the"), (b"a", b"t"), (b" ", b"c"), (b" c", b"at")]
+    for left, right in [*pairs[:4], pairs[5], pairs[4]]:  # ids in another order than the merges, which counts
+        texts.append(left + right)
+        pieces.append(Piece(left + right))
+    merges = [(texts.index(left), texts.index(right), texts.index(left + right)) for left, right in pairs]
     pieces += [Piece(b"<think>", USER_DEFINED), Piece(b"<s>", CONTROL), Piece(b"</s>", CONTROL)]
     start, end = len(pieces) - 2, len(pieces) - 1
     # state 1 is the start, 2 within spaces, 3 within letters; an odd step says that a word ends before the character
@@ -598,3 +589,44 @@ def check_sanitizers(stderr: str) -> None:
 
 def check_one_line(stderr: str) -> None:
     assert stderr.startswith("run: ") and stderr.endswith("\n") and stderr.count("\n") == 1, repr(stderr)
+
+
+def on_terminal(run: Program, *args: object, columns: int = 0, stderr_too: bool = False) -> tuple[str, str]:
+    """What it writes to a terminal, of so many columns, and to standard error."""
+    master, slave = pty.openpty()
+    tty.setraw(slave)
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    command, other = [str(run.path), *map(str, args)], slave if stderr_too else subprocess.PIPE
+    process = subprocess.Popen(command, stdout=slave, stderr=other, env=run.env)
+    os.close(slave)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:  # EIO: the other side is closed
+            break
+        output += chunk
+        if not chunk:
+            break
+    os.close(master)
+    stderr = (process.communicate()[1] or b"").decode()
+    check_sanitizers(stderr + output.decode(errors="replace"))
+    assert process.returncode == 0, stderr
+    return output.decode(), stderr
+
+
+def interrupt_export(folder: Path, *args: str | Path) -> None:
+    """Ctrl-C in the middle of writing `folder`/out.bin: silent, status 130, and nothing is left behind."""
+    command = [sys.executable, ROOT / "export.py", *args, "-o", folder / "out.bin"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not any(p.stat().st_size > 10_000_000 for p in folder.glob("out.bin.tmp*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, stdout, stderr) == (130, "", "")
+    assert os.listdir(folder) == []

@@ -8,11 +8,9 @@ import os
 import pickle
 import resource
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
 import test_reference
+from files import interrupt_export
 from test_reference import VOCAB, random_model
 from test_sources import changed, gguf_file, half, meta_folder, save_bin, save_safetensors, save_shards, zeros
 
@@ -788,17 +787,4 @@ def test_output_must_not_be_one_of_the_inputs(bad: Path, refused: Refused) -> No
 def test_interrupt_leaves_nothing(tmp_path: Path, originals: Path) -> None:
     folder = zeros(tmp_path / "model", export.replace(export.SHAPES["7b"], n_layers=8, tied=True))
     (tmp_path / "out").mkdir()
-    command = [sys.executable, EXPORT, folder, "-o", tmp_path / "out" / "out.bin"]
-    command += ["--tokenizer", EXPORT.with_name("tokenizer.bin")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 30
-        while not any(p.stat().st_size > 10_000_000 for p in (tmp_path / "out").glob("out.bin.tmp*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert (process.returncode, stdout, stderr) == (130, "", "")
-    assert os.listdir(tmp_path / "out") == []
+    interrupt_export(tmp_path / "out", folder, "--tokenizer", EXPORT.with_name("tokenizer.bin"))

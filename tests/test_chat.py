@@ -24,12 +24,12 @@ from files import (
     chain_model,
     check_sanitizers,
     default_vocabulary,
+    on_terminal,
     read_tokenizer,
     reference_logits,
 )
 from test_template import KINDS, NAMES, TAKES_NO_SYSTEM
 from test_template import Model as Checkpoint
-from test_think import on_terminal
 
 import export
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import pty
 import re
 import select
 import signal
 import subprocess
 import sys
 import time
-import tty
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from files import (
     check_sanitizers,
     default_vocabulary,
     log_softmax,
+    on_terminal,
     reference_logits,
     write_model,
     write_tokenizer,
@@ -562,34 +561,12 @@ def test_text_is_streamed(run: Program, tmp_path: Path) -> None:
     process.communicate()
 
 
-def terminal_output(run: Program, *args: object) -> bytes:
-    master, slave = pty.openpty()
-    tty.setraw(slave)
-    command = [str(run.path), *map(str, args)]
-    process = subprocess.Popen(command, stdout=slave, stderr=subprocess.PIPE)
-    os.close(slave)
-    output = b""
-    while True:
-        try:
-            chunk = os.read(master, 65536)
-        except OSError:  # EIO: the other side is closed
-            break
-        if not chunk:
-            break
-        output += chunk
-    os.close(master)
-    stderr = process.communicate()[1].decode()
-    check_sanitizers(stderr)
-    assert process.returncode == 0, stderr
-    return output
-
-
 def test_a_terminal_is_not_commanded_by_the_model(run: Program, tmp_path: Path) -> None:
     text = b"a\x1b[2J\x07\r\x08\x7f\x00\n\tb"
     path = chain_model([BOS, *byte_ids(text), STOP]).write(tmp_path / "control.bin")
     assert run.ok(path, "-t", 0).stdout == text + b"\n"
-    assert terminal_output(run, path, "-t", 0) == b"a\\x1b[2J\\x07\\x0d\\x08\\x7f\\x00\n\tb\n"
-    assert run.ok(path, "-t", 0, "--json").stdout == terminal_output(run, path, "-t", 0, "--json")
+    assert on_terminal(run, path, "-t", 0)[0].encode() == b"a\\x1b[2J\\x07\\x0d\\x08\\x7f\\x00\n\tb\n"
+    assert run.ok(path, "-t", 0, "--json").stdout == on_terminal(run, path, "-t", 0, "--json")[0].encode()
 
 
 def test_a_terminal_gets_no_c1_controls_nor_stray_bytes(run: Program, tmp_path: Path) -> None:
@@ -599,7 +576,7 @@ def test_a_terminal_gets_no_c1_controls_nor_stray_bytes(run: Program, tmp_path: 
     path = chain_model([BOS, *byte_ids(text), 3 + 0xF1, STOP]).write(tmp_path / "stray.bin")
     assert run.ok(path, "-t", 0).stdout == text + b"\xf1\n"
     expected = b"a\\xc2\\x9b\\xe2\\x82z" + "\u00e9\U0001f600".encode() + b"\\xf1\n"
-    assert terminal_output(run, path, "-t", 0) == expected
+    assert on_terminal(run, path, "-t", 0)[0].encode() == expected
 
 
 @pytest.mark.parametrize(
@@ -622,7 +599,7 @@ def test_what_only_looks_like_utf8(run: Program, tmp_path: Path, stray: bytes) -
     path = chain_model(chain, vocabulary).write(tmp_path / "stray.bin")
     assert run.ok(path, "-t", 0).stdout == b"a" + stray + b"b\n"
     escaped = "".join(f"\\x{b:02x}" for b in stray)
-    assert terminal_output(run, path, "-t", 0).decode() == f"a{escaped}b\n"
+    assert on_terminal(run, path, "-t", 0)[0].encode().decode() == f"a{escaped}b\n"
     lines = json_lines(run.ok(path, "-t", 0, "--json").stdout)
     assert [line["text"] for line in lines][:3] == ["a", "\ufffd" * len(stray), "b"]
 

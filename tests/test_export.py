@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 import re
 import resource
-import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,8 @@ import pytest
 
 TOP = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
+
+from files import interrupt_export
 
 import export
 
@@ -603,19 +603,7 @@ def test_existing_outputs_are_replaced(tmp_path, tiny, tokenizer):
 
 
 def test_interrupt_leaves_nothing(tmp_path):
-    command = [sys.executable, str(TOP / "export.py"), "random:7b", "-o", str(tmp_path / "out.bin")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 30
-        while not any(p.stat().st_size > 10_000_000 for p in tmp_path.glob("out.bin.tmp*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert (process.returncode, stdout, stderr) == (130, "", "")
-    assert os.listdir(tmp_path) == []
+    interrupt_export(tmp_path, "random:7b")
 
 
 # ---------------------------------------------------------------------------------------------------------

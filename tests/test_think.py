@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
-import pty
 import re
-import struct
 import subprocess
-import termios
-import tty
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +24,9 @@ from files import (
     Model,
     Program,
     chain_model,
-    check_sanitizers,
     default_vocabulary,
     log_softmax,
+    on_terminal,
     write_model,
 )
 from numpy.typing import NDArray
@@ -54,30 +48,6 @@ def with_env(run: Program, **env: str) -> Program:
     unset = ("COLUMNS", "NO_COLOR")
     program.env = {k: v for k, v in program.env.items() if k not in unset} | env
     return program
-
-
-def on_terminal(run: Program, *args: object, columns: int = 0, stderr_too: bool = False) -> tuple[str, str]:
-    """What it writes to a terminal, of so many columns, and to standard error."""
-    master, slave = pty.openpty()
-    tty.setraw(slave)
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
-    command, other = [str(run.path), *map(str, args)], slave if stderr_too else subprocess.PIPE
-    process = subprocess.Popen(command, stdout=slave, stderr=other, env=run.env)
-    os.close(slave)
-    output = b""
-    while True:
-        try:
-            chunk = os.read(master, 65536)
-        except OSError:  # EIO: the other side is closed
-            break
-        output += chunk
-        if not chunk:
-            break
-    os.close(master)
-    stderr = (process.communicate()[1] or b"").decode()
-    check_sanitizers(stderr + output.decode(errors="replace"))
-    assert process.returncode == 0, stderr
-    return output.decode(), stderr
 
 
 def columns_of(line: str) -> int:
