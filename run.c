@@ -650,21 +650,6 @@ static double cache_bytes(const Model *m, size_t context) {
     return (double)m->h.n_layers * (double)m->kv_dim * positions * sizeof(uint16_t);
 }
 
-// The KV cache is the one thing whose size the user chooses, so say what would fit, with 64 MB for all the rest.
-static _Noreturn void die_of_context(const Model *m, size_t context) {
-    size_t fits = context;
-    void *trial = NULL;
-    while (!trial && (fits /= 2)) {
-        double bytes = 2 * cache_bytes(m, fits) + (64 << 20);
-        trial = bytes < 0x1p62 ? malloc((size_t)bytes) : NULL;
-    }
-    free(trial);
-    double needed = 2 * cache_bytes(m, context) / 1e6;
-    expect(fits, "%s: no memory for a KV cache of %zu positions: %.1f MB needed", m->path, context, needed);
-    die(CANNOT, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c %zu would fit", m->path, context,
-        needed, fits);
-}
-
 // The weights of a layer's matrix products.
 static size_t layer_weights(const Model *m) {
     const Layer *l = &m->layers[0];
@@ -685,8 +670,8 @@ static State open_state(const Model *m, size_t context, size_t threads) {
 
     double bytes = 2 * cache_bytes(m, context);
     s.k = bytes < 0x1p62 ? aligned_alloc(64, (size_t)bytes + 64) : NULL; // weigh reads a little more
-    if (!s.k)
-        die_of_context(m, context);
+    expect(s.k, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer", m->path, context,
+           bytes / 1e6);
     s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
     const struct {
         float **array;
@@ -1476,6 +1461,10 @@ static void append(Buffer *b, const void *data, size_t n) {
     b->n += n;
 }
 
+static size_t n_tokens(Buffer tokens) { return tokens.n / sizeof(uint32_t); }
+
+static Text text_of(const char *string) { return (Text){(const unsigned char *)string, strlen(string)}; }
+
 static double seconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -1486,23 +1475,20 @@ static void flush_output(void) {
     expect(!fflush(stdout) && !ferror(stdout), "standard output: cannot write: %s", strerror(errno));
 }
 
-// Streams text without ever splitting a character: the bytes of one that is not complete yet wait in `pending`.
+// Streams text without ever splitting a character: the bytes of one that is not complete yet wait in `pending`. It has
+// the colour of its first byte.
 typedef struct {
-    bool terminal, colours; // with `colours`, print_said shows how likely a token was
+    bool terminal;
+    bool skip_space; // until something else comes
     unsigned char pending[4];
     size_t n;
-    int colour, begun, shown; // of the text to come, of the pending character's first byte, on the screen; 0: none
+    int colour, shown; // of the pending character, and on the screen; 0: none
 } Printer;
+
+static bool is_space(unsigned char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
 static bool is_control(Text c) { // U+0000 to U+001F and U+007F to U+009F
     return *c.bytes < 0x20 || *c.bytes == 0x7f || (*c.bytes == 0xc2 && c.n > 1 && c.bytes[1] < 0xa0);
-}
-
-// A terminal must not obey what a model says, so control characters, and stray bytes, are shown as \x1b.
-static void print_character(const Printer *p, Text c, bool valid) {
-    bool control = is_control(c) && *c.bytes != '\n' && *c.bytes != '\t';
-    for (size_t i = 0; i < c.n; i++)
-        printf(p->terminal && (control || !valid) ? "\\x%02x" : "%c", c.bytes[i]);
 }
 
 static void paint(Printer *p, int colour) {
@@ -1513,52 +1499,73 @@ static void paint(Printer *p, int colour) {
     p->shown = colour;
 }
 
-// Prints the characters that are complete; at the end of the text, all that is left.
+// Prints the characters that are complete; at the end of the text, all that is left. A terminal must not obey what a
+// model says, so it gets control characters and stray bytes as \x1b.
 static void print_pending(Printer *p, bool end) {
     while (p->n) {
-        int length = utf8_length((Text){p->pending, p->n});
+        Text rest = {p->pending, p->n};
+        int length = utf8_length(rest);
         if (length < 0 && !end)
             return;
         size_t n = length > 0 ? (size_t)length : 1;
-        paint(p, p->begun);
-        print_character(p, (Text){p->pending, n}, length > 0);
+        bool escaped = length <= 0 || (is_control(rest) && *rest.bytes != '\n' && *rest.bytes != '\t');
+        paint(p, p->colour);
+        for (size_t i = 0; i < n; i++)
+            printf(p->terminal && escaped ? "\\x%02x" : "%c", rest.bytes[i]);
         p->n -= n;
         memmove(p->pending, p->pending + n, p->n);
     }
-    if (end)
-        paint(p, 0);
 }
 
-static void print_text(Printer *p, Text text) {
+static void print_text(Printer *p, Text text, int colour) {
     for (size_t i = 0; i < text.n; i++) {
+        p->skip_space = p->skip_space && is_space(text.bytes[i]);
+        if (p->skip_space)
+            continue;
         if (p->n == 0)
-            p->begun = p->colour;
+            p->colour = colour;
         p->pending[p->n++] = text.bytes[i];
         print_pending(p, false);
     }
     paint(p, 0); // so that Ctrl-C between two tokens leaves the terminal as it was
 }
 
-// As a JSON string; bytes that are not UTF-8 become U+FFFD, as JSON cannot say them.
-static void print_json(Text text) {
+static void end_text(Printer *p) {
+    print_pending(p, true);
+    paint(p, 0);
+    p->skip_space = false;
+}
+
+// In quotes, escaped as in JSON. That cannot say bytes that are not UTF-8: they become U+FFFD; people see them as \xe2.
+static void print_quoted(Text text, bool json) {
+    const char *special = "\"\\\n\t", *names = "\"\\nt", *found;
     putchar('"');
-    for (size_t i = 0; i < text.n;) {
+    for (size_t i = 0, n; i < text.n; i += n) {
         Text rest = {text.bytes + i, text.n - i};
         int length = utf8_length(rest);
-        if (length <= 0 || is_control(rest))
-            printf("\\u%04x", length <= 0 ? 0xfffd : rest.bytes[length - 1]); // of c2 9b, the last byte is the number
+        n = length > 0 ? (size_t)length : 1;
+        if (*rest.bytes && (found = strchr(special, *rest.bytes)))
+            printf("\\%c", names[found - special]);
+        else if (length <= 0 && !json)
+            printf("\\x%02x", *rest.bytes);
+        else if (length <= 0 || is_control(rest))
+            printf("\\u%04x", length <= 0 ? 0xfffd : rest.bytes[n - 1]); // of c2 9b, the last byte is the number
         else
-            printf("%s%.*s", *rest.bytes == '"' || *rest.bytes == '\\' ? "\\" : "", length, (const char *)rest.bytes);
-        i += length > 0 ? (size_t)length : 1;
+            printf("%.*s", length, (const char *)rest.bytes);
     }
     putchar('"');
 }
 
+static void print_ids(const uint32_t *tokens, size_t n, const char *between) {
+    for (size_t i = 0; i < n; i++)
+        printf("%s%u", i ? between : "", tokens[i]);
+}
+
 // The tokens of the prompt, which comes from -i or -f or is empty, for the caller to free.
 static uint32_t *read_prompt(const Tokenizer *t, const Options *o, size_t *n_tokens) {
-    const char *name = o->prompt_file, *prompt = o->prompt ? o->prompt : "";
+    const char *name = o->prompt_file;
     if (!name)
-        return encode(t, (Text){(const unsigned char *)prompt, strlen(prompt)}, n_tokens);
+        return encode(t, text_of(o->prompt ? o->prompt : ""), n_tokens);
     FILE *file = strcmp(name, "-") ? fopen(name, "rb") : stdin;
     Buffer text = {0};
     char part[65536];
@@ -1573,16 +1580,16 @@ static uint32_t *read_prompt(const Tokenizer *t, const Options *o, size_t *n_tok
 }
 
 // The ids of the prompt on one line, as the model would receive them.
-static void tokenize(const Tokenizer *t, const Options *o) {
+static void tokenize(const Model *m, const Tokenizer *t, const Options *o) {
+    (void)m; // there may be none
     size_t n;
     uint32_t *tokens = read_prompt(t, o, &n);
     fputs(o->json ? "{\"tokens\": [" : "", stdout);
-    for (size_t i = 0; i < n; i++)
-        printf("%s%u", i == 0 ? "" : o->json ? ", " : " ", tokens[i]);
+    print_ids(tokens, n, o->json ? ", " : " ");
     fputs(o->json ? "], \"pieces\": [" : "", stdout);
     for (size_t i = 0; o->json && i < n; i++) {
         fputs(i ? ", " : "", stdout);
-        print_json(t->pieces[tokens[i]].text);
+        print_quoted(t->pieces[tokens[i]].text, true);
     }
     fputs(o->json ? "]}\n" : "\n", stdout);
     free(tokens);
@@ -1606,9 +1613,7 @@ static bool wants_colours(const Options *o) {
     return o->probs && !o->json && isatty(STDOUT_FILENO) && !(no && *no);
 }
 
-static void print_legend(const Options *o) {
-    if (!wants_colours(o) || !isatty(STDERR_FILENO))
-        return;
+static void print_legend(void) {
     fputs("probability, at least:", stderr);
     for (size_t i = 0; i < sizeof shades / sizeof *shades; i++)
         fprintf(stderr, " \x1b[38;5;%dm%g%%\x1b[0m", shades[i].colour, 100 * shades[i].from);
@@ -1618,108 +1623,160 @@ static void print_legend(const Options *o) {
 // A token at position pos as a JSON object, open for more; `text` is what it prints there.
 static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double logprob) {
     printf("{\"id\": %u, \"text\": ", token);
-    print_json(decode(t, token, pos));
+    print_quoted(decode(t, token, pos), true);
     printf(", \"logprob\": %.6f", logprob);
 }
 
 // The k likeliest tokens at position pos as a JSON array.
-static void print_likeliest(const Tokenizer *t, const float *logits, size_t k, size_t pos, bool with_probability) {
+static void print_likeliest(const Tokenizer *t, const float *logits, size_t k, size_t pos) {
     double total = log_sum(logits, t->h.vocab_size);
     Item *items = likeliest(logits, t->h.vocab_size, k);
     putchar('[');
     for (size_t i = 0; i < k; i++) {
-        double logprob = (double)items[i].key - total;
         fputs(i ? ", " : "", stdout);
-        open_json(t, items[i].index, pos, logprob);
-        if (with_probability)
-            printf(", \"prob\": %.6g", exp(logprob));
-        putchar('}');
+        open_json(t, items[i].index, pos, (double)items[i].key - total);
+        printf(", \"prob\": %.6g}", exp((double)items[i].key - total));
     }
     putchar(']');
     free(items);
 }
 
-// Prints what the model says, in the colour of the token's probability by these logits (n).
-static void print_said(Printer *p, Text text, const float *logits, size_t n, uint32_t token) {
-    p->colour = p->colours ? colour_of(exp(log_probability(logits, n, token))) : 0;
-    print_text(p, text);
-    p->colour = 0; // what people write has none
+typedef struct {
+    Buffer said;   // bytes, by the user
+    Buffer answer; // tokens, as they were sampled: encode might find others for the same text
+} Turn;
+
+// A prompt and what follows it, or a conversation.
+typedef struct {
+    const Model *m;
+    const Tokenizer *t;
+    const Options *o;
+    State s;
+    Sampler sampler;
+    Printer printer;
+    size_t context;
+    Buffer script;   // tokens: what the model reads, and what it has said
+    size_t n_cached; // so many of them are in the KV cache
+    Turn *turns;
+    size_t n_turns, first;          // those before `first` are forgotten
+    Buffer run;                     // bytes: text that is to follow the script
+    size_t n_read, n_said, n_steps; // tokens read, tokens said, and passes for one of these
+    double reading, saying;         // seconds
+} Talk;
+
+static Talk open_talk(const Model *m, const Tokenizer *t, const Options *o, size_t context) {
+    Talk c = {.m = m, .t = t, .o = o, .context = context, .s = open_state(m, context, o->threads)};
+    c.sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
+    c.sampler.kept = allocate(m->h.vocab_size, sizeof *c.sampler.kept, "sampling");
+    c.sampler.probabilities = allocate(m->h.vocab_size, sizeof *c.sampler.probabilities, "sampling");
+    c.printer.terminal = isatty(STDOUT_FILENO);
+    if (wants_colours(o) && isatty(STDERR_FILENO))
+        print_legend();
+    return c;
 }
 
-// Prints a token that was chosen by these logits: its text, or with --json an object.
-static void print_token(Printer *p, const Tokenizer *t, const Options *o, const float *logits, uint32_t token,
-                        size_t pos) {
-    size_t n = t->h.vocab_size;
-    if (o->json) {
-        open_json(t, token, pos, log_probability(logits, n, token));
-        fputs(o->probs ? ", \"top\": " : "", stdout);
-        if (o->probs)
-            print_likeliest(t, logits, smaller(o->top_k ? o->top_k : 5, n), pos, false);
-        puts("}");
-    } else if (!is_stop(t, token)) {
-        print_said(p, decode(t, token, pos), logits, n, token);
+// Says on standard error how fast it was.
+static void close_talk(Talk *c) {
+    fprintf(stderr, "\nprompt: %zu tokens, %.1f tok/s; then: %zu tokens, %.1f tok/s; seed %llu\n", c->n_read,
+            c->reading > 0 ? (double)c->n_read / c->reading : 0, c->n_said,
+            c->saying > 0 ? (double)c->n_steps / c->saying : 0, (unsigned long long)c->o->seed);
+    for (size_t i = 0; i < c->n_turns; i++) {
+        free(c->turns[i].said.data);
+        free(c->turns[i].answer.data);
+    }
+    free(c->turns);
+    free(c->script.data);
+    free(c->run.data);
+    free(c->sampler.heap.items);
+    free(c->sampler.kept);
+    free(c->sampler.probabilities);
+    close_state(&c->s);
+}
+
+// Ctrl-C stops an answer of a chat; once more, before the next line is there, it leaves. The handler of a signal can
+// reach nothing but a global variable, so this is one.
+static volatile sig_atomic_t interrupts;
+
+// Reads what the cache does not hold yet of the script. Ctrl-C ends it after a batch.
+static void read_script(Talk *c) {
+    for (size_t n; c->n_cached < n_tokens(c->script) && !interrupts; c->n_cached += n) {
+        n = smaller(c->s.batch, n_tokens(c->script) - c->n_cached);
+        feed(c->m, &c->s, (uint32_t *)c->script.data + c->n_cached, n, c->n_cached);
     }
 }
 
-static Sampler open_sampler(const Model *m, const Options *o) {
-    Sampler s = {.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
-    s.kept = allocate(m->h.vocab_size, sizeof *s.kept, "sampling");
-    s.probabilities = allocate(m->h.vocab_size, sizeof *s.probabilities, "sampling");
-    return s;
+// Prints a token that the model has chosen: its text, in the colour of its probability; or with --json, an object.
+static void print_token(Talk *c, uint32_t token) {
+    const float *logits = c->s.logits;
+    size_t n = c->t->h.vocab_size, pos = c->n_cached;
+    double logprob = log_probability(logits, n, token);
+    if (c->o->json) {
+        open_json(c->t, token, pos, logprob);
+        fputs(c->o->probs ? ", \"top\": " : "", stdout);
+        if (c->o->probs)
+            print_likeliest(c->t, logits, smaller(c->o->top_k ? c->o->top_k : 5, n), pos);
+        puts("}");
+    } else if (!is_stop(c->t, token)) {
+        print_text(&c->printer, decode(c->t, token, pos), wants_colours(c->o) ? colour_of(exp(logprob)) : 0);
+    }
+    flush_output();
 }
 
-static void close_sampler(Sampler *s) {
-    free(s->heap.items);
-    free(s->kept);
-    free(s->probabilities);
-}
+static bool make_room(Talk *c); // see chat
 
-static void print_figures(size_t read, double reading, size_t made, double speed, uint64_t seed) {
-    fprintf(stderr, "\nprompt: %zu tokens, %.1f tok/s; then: %zu tokens, %.1f tok/s; seed %llu\n", read,
-            reading > 0 ? (double)read / reading : 0, made, speed, (unsigned long long)seed);
+// Goes on with the script: to a stop, to `most` tokens (0: no limit), to Ctrl-C, or until there is no room. Returns
+// whether it came to a stop. What is said becomes part of the script, and is appended to `answer`, too.
+static bool speak(Talk *c, Buffer *answer, size_t most) {
+    size_t cached = c->n_cached, made = 0;
+    bool stopped = false;
+    double start = seconds();
+    read_script(c);
+    double first = seconds();
+    c->n_read += c->n_cached - cached;
+    while (!interrupts) {
+        uint32_t token = sample(&c->sampler, c->s.logits, c->t->h.vocab_size);
+        print_token(c, token);
+        made++;
+        stopped = is_stop(c->t, token);
+        if (stopped)
+            break;
+        append(&c->script, &token, sizeof token);
+        append(answer, &token, sizeof token);
+        if (made == most || !make_room(c))
+            break;
+        read_script(c);
+        c->n_steps++;
+    }
+    c->reading += first - start;
+    c->saying += seconds() - first;
+    c->n_said += made;
+    end_text(&c->printer);
+    fputs(c->o->json ? "" : "\n", stdout);
+    flush_output();
+    return stopped;
 }
 
 // Prints the prompt and what follows: to -n tokens in all, to a stop, or to the end of the context. With --json, only
 // what follows, an object a token.
 static void generate(const Model *m, const Tokenizer *t, const Options *o) {
-    size_t n, made = 0, vocab = m->h.vocab_size;
-    uint32_t *tokens = read_prompt(t, o, &n), token;
-    size_t context = o->context ? o->context : m->h.max_seq_len;
+    size_t n, context = o->context ? o->context : m->h.max_seq_len;
+    uint32_t *tokens = read_prompt(t, o, &n);
     size_t limit = o->steps ? smaller(o->steps, context) : context;
     expect(n > 0, "an empty prompt: expected text (-i or -f), as %s has no bos token to start from", t->path);
     expect(n <= limit, "the prompt: expected at most %zu tokens (%s), found %zu", limit,
            limit == context ? "the context, -c" : "-n", n);
-    State s = open_state(m, limit, o->threads);
-    Sampler sampler = open_sampler(m, o);
-    Printer printer = {.terminal = isatty(STDOUT_FILENO), .colours = wants_colours(o)};
-    print_legend(o);
+    Talk c = open_talk(m, t, o, limit);
+    append(&c.script, tokens, n * sizeof *tokens);
     for (size_t i = 0; i < n && !o->json; i++)
-        print_text(&printer, decode(t, tokens[i], i));
+        print_text(&c.printer, decode(t, tokens[i], i), 0);
     flush_output();
-
-    double start = seconds();
-    feed(m, &s, tokens, n, 0);
-    double first = seconds();
-    for (size_t pos = n;; pos++) { // so many tokens are in the cache
-        token = sample(&sampler, s.logits, vocab);
-        made++;
-        print_token(&printer, t, o, s.logits, token, pos);
-        flush_output();
-        if (is_stop(t, token) || pos == limit)
-            break;
-        feed(m, &s, &token, 1, pos);
-    }
-    double end = seconds();
-    double speed = made > 1 ? (double)(made - 1) / (end - first) : 0; // the prompt gave the first one
-    print_pending(&printer, true);
-    fputs(o->json ? "" : "\n", stdout);
-    flush_output();
-    if (!is_stop(t, token) && limit == context && o->steps != context)
+    Buffer said = {0};
+    bool stopped = speak(&c, &said, limit - n + 1);
+    if (!stopped && limit == context && o->steps != context)
         fprintf(stderr, "run: the context of %zu tokens is full\n", context);
-    print_figures(n, first - start, made, speed, o->seed);
-    close_sampler(&sampler);
+    close_talk(&c);
+    free(said.data);
     free(tokens);
-    close_state(&s);
 }
 
 // The width of the terminal, within reason.
@@ -1732,79 +1789,35 @@ static size_t terminal_columns(void) {
     return columns <= 0 ? 80 : smaller(larger((size_t)columns, 20), 300);
 }
 
-// The columns that a character takes, near enough: East Asian ones and emoji take two, accents none.
-static size_t columns_of(uint32_t c) {
-    bool wide = (c >= 0x1100 && c < 0x1160) || (c >= 0x2e80 && c < 0xa4d0) || (c >= 0xac00 && c < 0xd7a4) ||
-                (c >= 0xf900 && c < 0xfb00) || (c >= 0xff01 && c < 0xff61) || (c >= 0x1f300 && c < 0x40000);
-    bool joins = (c >= 0x300 && c < 0x370) || (c >= 0xfe00 && c < 0xfe10);
-    return wide ? 2 : !joins;
-}
-
-// Spaces and marks that would not be seen, or would turn the line around.
-static bool is_invisible(uint32_t c) {
-    return c == 0xa0 || (c >= 0x2000 && c < 0x2010) || (c >= 0x2028 && c < 0x2030) || (c >= 0x205f && c < 0x2070) ||
-           c == 0xfeff;
-}
-
-// A character as in a C string, as `shown`; returns its columns. What cannot be seen is shown by its bytes.
-static size_t show_character(char shown[20], Text c, uint32_t number, bool valid) {
-    const char *special = "\n\t\r\"\\", *names = "ntr\"\\", *found = *c.bytes ? strchr(special, *c.bytes) : NULL;
-    size_t n = 0;
-    if (found) {
-        snprintf(shown, 20, "\\%c", names[found - special]);
-        return 2;
+// A bar of `part` of so many columns, to the eighth of one.
+static void print_bar(double part, size_t columns) {
+    size_t eighths = (size_t)(8 * (double)columns * part + 0.5);
+    for (size_t i = 0; i < columns; i++) {
+        size_t filled = smaller(8, eighths);
+        eighths -= filled;
+        if (filled) // U+258F, an eighth, to U+2588, all of it
+            printf("\xe2\x96%c", (int)(0x90 - filled));
+        else
+            putchar(' ');
     }
-    if (valid && !is_control(c) && !is_invisible(number)) {
-        snprintf(shown, 20, "%.*s", (int)c.n, (const char *)c.bytes);
-        return columns_of(number);
-    }
-    for (size_t i = 0; i < c.n; i++)
-        n += (size_t)snprintf(shown + n, 20 - n, "\\x%02x", c.bytes[i]);
-    return n;
 }
 
-// Prints a token in quotes, or the name of a control token without them, cut or padded to so many columns.
-static void print_quoted(const Piece *piece, size_t columns) {
-    bool quoted = piece->type == NORMAL || piece->type == USER_DEFINED || piece->type == BYTE, cut = false;
-    Text rest = piece->text;
-    size_t used = quoted;
-    fputs(quoted ? "\"" : "", stdout);
-    while (rest.n && !cut) {
-        char shown[20];
-        uint32_t number;
-        Text c = first_character(rest, &number);
-        size_t width = show_character(shown, c, number, utf8_length(rest) > 0);
-        cut = used + width + 1 > columns; // one for what ends it
-        fputs(cut ? "…" : shown, stdout);
-        used += cut ? 1 : width;
-        rest = (Text){rest.bytes + c.n, rest.n - c.n};
-    }
-    fputs(quoted && !cut ? "\"" : "", stdout);
-    printf("%*s", (int)(columns - used - (quoted && !cut)), "");
-}
-
-// A bar of `eighths` of a column.
-static void print_bar(size_t eighths) {
-    for (size_t i = 0; i < eighths / 8; i++)
-        fputs("█", stdout);
-    if (eighths % 8)
-        printf("\xe2\x96%c", (int)(0x90 - eighths % 8)); // U+258F, an eighth, to U+2589, seven
-    putchar('\n');
-}
-
-// The k likeliest tokens to come, a line each; the longest bar reaches the edge of the terminal.
+// The k likeliest tokens to come, a line each. What has no certain width, the token, stands at its end.
 static void print_table(const Tokenizer *t, const float *logits, size_t k) {
-    size_t columns = terminal_columns(), label = smaller(16, (columns - 8) / 2), bar = columns - label - 9;
     double total = log_sum(logits, t->h.vocab_size), rest = 1;
+    size_t bar = smaller((terminal_columns() - 8) / 3, 40);
     Item *items = likeliest(logits, t->h.vocab_size, k);
     for (size_t i = 0; i < k; i++) {
+        const Piece *piece = &t->pieces[items[i].index];
         double probability = exp((double)items[i].key - total);
         rest -= probability;
-        print_quoted(&t->pieces[items[i].index], label);
-        printf("%7.2f%% ", 100 * probability);
-        print_bar((size_t)(8 * (double)bar * exp((double)(items[i].key - items[0].key)) + 0.5));
+        printf("%6.2f%% ", 100 * probability);
+        print_bar(exp((double)(items[i].key - items[0].key)), bar);
+        putchar(' ');
+        print_quoted(piece->text, false);
+        puts(piece->type == CONTROL ? " (control)" : "");
     }
-    printf("%-*s%7.2f%%\n", (int)label, "rest", 100 * fmax(rest, 0));
+    printf("%6.2f%% rest\n", 100 * fmax(rest, 0));
     free(items);
 }
 
@@ -1839,7 +1852,7 @@ static void next(const Model *m, const Tokenizer *t, const Options *o) {
         entropy += exp((double)s.logits[i] - total) * (total - (double)s.logits[i]) / log(2);
     if (o->json) {
         printf("{\"tokens\": %zu, \"entropy_bits\": %.6f, \"next\": ", n, entropy);
-        print_likeliest(t, s.logits, k, all, true);
+        print_likeliest(t, s.logits, k, all);
         puts("}");
     } else {
         print_table(t, s.logits, k);
@@ -1925,32 +1938,10 @@ static void perplexity(const Model *m, const Tokenizer *t, const Options *o) {
     close_state(&s);
 }
 
-static size_t n_tokens(Buffer tokens) { return tokens.n / sizeof(uint32_t); }
-
-typedef struct {
-    Buffer said;   // bytes, by the user
-    Buffer answer; // tokens, as they were sampled: encode might find others for the same text
-} Turn;
-
-typedef struct {
-    const Model *m;
-    const Tokenizer *t;
-    const Options *o;
-    State s;
-    Sampler sampler;
-    Turn *turns;
-    size_t n_turns, first; // those before `first` are forgotten
-    size_t context;
-    Buffer script;          // tokens: the conversation as the model reads it, up to where it goes on
-    size_t n_cached;        // so many of them are in the KV cache
-    Buffer run;             // bytes: text that is to follow them in the script
-    size_t n_read, n_said;  // tokens, in all answers
-    double reading, saying; // seconds
-} Chat;
-
-// Puts the run of text into the script, as tokens without bos. A run is tokenized as one, whoever wrote its parts. The
-// tokenizer may want a space in front of it at the start, or after a control token, but after an answer there is none.
-static void end_run(Chat *c) {
+// Puts the run of text into the script, as tokens without bos. A run is tokenized as one, whoever wrote its parts.
+// The tokenizer may want a space in front of it at the start, or after a control token, but after an answer there is
+// none.
+static void end_run(Talk *c) {
     size_t n = n_tokens(c->script);
     uint32_t type = n ? c->t->pieces[((uint32_t *)c->script.data)[n - 1]].type : CONTROL;
     uint32_t space = n == 0 ? ADD_SPACE : type == NORMAL || type == BYTE ? 0 : SPACE_ANEW;
@@ -1963,7 +1954,7 @@ static void end_run(Chat *c) {
     c->run.n = 0;
 }
 
-static void add_template(Chat *c, size_t which) {
+static void add_template(Talk *c, size_t which) {
     Text items = c->t->templates[which];
     uint32_t item;
     for (size_t at = 0, length; read_number(items.bytes, items.n, &at, &item); at += length) {
@@ -1976,13 +1967,11 @@ static void add_template(Chat *c, size_t which) {
     }
 }
 
-static bool is_space(unsigned char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
-
 // Whose ends a template may trim, by two bits of its flags from bit 2 on
 typedef enum { SYSTEM_TEXT, FIRST_AFTER_SYSTEM, OTHER_TEXT } Speaker;
 
 // What someone says, which is only ever text.
-static void add_text(Chat *c, Text text, Speaker speaker) {
+static void add_text(Talk *c, Text text, Speaker speaker) {
     uint32_t flags = c->t->h.template_flags >> (2 + 2 * speaker);
     for (; flags & 1 && text.n && is_space(*text.bytes); text.n--)
         text.bytes++;
@@ -1992,13 +1981,13 @@ static void add_text(Chat *c, Text text, Speaker speaker) {
 }
 
 // Writes the script of all turns that are not forgotten. Where it begins as before, the cache holds it still.
-static void write_script(Chat *c) {
+static void write_script(Talk *c) {
     const char *system = c->o->system;
     const Buffer old = c->script;
     c->script = (Buffer){0};
     add_template(c, system ? BEFORE_SYSTEM : BEFORE_USER);
     if (system) {
-        add_text(c, (Text){(const unsigned char *)system, strlen(system)}, SYSTEM_TEXT);
+        add_text(c, text_of(system), SYSTEM_TEXT);
         add_template(c, AFTER_SYSTEM);
     }
     for (size_t i = c->first; i < c->n_turns; i++) {
@@ -2020,9 +2009,50 @@ static void write_script(Chat *c) {
     free(old.data);
 }
 
-// Ctrl-C stops an answer; once more, before the next line is there, it leaves. The handler of a signal can reach
-// nothing but a global variable, so this is one.
-static volatile sig_atomic_t interrupts;
+// When the script is longer than the context, forgets the oldest turns until half of it is free. Returns whether
+// there is room now; if not even the last turn fits, nothing is forgotten.
+static bool make_room(Talk *c) {
+    size_t before = c->first;
+    if (n_tokens(c->script) <= c->context)
+        return true;
+    fprintf(stderr, "run: the context of %zu tokens is full: ", c->context);
+    while (c->first + 1 < c->n_turns && n_tokens(c->script) > c->context / 2) {
+        c->first++;
+        write_script(c);
+    }
+    bool room = n_tokens(c->script) <= c->context;
+    if (room)
+        fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", c->first - before);
+    else
+        fprintf(stderr, "this message and its answer alone take %zu\n", n_tokens(c->script));
+    c->first = room ? c->first : before;
+    return room;
+}
+
+// Says the answer to a message: to a stop, to -n tokens, to Ctrl-C, or to the end of the context, if there is nothing
+// more to forget. With --json, that is an object with what the model reads, then one for each token.
+static void answer(Talk *c, Text message) {
+    c->turns = realloc(c->turns, (c->n_turns + 1) * sizeof *c->turns);
+    expect(c->turns, "no memory for the conversation");
+    Turn *turn = &c->turns[c->n_turns++];
+    *turn = (Turn){0};
+    append(&turn->said, message.bytes, message.n);
+    write_script(c);
+    bool room = make_room(c);
+    if (c->o->json) {
+        printf("{\"cached\": %zu, \"prompt_tokens\": [", c->n_cached);
+        print_ids(c->script.data, n_tokens(c->script), ", ");
+        puts("]}");
+    }
+    c->printer.skip_space = true; // in front of an answer, it belongs to the template
+    if (room) {
+        speak(c, &turn->answer, c->o->steps);
+    } else { // the message is too long
+        fputs(c->o->json ? "" : "\n", stdout);
+        free(turn->said.data);
+        c->n_turns--;
+    }
+}
 
 static void count_interrupt(int signal) {
     (void)signal;
@@ -2035,109 +2065,6 @@ static void count_interrupt(int signal) {
 static void catch_interrupts(int flags) {
     struct sigaction action = {.sa_handler = count_interrupt, .sa_flags = flags};
     sigaction(SIGINT, &action, NULL);
-}
-
-// When the script is longer than the context, forgets the oldest turns until half of it is free. Returns whether there is
-// room now; if not even the last turn fits, nothing is forgotten.
-static bool make_room(Chat *c) {
-    size_t before = c->first;
-    if (n_tokens(c->script) <= c->context)
-        return true;
-    while (c->first + 1 < c->n_turns && n_tokens(c->script) > c->context / 2) {
-        c->first++;
-        write_script(c);
-    }
-    bool room = n_tokens(c->script) <= c->context;
-    if (room)
-        fprintf(
-            stderr,
-            "run: the context of %zu tokens is full: the oldest turns (%zu) are forgotten, the rest is read again\n",
-            c->context, c->first - before);
-    else
-        fprintf(stderr, "run: the context of %zu tokens is full: this message and its answer alone take %zu\n",
-                c->context, n_tokens(c->script));
-    c->first = room ? c->first : before;
-    return room;
-}
-
-// Reads what the cache does not hold yet of the script. Ctrl-C ends it after a batch.
-static void read_script(Chat *c) {
-    for (size_t n; c->n_cached < n_tokens(c->script) && !interrupts; c->n_cached += n) {
-        n = smaller(c->s.batch, n_tokens(c->script) - c->n_cached);
-        feed(c->m, &c->s, (uint32_t *)c->script.data + c->n_cached, n, c->n_cached);
-    }
-}
-
-static void print_ids(const char *name, Buffer tokens) {
-    printf("\"%s\": [", name);
-    for (size_t i = 0; i < n_tokens(tokens); i++)
-        printf(i ? ", %u" : "%u", ((uint32_t *)tokens.data)[i]);
-    fputs("], ", stdout);
-}
-
-static Turn *add_turn(Chat *c, Text said) {
-    c->turns = realloc(c->turns, (c->n_turns + 1) * sizeof *c->turns);
-    expect(c->turns, "no memory for the conversation");
-    Turn *turn = &c->turns[c->n_turns++];
-    *turn = (Turn){0};
-    append(&turn->said, said.bytes, said.n);
-    write_script(c);
-    return turn;
-}
-
-// Says the answer to a message: to a stop, to -n tokens, to Ctrl-C, or to the end of the context, if there is nothing
-// more to forget. With --json, that is an object.
-static void answer(Chat *c, Text message) {
-    const bool json = c->o->json;
-    Printer printer = {.terminal = isatty(STDOUT_FILENO), .colours = wants_colours(c->o)};
-    Buffer said = {0}; // bytes, of the answer
-    Turn *turn = add_turn(c, message);
-    bool room = make_room(c);
-    size_t cached = c->n_cached;
-    double start = seconds();
-    if (room)
-        read_script(c);
-    double first = seconds();
-    c->n_read += c->n_cached - cached;
-    if (json) {
-        printf("{\"cached\": %zu, ", cached);
-        print_ids("prompt_tokens", c->script);
-    }
-    while (room && !interrupts) {
-        uint32_t token = sample(&c->sampler, c->s.logits, c->m->h.vocab_size);
-        if (is_stop(c->t, token))
-            break;
-        append(&turn->answer, &token, sizeof token);
-        append(&c->script, &token, sizeof token);
-        Text text = decode(c->t, token, c->n_cached);
-        for (; !said.n && text.n && is_space(*text.bytes); text.n--) // that belongs to the template
-            text.bytes++;
-        append(&said, text.bytes, text.n);
-        if (!json)
-            print_said(&printer, text, c->s.logits, c->m->h.vocab_size, token);
-        flush_output();
-        if (n_tokens(turn->answer) == c->o->steps)
-            break;
-        room = make_room(c);
-        if (room)
-            read_script(c);
-    }
-    if (json) {
-        print_ids("tokens", turn->answer);
-        fputs("\"text\": ", stdout);
-        print_json((Text){said.data, said.n});
-    }
-    print_pending(&printer, true);
-    fputs(json ? "}\n" : "\n", stdout);
-    flush_output();
-    c->reading += first - start;
-    c->saying += seconds() - first;
-    c->n_said += n_tokens(turn->answer);
-    free(said.data);
-    if (!room && !turn->answer.n) { // it was too long
-        free(turn->said.data);
-        c->n_turns--;
-    }
 }
 
 // The length of the next line, without its end; -1 at the end of the input.
@@ -2167,32 +2094,20 @@ static void chat(const Model *m, const Tokenizer *t, const Options *o) {
     expect(!o->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system text", t->path);
     FILE *input = !o->prompt_file || !strcmp(o->prompt_file, "-") ? stdin : fopen(o->prompt_file, "rb");
     expect(input, "%s: cannot read what is said: %s", o->prompt_file, strerror(errno));
-    Chat c = {.m = m, .t = t, .o = o, .context = o->context ? o->context : m->h.max_seq_len};
-    c.s = open_state(m, c.context, o->threads);
-    c.sampler = open_sampler(m, o);
+    Talk c = open_talk(m, t, o, o->context ? o->context : m->h.max_seq_len);
     bool terminal = isatty(fileno(input)) && isatty(STDERR_FILENO);
     char *line = NULL;
     size_t capacity = 0;
     catch_interrupts(SA_RESTART);
-    print_legend(o);
     if (o->prompt)
-        answer(&c, (Text){(const unsigned char *)o->prompt, strlen(o->prompt)});
+        answer(&c, text_of(o->prompt));
     for (ssize_t n; (n = read_line(input, terminal, &line, &capacity)) >= 0;)
         if (n || !terminal)
             answer(&c, (Text){(const unsigned char *)line, (size_t)n});
-    print_figures(c.n_read, c.reading, c.n_said, c.saying > 0 ? (double)c.n_said / c.saying : 0, o->seed);
+    close_talk(&c);
     if (input != stdin)
         fclose(input);
     free(line);
-    for (size_t i = 0; i < c.n_turns; i++) {
-        free(c.turns[i].said.data);
-        free(c.turns[i].answer.data);
-    }
-    free(c.turns);
-    free(c.script.data);
-    free(c.run.data);
-    close_sampler(&c.sampler);
-    close_state(&c.s);
 }
 
 // Bytes a second of a plain read of the whole weights file: generation reads nearly all of it for each token.
@@ -2268,7 +2183,8 @@ static void print_measurement(Measurement *r, size_t n, bool json) {
 }
 
 // Measures a prompt, and generation at the start and at the end of the context.
-static void bench(const Model *m, const Options *o) {
+static void bench(const Model *m, const Tokenizer *t, const Options *o) {
+    (void)t; // the tokens are random
     const Header *h = &m->h;
     size_t context = o->context ? o->context : smaller(h->max_seq_len, 4096), n = o->repeat;
     size_t prefill = o->prefill ? o->prefill : smaller(512, context);
@@ -2310,7 +2226,7 @@ static void bench(const Model *m, const Options *o) {
     uint64_t hash = hash_of((Text){(const unsigned char *)s.logits, h->vocab_size * sizeof(float)});
     if (o->json) {
         fputs("{\"model\": ", stdout);
-        print_json((Text){(const unsigned char *)m->path, strlen(m->path)});
+        print_quoted(text_of(m->path), true);
         printf(", \"dtype\": \"%s\", \"params\": %.0f, \"file_bytes\": %zu, \"threads\": %zu, \"isa\": \"%s\", "
                "\"context\": %zu, \"repeat\": %zu, \"logits_hash\": \"%016llx\"",
                dtype, parameters, m->size, s.threads, isa(), context, n, (unsigned long long)hash);
@@ -2332,43 +2248,27 @@ static void bench(const Model *m, const Options *o) {
 // ------------------------------------------------------------------------------------------------
 // 7 The command line
 
-static const char usage[] = "usage: run [MODEL] [options]     MODEL: weights (" DEFAULT_MODEL ")\n"
-                            "\n"
-                            "what to do\n"
-                            "  -m MODE   generate (default): continue the prompt\n"
-                            "            chat: answer -i, then each line; Ctrl-C stops, twice leaves\n"
-                            "            next: show the likeliest tokens to come; -k K of them (10)\n"
-                            "            perplexity: measure how well the model predicts the prompt\n"
-                            "            tokenize: print the prompt's token ids\n"
-                            "            bench: measure this machine with this model\n"
-                            "  -i TEXT   the prompt (default: empty, the model begins)\n"
-                            "  -f FILE   the prompt from a file, - for standard input\n"
+static const char usage[] = "usage: run [MODEL] [options]          MODEL: a weights file (" DEFAULT_MODEL ")\n"
+                            "  -m MODE   generate (default): go on with the prompt; chat: answer each line;\n"
+                            "            next: what may come next; perplexity: rate a text;\n"
+                            "            bench: measure the speed; tokenize: print token ids\n"
+                            "  -i TEXT   the prompt                   -f FILE  or from a file (-: from stdin)\n"
                             "  -y TEXT   chat: the system text, which says how to answer\n"
-                            "  -n N      stop after N tokens, the prompt included (256; 0: full context);\n"
-                            "            chat: N tokens of an answer (0: until the model stops)\n"
-                            "  --probs   colour each token by its probability; with --json, the top K (5)\n"
-                            "  --stride N  of perplexity: windows N tokens apart, each scores the last N\n"
-                            "            (default: a context's length each, with bos in front)\n"
-                            "  --json    print JSON: an object a token, or one for the other modes\n"
-                            "\n"
+                            "  -n N      stop after N tokens, with the prompt (256; 0: at the context's end);\n"
+                            "            chat: N tokens of an answer (0: when the model stops)\n"
+                            "  --probs   colour each token by its probability; with --json: the top K (5)\n"
+                            "  --json    print JSON: an object a token, or one for all\n"
                             "sampling\n"
                             "  -t T      temperature (1.0; 0: always the likeliest token)\n"
-                            "  -p P      top-p: of the likeliest tokens that have P together (0.9; 1: off)\n"
-                            "  -k K      top-k: of the K likeliest tokens (0: off)\n"
-                            "  -s SEED   the same seed gives the same text (default: the time)\n"
-                            "\n"
+                            "  -p P      top-p: from the likeliest tokens that have P together (0.9; 1: off)\n"
+                            "  -k K      top-k: from the K likeliest (0: off); next: that many lines (10)\n"
+                            "  -s SEED   the same seed gives the same text (the time)\n"
                             "the machine\n"
-                            "  -c N      context length in tokens (default: the model's)\n"
-                            "  -j N      threads (default: the physical cores this process may use)\n"
-                            "  -z FILE   tokenizer (default: MODEL.tokenizer.bin for MODEL.bin, or\n"
-                            "            tokenizer.bin beside it, or here)\n"
+                            "  -c N      context, in tokens (the model's)      -j N  threads (physical cores)\n"
+                            "  -z FILE   tokenizer (MODEL.tokenizer.bin, or tokenizer.bin beside it, or here)\n"
+                            "  --stride N  perplexity: windows N tokens apart, each rates its last N\n"
+                            "  --prefill N (512), --decode N (64), --repeat N (5): of bench\n"
                             "  -h, --help, --version\n"
-                            "\n"
-                            "bench\n"
-                            "  --prefill N   tokens of the prompt (512)\n"
-                            "  --decode N    tokens generated (64), at the start and end of the context\n"
-                            "  --repeat N    how often (5)\n"
-                            "\n"
                             "examples\n"
                             "  run model.bin -i \"Once upon a time\" -t 0.8 -s 42\n"
                             "  run model.bin -m chat -y \"Answer briefly.\"\n";
@@ -2396,6 +2296,20 @@ static unsigned physical_cores(void) {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     return cores > 0 ? (unsigned)cores : 1;
 #endif
+}
+
+typedef struct {
+    const char *name;
+    void (*run)(const Model *m, const Tokenizer *t, const Options *o);
+} Mode;
+
+static const Mode *find_mode(const char *name) {
+    static const Mode modes[] = {{"generate", generate},     {"chat", chat},         {"next", next},
+                                 {"perplexity", perplexity}, {"tokenize", tokenize}, {"bench", bench}};
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
+        if (!strcmp(name, modes[i].name))
+            return &modes[i];
+    die(USAGE, "-m: expected generate, chat, next, perplexity, tokenize or bench, found '%s'", name);
 }
 
 typedef struct {
@@ -2429,6 +2343,7 @@ static Options parse_options(int argc, char **argv) {
     o.repeat = 5;
     o.threads = physical_cores();
     o.seed = (uint64_t)time(NULL);
+    bool help = false, version = false;
     const Option options[] = {
         {"-m", TEXT, &o.mode, 0, 0},
         {"-i", TEXT, &o.prompt, 0, 0},
@@ -2448,6 +2363,9 @@ static Options parse_options(int argc, char **argv) {
         {"--stride", INTEGER, &o.stride, 1, INT32_MAX},
         {"--probs", SWITCH, &o.probs, 0, 0},
         {"--json", SWITCH, &o.json, 0, 0},
+        {"-h", SWITCH, &help, 0, 0},
+        {"--help", SWITCH, &help, 0, 0},
+        {"--version", SWITCH, &version, 0, 0},
     };
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i];
@@ -2458,14 +2376,6 @@ static Options parse_options(int argc, char **argv) {
             if (o.model)
                 die(USAGE, "expected one MODEL, found '%s' and '%s'", o.model, flag);
             o.model = flag;
-        } else if (!strcmp(flag, "-h") || !strcmp(flag, "--help")) {
-            fputs(usage, stdout);
-            flush_output();
-            exit(0);
-        } else if (!strcmp(flag, "--version")) {
-            printf("twofiles %s (%s)\n", VERSION, isa());
-            flush_output();
-            exit(0);
         } else if (option == end) {
             die(USAGE, "unknown flag '%s'", flag);
         } else if (option->kind == SWITCH) {
@@ -2476,14 +2386,16 @@ static Options parse_options(int argc, char **argv) {
             set_option(option, argv[i]);
         }
     }
+    if (help || version) {
+        if (help)
+            fputs(usage, stdout);
+        else
+            printf("twofiles %s (%s)\n", VERSION, isa());
+        flush_output();
+        exit(0);
+    }
     if (o.prompt && o.prompt_file)
         die(USAGE, "expected one of -i and -f, found both");
-    const char *const modes[] = {"generate", "chat", "next", "perplexity", "tokenize", "bench"};
-    bool known = false;
-    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
-        known = known || !strcmp(o.mode, modes[i]);
-    if (!known)
-        die(USAGE, "-m: expected generate, chat, next, perplexity, tokenize or bench, found '%s'", o.mode);
     if (o.steps == UINT64_MAX) // no -n
         o.steps = strcmp(o.mode, "chat") ? 256 : 0;
     return o;
@@ -2833,7 +2745,8 @@ static void spin_briefly(char **argv) {
 int main(int argc, char **argv) {
     spin_briefly(argv);
     Options o = parse_options(argc, argv);
-    bool only_tokens = !strcmp(o.mode, "tokenize");
+    const Mode *mode = find_mode(o.mode);
+    bool only_tokens = mode->run == tokenize;
     if (!o.model && !(only_tokens && o.tokenizer))
         o.model = DEFAULT_MODEL;
     Model m = {0};
@@ -2847,18 +2760,7 @@ int main(int argc, char **argv) {
     Tokenizer t = open_tokenizer(path);
     if (o.model)
         check_pair(&m, &t);
-    if (only_tokens)
-        tokenize(&t, &o);
-    else if (!strcmp(o.mode, "bench"))
-        bench(&m, &o);
-    else if (!strcmp(o.mode, "next"))
-        next(&m, &t, &o);
-    else if (!strcmp(o.mode, "perplexity"))
-        perplexity(&m, &t, &o);
-    else if (!strcmp(o.mode, "chat"))
-        chat(&m, &t, &o);
-    else
-        generate(&m, &t, &o);
+    mode->run(&m, &t, &o);
     flush_output();
     free(m.layers);
     close_tokenizer(&t);

@@ -79,8 +79,21 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
 
 def answers(run: Program, path: Path, *args: object, lines: list[str] | bytes = b"") -> list[dict[str, Any]]:
     stdin = lines if isinstance(lines, bytes) else "".join(line + "\n" for line in lines).encode()
-    done = run.ok(path, "-m", "chat", "--json", "-t", 0, *args, stdin=stdin)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return parsed(run.ok(path, "-m", "chat", "--json", "-t", 0, *args, stdin=stdin).stdout)
+
+
+def parsed(output: bytes) -> list[dict[str, Any]]:
+    """For each answer an object with what the model reads, then one for each token that it says."""
+    found: list[dict[str, Any]] = []
+    for line in map(json.loads, output.splitlines()):
+        if "cached" in line:
+            assert set(line) == {"cached", "prompt_tokens"}
+            found.append({**line, "tokens": [], "text": ""})
+        else:
+            assert set(line) == {"id", "text", "logprob"} and line["logprob"] <= 0
+            found[-1]["tokens"].append(line["id"])
+            found[-1]["text"] += line["text"]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -143,8 +156,8 @@ def test_the_tokens_are_those_of_the_template(run: Program, peer: tuple[Peer, st
         for said, answer in zip(SAID, found, strict=True):
             turns.append(said)
             assert answer["prompt_tokens"] == model.rendered(turns, system), turns
-            assert answer["tokens"] == model.answer
-            assert answer["text"] == "Hello there"
+            assert answer["tokens"][:-1] == model.answer and answer["tokens"][-1] in model.stops
+            assert answer["text"].strip() == "Hello there"
             assert answer["cached"] == known  # all that was ever read or said
             known = len(answer["prompt_tokens"]) + len(model.answer)
             turns.append(model.says)
@@ -204,7 +217,7 @@ def test_first_message_and_system_text(run: Program, hello: Path, tmp_path: Path
     first, second = answers(run, hello, "-i", "hi", "-y", "zz", lines=["bye"])
     start = [BOS, *said("S:zz|U:hi|A:")]
     answer = [3 + byte for byte in b"Helo!"]
-    assert first == {"cached": 0, "prompt_tokens": start, "tokens": answer, "text": "Helo!"}
+    assert first == {"cached": 0, "prompt_tokens": start, "tokens": [*answer, STOP], "text": "Helo!"}
     assert second["prompt_tokens"] == [*start, *answer, STOP, *said("U:bye|A:")]
     (tmp_path / "turns").write_text("hi\nbye\n")
     assert answers(run, hello, "-f", tmp_path / "turns", "-y", "zz") == [first, second]
@@ -247,7 +260,7 @@ def test_answers_are_the_likeliest_with_all_of_the_history(run: Program, wild: t
 def test_leading_space_of_an_answer_is_not_shown(run: Program, tmp_path: Path) -> None:
     path = talker(b"\n hi").write(tmp_path / "space.bin")
     assert run.ok(path, "-m", "chat", stdin=b"hi\n").stdout == b"hi\n"
-    assert answers(run, path, lines=["hi"])[0]["tokens"] == [3 + byte for byte in b"\n hi"]
+    assert answers(run, path, lines=["hi"])[0]["tokens"] == [*(3 + byte for byte in b"\n hi"), STOP]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -260,7 +273,7 @@ def test_the_oldest_turns_are_forgotten(run: Program, hello: Path) -> None:
         *(hello, "-m", "chat", "--json", "-t", 0, "-c", 100, "-y", "zz"),
         stdin="\n".join(lines).encode(),
     )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = parsed(done.stdout)
     assert [answer["text"] for answer in found] == ["Helo!"] * 9
     assert "the context of 100 tokens is full" in done.stderr and "forgotten" in done.stderr
     pieces = vocabulary().pieces
@@ -293,7 +306,7 @@ def test_a_message_that_is_too_long_is_told_and_left_out(run: Program, hello: Pa
     lines = ["hi", "x" * 200, "bye"]
     first, long, last = answers(run, hello, "-c", 100, lines=lines)
     assert long["tokens"] == [] and long["text"] == ""
-    known = [*first["prompt_tokens"], *first["tokens"], STOP]
+    known = [*first["prompt_tokens"], *first["tokens"]]
     assert last["prompt_tokens"] == [*known, *said("U:bye|A:")]  # what was said before is still known
     done = run.ok(hello, "-m", "chat", "-c", 100, "-t", 0, stdin="\n".join(lines).encode())
     assert done.stdout == b"Helo!\n\nHelo!\n"

@@ -50,11 +50,6 @@ def with_env(run: Program, **env: str) -> Program:
     return program
 
 
-def columns_of(line: str) -> int:
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
-    return len(line) + wide - sum(unicodedata.combining(c) > 0 for c in line)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The same model in transformers
 
@@ -166,11 +161,11 @@ def test_next_of_the_end_of_a_long_text(run: Program, tmp_path: Path) -> None:
 
 
 ODD_TOKENS = {
-    b"\n": '"\\n"', b" \t\r": '" \\t\\r"', b'"\\': '"\\"\\\\"', b"\x1b[2J": '"\\x1b[2J"', b"\0": '"\\x00"',
-    b"\xe2\x82": '"\\xe2\\x82"', b"\xc2\x9b": '"\\xc2\\x9b"', "\u200f\u00a0".encode(): None,
-    "\u65e5\u672c\u8a9e\u306e\u6587\u5b57\u5217\u3067\u3059".encode(): None, b" the": '" the"',
+    b"\n": '"\\n"', b" \t\r": '" \\t\\u000d"', b'"\\': '"\\"\\\\"', b"\x1b[2J": '"\\u001b[2J"', b"\0": '"\\u0000"',
+    b"\xe2\x82": '"\\xe2\\x82"', b"\xc2\x9b": '"\\u009b"', b" the": '" the"', b" " * 30: '"' + " " * 30 + '"',
+    "\u65e5\u672c\u8a9e\u306e\u6587\u5b57\u5217\u3067\u3059".encode(): '"\u65e5\u672c\u8a9e\u306e\u6587\u5b57\u5217\u3067\u3059"',
     "\U0001f600\U0001f600".encode(): '"\U0001f600\U0001f600"', "e\u0301".encode(): '"e\u0301"',
-    b"internationalisation": None, b" " * 30: None, b"seventeen_letters": None, b"fourteen_chars": '"fourteen_chars"',
+    b"internationalisation": '"internationalisation"', b"fourteen_chars": '"fourteen_chars"',
 }  # fmt: skip
 
 
@@ -188,37 +183,41 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_table(text: str, columns: int) -> None:
-    lines = text.splitlines()
-    *rows, rest, entropy = lines
-    assert re.fullmatch(r"rest +\d+\.\d\d%", rest) and re.fullmatch(r"entropy \d+\.\d\d bits", entropy)
-    assert len(rows) == 17
-    assert max(columns_of(line) for line in lines) == columns  # the longest bar reaches the edge
-    ends = set()
-    for row in [*rows, rest]:
-        match = re.fullmatch(r"(.*?) *(\d+\.\d\d)%( [\u2588-\u258f]*)?", row)
+    """A probability, a bar, and a token in quotes; what has a width for certain is aligned."""
+    *rows, rest, entropy = text.splitlines()
+    assert re.fullmatch(r"entropy \d+\.\d\d bits", entropy)
+    assert len(rows) == 15
+    shown = [
+        re.fullmatch(r"( *\d+\.\d\d)% ([\u2588-\u258f]* *) (\".*\")( \(control\))?", row) for row in rows
+    ]
+    left = re.fullmatch(r"( *\d+\.\d\d)% rest", rest)
+    assert left, rest
+    found = []
+    for row, match in zip(rows, shown, strict=True):
         assert match, row
-        ends.add(columns_of(row[: match.end(2)]))
         assert not any(unicodedata.category(c).startswith("C") for c in row), row
-    assert len(ends) == 1
-    found = [float(re.findall(r"(\d+\.\d\d)%", row)[-1]) for row in [*rows, rest]]
-    assert found[:-1] == sorted(found[:-1], reverse=True)
-    assert sum(found) == pytest.approx(100, abs=0.1)
+        assert len(match[1]) == len(left[1])
+        found.append(float(match[1]))
+        assert len(match[2]) == min((columns - 8) // 3, 40)
+        assert len(match[2].rstrip()) == pytest.approx(len(match[2]) * found[-1] / found[0], abs=1.1)
+    assert found == sorted(found, reverse=True)
+    assert sum(found) + float(left[1]) == pytest.approx(100, abs=0.1)
+    assert max(len(row) for row in rows if '" the"' in row) <= columns
+    for quoted in ODD_TOKENS.values():
+        assert any(match and match[3] == quoted for match in shown), quoted
 
 
 @pytest.mark.parametrize("columns", [20, 21, 22, 33, 40, 79, 80, 132, 300])
 def test_the_table_fits(run: Program, odd: Path, columns: int) -> None:
-    args = [odd, "-m", "next", "-i", "", "-k", 17]
+    args = [odd, "-m", "next", "-i", "", "-k", 15]
     text = with_env(run, COLUMNS=str(columns)).ok(*args).text
     check_table(text, columns)
     assert on_terminal(with_env(run), *args, columns=columns)[0] == text
-    if columns >= 80:
-        assert "</s> " in text and "internationali\u2026" in text
-        for shown in filter(None, ODD_TOKENS.values()):
-            assert shown in text
+    assert '"</s>" (control)' in text
 
 
 def test_odd_terminals(run: Program, odd: Path) -> None:
-    args = [odd, "-m", "next", "-i", "", "-k", 17]
+    args = [odd, "-m", "next", "-i", "", "-k", 15]
     usual = with_env(run, COLUMNS="80").ok(*args).text
     assert with_env(run).ok(*args).text == usual  # no terminal
     assert on_terminal(with_env(run), *args, columns=0)[0] == usual  # one that does not say
@@ -248,7 +247,8 @@ def test_json_has_the_likeliest(run: Program, tmp_path: Path, args: list[object]
         assert len(top) == (k or model.vocab_size)
         assert {item["id"] for item in top if item["id"] == expected.argmax()}
         for item in top:
-            assert set(item) == {"id", "text", "logprob"}
+            assert set(item) == {"id", "text", "prob", "logprob"}
+            assert item["prob"] == pytest.approx(math.exp(item["logprob"]), rel=1e-4, abs=1e-9)
             assert item["logprob"] == pytest.approx(expected[item["id"]], abs=5e-3)
         for item in top:
             assert item["id"] != line["id"] or (item["text"], item["logprob"]) == (
