@@ -134,7 +134,8 @@ typedef struct {
 static const void *map_file(const char *path, const char *magic, size_t min_size, const char *what, size_t *size) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe shall not block, it is refused below
     struct stat st;
-    expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s made by export.py: %s", path, what, strerror(errno));
+    expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s, as python3 export.py CHECKPOINT -o MODEL.bin makes it: %s",
+           path, what, strerror(errno));
     expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
            S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
     *size = (size_t)st.st_size;
