@@ -1340,6 +1340,7 @@ TOKENIZER_HEADER = struct.Struct("<8s4I2iI7i2Q6IQ")  # 112 bytes, then the vocab
 TOKEN = struct.Struct("<IIf")  # length, type, score; then the bytes
 SENTENCEPIECE_BPE, BYTE_LEVEL_BPE = 1, 2  # the kind of tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece's types of tokens
+LATE = 7  # user-defined, but sought when the text has been normalised
 MAX_STOP_IDS = 7
 TEXT_ITEM = 1 << 31  # in a template: so many bytes of text; other items are ids
 
@@ -1351,6 +1352,7 @@ SWITCHES = (
     "no_second_space",
     "by_merges",
     "whole_words",
+    "nfc",
 )  # bits of flags
 
 
@@ -1377,6 +1379,19 @@ class Machines(NamedTuple):
 
 
 NO_MACHINES = Machines()  # a text is one word
+
+
+class Nfc(NamedTuple):
+    """Unicode's tables for the normalization form C, less Hangul, which is arithmetic."""
+
+    decompositions: tuple[tuple[int, ...], ...]  # a character, the four that it stands for, 0 after the last
+    compositions: tuple[tuple[int, ...], ...]  # two characters, and the one that they make
+    marks: tuple[
+        tuple[int, int, int], ...
+    ]  # first and last character, combining class; of all others it is 0
+
+
+MAX_PARTS = 4
 
 Piece = tuple[int | str, ...]  # of a chat template: the ids of tokens, and texts
 
@@ -1414,11 +1429,12 @@ class Tokenizer:
     kind: int = SENTENCEPIECE_BPE
     merges: tuple[Merge, ...] = ()
     machines: Machines = NO_MACHINES
+    nfc: Nfc | None = None  # text is put into that form
     template: Template | None = None
 
     def __post_init__(self) -> None:
         for id, token in enumerate(self.tokens):
-            if not NORMAL <= token.type <= BYTE or not math.isfinite(token.score):
+            if not NORMAL <= token.type <= LATE or not math.isfinite(token.score):
                 raise ExportError(f"token {id} has the type {token.type} and the score {token.score}")
             if not token.text and token.type != UNUSED:
                 raise ExportError(f"token {id} is empty")
@@ -1444,8 +1460,10 @@ class Tokenizer:
 
     @cached_property
     def rest(self) -> bytes:
-        """What follows the vocabulary: the merges, how words are cut, the template."""
-        numbers = [*self.merges, *self.machines.ranges, *self.machines.steps]
+        """What follows the vocabulary: the merges, how words are cut, NFC, the template."""
+        numbers: list[tuple[int, ...]] = [*self.merges, *self.machines.ranges, *self.machines.steps]
+        if self.nfc:
+            numbers += [tuple(map(len, self.nfc)), *(row for rows in self.nfc for row in rows)]
         start = bytes(-len(self.vocabulary) % 4)
         pieces = self.template.pieces if self.template else ((),) * len(PIECES)
         return b"".join(
@@ -1459,7 +1477,7 @@ class Tokenizer:
     def to_bytes(self) -> bytes:
         """The tokenizer file."""
         stop_ids = self.stop_ids + (-1,) * (MAX_STOP_IDS - len(self.stop_ids))
-        flags = sum(getattr(self, name) << bit for bit, name in enumerate(SWITCHES))
+        flags = sum(bool(getattr(self, name)) << bit for bit, name in enumerate(SWITCHES))
         size = TOKENIZER_HEADER.size + len(self.vocabulary) + len(self.rest)
         m = self.machines
         return b"".join(
@@ -1510,6 +1528,9 @@ class Tokenizer:
             merges = tuple(Merge(*take("3I")) for _ in range(n_merges))
             ranges = tuple(take("3I") for _ in range(n_ranges))
             steps = tuple(take(f"{n_classes}I") for _ in range(n_states))
+            switches: dict[str, Any] = {name: bool(flags >> bit & 1) for bit, name in enumerate(SWITCHES)}
+            widths = zip(take("3I"), (1 + MAX_PARTS, 3, 3), strict=True) if switches["nfc"] else ()
+            nfc = [tuple(take(f"{width}I") for _ in range(count)) for count, width in widths]
             pieces = tuple(template_piece(*take(f"{take('I')[0]}s")) for _ in PIECES)
         except struct.error:
             raise ExportError("a damaged tokenizer file: it ends too early") from None
@@ -1518,7 +1539,7 @@ class Tokenizer:
             bos,
             unk,
             tuple(stop_ids[:n_stop]),
-            **{name: bool(flags >> bit & 1) for bit, name in enumerate(SWITCHES)},
+            **switches | {"nfc": Nfc(*nfc) if nfc else None},
             kind=kind,
             merges=merges,
             machines=Machines(ranges, steps, n_machines),
@@ -1572,7 +1593,8 @@ class Tokenizer:
         for id, piece in enumerate(model.pieces):
             if piece.type == BYTE and token_type(piece.piece.encode()) != BYTE:
                 raise ExportError(f"token {id} {piece.piece!r} is no byte, but should be")
-            tokens.append(Token(token_text(piece.piece.encode(), piece.type), piece.type, piece.score))
+            type = LATE if piece.type == USER_DEFINED else piece.type
+            tokens.append(Token(token_text(piece.piece.encode(), type), type, piece.score))
         return cls(
             tokens,
             bos_id=trainer.bos_id,
@@ -1636,6 +1658,7 @@ class Tokenizer:
             kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
             merges=merges,
             machines=machines(GGUF_PATTERNS[pre]) if byte_level else words_at_spaces(tokens),
+            nfc=nfc_tables() if byte_level and pre in GGUF_NFC else None,
         )
         added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
         return tokenizer.with_template(
@@ -1675,7 +1698,7 @@ def token_text(piece: bytes, type: int) -> bytes:
     """What a token prints, from its name in a vocabulary."""
     if type == BYTE:
         return bytes([int(piece[3:5], 16)])
-    return piece.replace("▁".encode(), b" ") if type in (NORMAL, USER_DEFINED) else piece
+    return piece.replace("▁".encode(), b" ") if type in (NORMAL, USER_DEFINED, LATE) else piece
 
 
 def fnv1a(data: bytes) -> int:
@@ -1711,6 +1734,7 @@ GGUF_PATTERNS = {  # what llama.cpp calls pre-tokenizers
     ]
     for name in names.split()
 }
+GGUF_NFC = {"qwen2", "qwen35"}
 GGUF_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"}
 
 SCALARS_BELOW, SCALARS_FROM = 0xD800, 0xE000  # what lies between are no characters
@@ -1929,6 +1953,12 @@ class Machine:
         return tuple(following), False
 
 
+def ranges_of(kinds: NDArray[Any], usual: int) -> tuple[tuple[int, int, int], ...]:
+    """First and last character and class, of those that are not of the usual class."""
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    return tuple((a, b - 1, int(kinds[a])) for a, b in pairwise(edges) if kinds[a] != usual)
+
+
 def words_at_spaces(tokens: Sequence[Token]) -> Machines:
     """A word begins with its spaces, unless there is a token with a space after something else."""
     across = any(b" " in token.text.lstrip(b" ") for token in tokens if token.type == NORMAL)
@@ -1960,8 +1990,7 @@ def machines(patterns: Sequence[str]) -> Machines:
     if len(order) > 255:
         raise ExportError(f"a pre-tokenizer that tells {len(order)} classes of characters apart")
     members = {name: (False, *signature[firsts[order], i].tolist()) for i, name in enumerate(names)}
-    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
-    ranges = [(a, b - 1, int(kinds[a])) for a, b in pairwise(edges) if kinds[a] != 1]
+    ranges = ranges_of(kinds, 1)
 
     # State 0 is dead, then come the states in which the machines start.
     automata = [Machine(tree, members) for tree in trees]
@@ -1978,7 +2007,45 @@ def machines(patterns: Sequence[str]) -> Machines:
         steps.append(tuple(row))
         if len(states) > 1 << 16:
             raise ExportError(f"a pre-tokenizer with too many states: {patterns}")
-    return Machines(tuple(ranges), tuple(steps), len(trees))
+    return Machines(ranges, tuple(steps), len(trees))
+
+
+def library_nfc(text: bytes) -> bytes:
+    from tokenizers import normalizers
+
+    return str(normalizers.NFC().normalize_str(text.decode())).encode()
+
+
+@cache
+def nfc_tables() -> Nfc:
+    """What the `tokenizers` library itself knows, as Python's tables may be older or newer."""
+    try:
+        from tokenizers import normalizers
+    except ImportError:
+        raise ExportError("this tokenizer needs the Python package tokenizers") from None
+    compose, decompose = normalizers.NFC().normalize_str, normalizers.NFD().normalize_str
+
+    def changed(texts: Sequence[str]) -> dict[str, str]:
+        """Of the texts, those that decompose, or whose marks change places, and what they become."""
+        found = zip(texts, decompose("\0".join(texts)).split("\0"), strict=True)
+        return {text: result for text, result in found if text != result}
+
+    single = [c for c in all_characters() if c not in "\0\u0345\u0334" and not "\uac00" <= c <= "\ud7a3"]
+    parts = changed(single)
+    pairs = [(compose(p[:-1]), p[-1], c) for c, p in parts.items() if compose(c) == c]
+    # What changes places with a mark of the highest class (U+0345) or of the lowest (U+0334) is a mark.
+    moved = [*changed(["\u0345" + c for c in single]), *changed([c + "\u0334" for c in single])]
+    marks = {text.strip("\u0345\u0334") for text in moved} - {*parts} | {"\u0345", "\u0334"}
+    classes = np.zeros(0x110000, int)
+    last, kind = "", 0
+    for mark in decompose("".join(sorted(marks))):  # that is in the order of their classes
+        kind += last == "" or (mark + last) in changed([mark + last])
+        last, classes[ord(mark)] = mark, kind
+    return Nfc(
+        tuple((ord(c), *map(ord, p.ljust(MAX_PARTS, "\0"))) for c, p in parts.items()),
+        tuple((ord(a), ord(b), ord(c)) for a, b, c in pairs),
+        ranges_of(classes, 0),
+    )
 
 
 # ---- Hugging Face's tokenizer.json
@@ -2107,28 +2174,28 @@ class HuggingFace:
             name, id = token["content"], token["id"]
             if id not in control:
                 self.check_added(token)
+            late = bool(token.get("normalized"))
             if name:
-                tokens[id] = Token(name.encode(), CONTROL if id in control else USER_DEFINED)
+                tokens[id] = Token(
+                    name.encode(), CONTROL if id in control else LATE if late else USER_DEFINED
+                )
         for id in control:
             if tokens[id].text:
                 tokens[id] = tokens[id]._replace(type=CONTROL)
         return tokens
 
     def check_added(self, token: dict[str, Any]) -> None:
-        """Refuses a plain added token that is not simply sought, the longest first at each place of the text."""
+        """Refuses a plain added token that is not simply sought, the longest at each place of the text."""
         if strange := [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]:
             raise ExportError(f"the added token {token['content']!r} is {strange[0]} (not supported)")
-        # The library looks for those that are not "normalized" first, which matters where others may overlap them.
-        name = token["content"]
-        for other in self.added:
-            early, text = bool(other.get("normalized")) < bool(token.get("normalized")), other["content"]
-            if early and not other.get("special") and (name in text or text in name or overlap(name, text)):
-                raise ExportError(f"the added tokens {name!r} and {text!r} overlap (not supported)")
 
     def tokenizer(self) -> Tokenizer:
         model = self.model
         kinds = flattened(self.json.get("pre_tokenizer"), "pretokenizers")
         normalizers = flattened(self.json.get("normalizer"), "normalizers")
+        steps = len(normalizers)
+        normalizers = [normalizer for normalizer in normalizers if normalizer["type"] != "NFC"]
+        nfc = nfc_tables() if len(normalizers) < steps else None
         byte_level = any(kind["type"] == "ByteLevel" for kind in kinds)
         if model.get("type", "BPE") != "BPE":
             raise ExportError(
@@ -2143,6 +2210,8 @@ class HuggingFace:
         else:
             tokens = self.tokens(self.piece)
             patterns, spaces = self.sentencepiece(kinds, normalizers, tokens)
+        if nfc:
+            tokens = [t._replace(text=library_nfc(t.text)) if t.type == LATE else t for t in tokens]
         unk = self.ids.get(model.get("unk_token") or "", -1)
         if byte_level and unk >= 0 and model.get("fuse_unk") and sum(t.type == BYTE for t in tokens) < 256:
             raise ExportError(
@@ -2167,6 +2236,7 @@ class HuggingFace:
             kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
             merges=to_merges(self.pairs, self.vocab, tokens),
             machines=machines(patterns),
+            nfc=nfc,
         )
         added = {token["content"]: token["id"] for token in self.added}
         chatty = tokenizer.with_template(self.chat_template(), self.special(), added)
@@ -2186,11 +2256,10 @@ class HuggingFace:
         That is at the "first" text, or "always", also after an added token, but not where there is a space; or
         before "each" text, even so.
         """
-        for normalizer in normalizers:
-            if normalizer["type"] != "NFC":  # run.c leaves it out: most text is in that form
-                raise ExportError(
-                    f"a byte-level tokenizer with an unknown normalizer: {json.dumps(normalizer)}"
-                )
+        if normalizers:
+            raise ExportError(
+                f"a byte-level tokenizer with an unknown normalizer: {json.dumps(normalizers[0])}"
+            )
         patterns = []
         space = False
         for kind in kinds:
@@ -2245,7 +2314,7 @@ class HuggingFace:
                 raise ExportError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
         if not replaced:
             raise ExportError("a tokenizer.json that is neither byte-level nor writes spaces as '▁'")
-        if any(b" " in token.text for token in tokens if token.type == USER_DEFINED):
+        if any(c in token.text for c in (b" ", bar.encode()) for token in tokens if token.type == LATE):
             raise ExportError("an added token with a space in it (not supported)")
         if not self.model.get("byte_fallback") and not self.model.get("fuse_unk"):
             raise ExportError("a tokenizer.json without byte_fallback and fuse_unk (not supported)")
@@ -2258,11 +2327,6 @@ class HuggingFace:
         if isinstance(found, list):  # several of them, by name
             found = next((t.get("template") for t in found if t.get("name") == "default"), None)
         return found if isinstance(found, str) else None
-
-
-def overlap(a: str, b: str) -> bool:
-    """Whether one may begin within the other."""
-    return any(a[-n:] == b[:n] or b[-n:] == a[:n] for n in range(1, min(len(a), len(b))))
 
 
 def flattened(step: Any, inside: str) -> list[Any]:

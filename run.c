@@ -894,18 +894,20 @@ static Item *likeliest(const float *logits, size_t n, size_t k) {
 // ------------------------------------------------------------------------------------------------
 // 5 The tokenizer
 //
-// A text is cut into words, and each word into tokens. Of both kinds of tokenizer, SentencePiece's starts from
-// characters and knows bytes only as a makeshift; the byte-level one starts from bytes. What else tells one tokenizer
-// from another is data in its file: how words are cut, what is merged first, which tokens are taken as they stand.
+// A text is normalised and cut into words, and each word into tokens. Of both kinds of tokenizer, SentencePiece's
+// starts from characters and knows bytes only as a makeshift; the byte-level one starts from bytes. What else tells one
+// tokenizer from another is data in its file: how words are cut, what is merged first, which tokens are taken as they
+// stand.
 
 typedef struct {
     const unsigned char *bytes;
     size_t n;
 } Text;
 
-enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 };                                    // TokenizerHeader.kind
-enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6 }; // Piece.type
-enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, NONE = INT32_MAX };                          // NONE: no token, no symbol
+enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 };                                              // TokenizerHeader.kind
+enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE = 7 }; // the type of a token
+enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, NONE = INT32_MAX }; // NONE: no token, no symbol
+enum { CHARACTERS = 0x110000 }; // numbers of Unicode's; from here on, bytes that are not UTF-8
 
 enum { // TokenizerHeader.flags
     ADD_BOS = 1,
@@ -914,7 +916,8 @@ enum { // TokenizerHeader.flags
     NO_SECOND_SPACE = 8, // but not of one that begins with a space
     BY_MERGES = 16,      // the order of merging is that of the list of merges, not that of the pieces' scores
     WHOLE_WORDS = 32,    // a word that is a piece is never cut
-    ALL_TOKENIZER_FLAGS = 63
+    NFC = 64,            // text is put into Unicode's normalization form C
+    ALL_TOKENIZER_FLAGS = 127
 };
 
 // The texts of a conversation around what is said, see the README
@@ -924,7 +927,7 @@ enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 1023 }; // Tokeniz
 
 // The start of a tokenizer file, byte for byte. Then for each token u32 length, u32 type, f32 score, and the bytes that
 // it prints; zeros up to a multiple of 4 bytes; the merges, the ranges of characters, the steps of the machines that
-// cut words, and the templates.
+// cut words, what NFC needs, and the templates.
 typedef struct {
     char magic[8]; // "twotoken"
     uint32_t version, kind, flags, vocab_size;
@@ -941,33 +944,47 @@ typedef struct {
     Text text; // in the mapped file
     uint32_t type;
     float score; // of all neighbours, those that make the piece of the highest score are merged first
+    bool late;   // a user-defined token that is sought when the text has been normalised
 } Piece;
 
 typedef struct {
-    uint32_t left, right, made; // tokens
+    uint32_t left, right, made; // tokens; or characters that NFC composes
 } Merge;
 
 typedef struct {
     uint32_t first, last, class; // of characters
 } Range;
 
+enum { MAX_PARTS = 4 };
+
 typedef struct {
-    uint32_t *places; // (mask + 1) NONE where empty
-    size_t mask;      // a power of 2, less 1
+    uint32_t whole, parts[MAX_PARTS]; // characters, 0 after the last part
+} Decomposition;
+
+// A hash table of the pieces, by their texts, or of other rows, by the bytes that they begin with.
+typedef struct {
+    const void *rows;
+    size_t row_size, key_size; // key_size 0: pieces
+    uint32_t *places;          // (mask + 1) numbers of rows, NONE where empty
+    size_t mask;               // a power of 2, less 1
 } Table;
 
 typedef struct {
     const char *path;
     TokenizerHeader h;
     Piece *pieces;             // (V)
-    Table by_text;             // the ids of normal and user-defined pieces
+    Table by_text;             // normal and user-defined pieces
     size_t longest;            // bytes of the longest of them
     size_t user_defined[256];  // bytes of the longest user-defined one that starts with this byte, 0 if there is none
     uint32_t byte_id[256];     // the token for each byte; unk_id, or NONE, where there is none
     const Merge *merges;       // (n_merges) the first to be done first
-    Table by_pair;             // the numbers of the merges
-    uint8_t *classes;          // (0x110000) the class of each character
+    Table by_pair;             // of merges
+    uint8_t *classes;          // (CHARACTERS + 256) the class of each character, by which words are cut
     const uint32_t *steps;     // (n_states, n_classes) the machines
+    uint8_t *combining;        // (CHARACTERS + 256) the combining class of each character, 0 of a starter
+    const Merge *compositions; // Unicode's tables; Hangul is arithmetic
+    const Decomposition *decompositions;
+    Table by_parts, by_whole;  // of the two
     Text templates[TEMPLATES]; // items: the id of a token, or a TEXT_ITEM and its bytes
 } Tokenizer;
 
@@ -983,42 +1000,51 @@ static uint64_t hash_of(Text text) {
     return hash;
 }
 
-// An empty table that will not be more than half full.
-static Table new_table(size_t n) {
-    Table table = {0};
+// An empty table for n rows, which will not be more than half full.
+static Table new_table(const void *rows, size_t n, size_t row_size, size_t key_size) {
+    Table table = {.rows = rows, .row_size = row_size, .key_size = key_size};
     while (table.mask < 2 * n)
         table.mask = 2 * table.mask + 1;
-    table.places = allocate(table.mask + 1, sizeof *table.places, "the vocabulary");
+    table.places = allocate(table.mask + 1, sizeof *table.places, "the tokenizer");
     for (size_t i = 0; i <= table.mask; i++)
         table.places[i] = NONE;
     return table;
 }
 
-// The place in the table of the piece with this text and hash, or the empty place where it would go.
-static uint32_t *place_of(const Tokenizer *t, Text text, uint64_t hash) {
-    size_t i = hash & t->by_text.mask;
-    for (; t->by_text.places[i] != NONE; i = (i + 1) & t->by_text.mask) {
-        Text other = t->pieces[t->by_text.places[i]].text;
-        if (other.n == text.n && !memcmp(other.bytes, text.bytes, text.n))
+static Text key_of(const Table *table, uint32_t i) {
+    const void *row = (const char *)table->rows + i * table->row_size;
+    return table->key_size ? (Text){row, table->key_size} : ((const Piece *)row)->text;
+}
+
+// The place in the table of the row with this key and its hash, or the empty place where it would go.
+static uint32_t *place_of(const Table *table, Text key, uint64_t hash) {
+    size_t i = hash & table->mask;
+    for (; table->places[i] != NONE; i = (i + 1) & table->mask) {
+        Text other = key_of(table, table->places[i]);
+        if (other.n == key.n && !memcmp(other.bytes, key.bytes, key.n))
             break;
     }
-    return &t->by_text.places[i];
+    return &table->places[i];
 }
 
 static uint32_t find_piece(const Tokenizer *t, Text text) {
-    return text.n > t->longest ? NONE : *place_of(t, text, hash_of(text));
+    return text.n > t->longest ? NONE : *place_of(&t->by_text, text, hash_of(text));
 }
 
-// The same for the merge of two tokens.
-static uint32_t *place_of_merge(const Tokenizer *t, uint32_t left, uint32_t right) {
-    const uint32_t pair[2] = {left, right};
-    size_t i = hash_of((Text){(const unsigned char *)pair, sizeof pair}) & t->by_pair.mask;
-    for (; t->by_pair.places[i] != NONE; i = (i + 1) & t->by_pair.mask) {
-        const Merge *other = &t->merges[t->by_pair.places[i]];
-        if (other->left == left && other->right == right)
-            break;
+// The row that begins with these n numbers.
+static uint32_t find_row(const Table *table, const uint32_t *numbers, size_t n) {
+    Text key = {(const unsigned char *)numbers, n * sizeof *numbers};
+    return *place_of(table, key, hash_of(key));
+}
+
+// A table of n rows by their first n_keys numbers. Of two with the same key the later counts.
+static Table index_rows(const void *rows, uint32_t n, size_t row_size, size_t n_keys) {
+    Table table = new_table(rows, n, row_size, n_keys * sizeof(uint32_t));
+    for (uint32_t i = 0; i < n; i++) {
+        Text key = key_of(&table, i);
+        *place_of(&table, key, hash_of(key)) = i;
     }
-    return &t->by_pair.places[i];
+    return table;
 }
 
 static void check_tokenizer_header(const Tokenizer *t, size_t size) {
@@ -1033,7 +1059,7 @@ static void check_tokenizer_header(const Tokenizer *t, size_t size) {
     for (size_t i = 0; i < h->n_stops; i++)
         check(t->path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
     check(t->path, "n_merges", h->n_merges, 0, 1 << 24);
-    check(t->path, "n_ranges", h->n_ranges, 0, 0x110000);
+    check(t->path, "n_ranges", h->n_ranges, 0, CHARACTERS);
     check(t->path, "n_machines", h->n_machines, 0, 16);
     check(t->path, "n_classes", h->n_classes, h->n_machines ? 2 : 0, 256);
     check(t->path, "n_states", h->n_states, h->n_machines ? h->n_machines + 1 : 0, 1 << 20);
@@ -1041,80 +1067,96 @@ static void check_tokenizer_header(const Tokenizer *t, size_t size) {
     check_size(t->path, h->file_size, size);
 }
 
-// Reads one entry of the vocabulary at `at` and returns where the next one starts.
-static size_t read_piece(const Tokenizer *t, const unsigned char *file, size_t size, size_t at, uint32_t id) {
+// A file on its way to being read.
+typedef struct {
+    const char *path;
+    const unsigned char *bytes;
+    size_t n, at;
+} Reader;
+
+static const void *next_bytes(Reader *r, const char *what, size_t n) {
+    expect(n <= r->n - r->at, "%s: %s: expected %zu bytes, found %zu", r->path, what, n, r->n - r->at);
+    r->at += n;
+    return r->bytes + r->at - n;
+}
+
+// Numbers of at most `most`, which start at a multiple of 4 bytes.
+static const void *next_numbers(Reader *r, const char *what, size_t n, int64_t most) {
+    const uint32_t *numbers = next_bytes(r, what, n * sizeof *numbers);
+    for (size_t i = 0; i < n; i++)
+        check(r->path, what, numbers[i], 0, most);
+    return numbers;
+}
+
+static void check_hash(const char *path, const char *what, uint64_t promised, Text text) {
+    uint64_t hash = hash_of(text);
+    expect(hash == promised, "%s: hash of %s: expected %016llx, found %016llx: damaged", path, what,
+           (unsigned long long)promised, (unsigned long long)hash);
+}
+
+static Piece next_piece(Reader *r, uint32_t id) {
     struct {
         uint32_t length, type;
         float score;
     } e;
-    char name[32];
-    snprintf(name, sizeof name, "token %u", id);
-    expect(size - at >= sizeof e, "%s: %s: expected %zu bytes, found %zu", t->path, name, sizeof e, size - at);
-    memcpy(&e, file + at, sizeof e);
-    at += sizeof e;
-    expect(e.type >= NORMAL && e.type <= BYTE, "%s: %s: type: expected 1 to 6, found %u", t->path, name, e.type);
-    size_t min = e.type == UNUSED ? 0 : 1, max = e.type == BYTE ? smaller(1, size - at) : size - at;
-    expect(e.length >= min && e.length <= max, "%s: %s: length: expected %zu to %zu, found %u", t->path, name, min, max,
-           e.length);
-    expect(!isnan(e.score), "%s: %s: score: expected a number, found NaN", t->path, name);
-    t->pieces[id] = (Piece){{file + at, e.length}, e.type, e.score};
-    return at + e.length;
+    char what[32];
+    snprintf(what, sizeof what, "token %u", id);
+    memcpy(&e, next_bytes(r, what, sizeof e), sizeof e);
+    bool fits = e.length > 0 ? e.type != BYTE || e.length == 1 : e.type == UNUSED;
+    expect(e.type >= NORMAL && e.type <= LATE && fits && !isnan(e.score),
+           "%s: %s: expected a length, a type and a score, found %u, %u and %g", r->path, what, e.length, e.type,
+           (double)e.score);
+    Text text = {next_bytes(r, what, e.length), e.length};
+    return (Piece){text, e.type == LATE ? USER_DEFINED : e.type, e.score, e.type == LATE};
 }
 
 // Fills the table of pieces and that of the bytes.
 static void index_pieces(Tokenizer *t) {
-    t->by_text = new_table(t->h.vocab_size);
+    t->by_text = new_table(t->pieces, t->h.vocab_size, sizeof *t->pieces, 0);
     uint32_t unknown = t->h.unk_id < 0 ? NONE : (uint32_t)t->h.unk_id;
     for (size_t b = 0; b < 256; b++)
         t->byte_id[b] = unknown;
     size_t n_bytes = 0;
     for (uint32_t id = 0; id < t->h.vocab_size; id++) {
-        Text text = t->pieces[id].text;
-        uint32_t type = t->pieces[id].type;
-        if (type == BYTE) {
-            n_bytes += t->byte_id[*text.bytes] == unknown;
-            t->byte_id[*text.bytes] = id;
+        const Piece *p = &t->pieces[id];
+        if (p->type == BYTE) {
+            n_bytes += t->byte_id[*p->text.bytes] == unknown;
+            t->byte_id[*p->text.bytes] = id;
         }
-        if (type != NORMAL && type != USER_DEFINED)
+        if (p->type != NORMAL && p->type != USER_DEFINED)
             continue;
-        uint32_t *place = place_of(t, text, hash_of(text));
-        if (*place == NONE || type == USER_DEFINED)
+        uint32_t *place = place_of(&t->by_text, p->text, hash_of(p->text));
+        if (*place == NONE || p->type == USER_DEFINED)
             *place = id;
-        t->longest = larger(t->longest, text.n);
-        if (type == USER_DEFINED)
-            t->user_defined[*text.bytes] = larger(t->user_defined[*text.bytes], text.n);
+        t->longest = larger(t->longest, p->text.n);
+        size_t *longest = &t->user_defined[*p->text.bytes];
+        *longest = p->type == USER_DEFINED ? larger(*longest, p->text.n) : *longest;
     }
     expect(t->h.kind == BYTE_LEVEL_BPE || n_bytes == 256 || (n_bytes == 0 && unknown != NONE),
            "%s: byte tokens: expected one for each byte, or none and an unk_id, found %zu", t->path, n_bytes);
 }
 
-// Fills the table of merges. Of two for one pair the later counts.
-static void index_merges(Tokenizer *t) {
-    t->by_pair = new_table(t->h.n_merges);
-    for (uint32_t i = 0; i < t->h.n_merges; i++) {
-        const Merge *m = &t->merges[i];
-        uint32_t most = (uint32_t)larger(larger(m->left, m->right), m->made);
-        expect(most < t->h.vocab_size, "%s: merge %u: expected tokens below %u, found %u", t->path, i, t->h.vocab_size,
-               most);
-        expect(t->pieces[m->made].type != CONTROL, "%s: merge %u: expected to make text, found control token %u",
-               t->path, i, m->made);
-        *place_of_merge(t, m->left, m->right) = i;
+// Spreads ranges out over all characters, so that the class of one is found in one step.
+static uint8_t *next_classes(Reader *r, const char *what, uint32_t n, int usual, int64_t most) {
+    uint8_t *classes = allocate(CHARACTERS + 256, 1, what);
+    memset(classes, usual, CHARACTERS + 256);
+    const Range *range = next_numbers(r, what, (size_t)3 * n, CHARACTERS - 1);
+    for (uint32_t i = 0, next = 0; i < n; next = range++->last + 1, i++) {
+        check(r->path, what, range->first, next, range->last);
+        check(r->path, what, range->class, 1, most);
+        memset(classes + range->first, (int)range->class, range->last - range->first + 1);
     }
+    return classes;
 }
 
-// Spreads the ranges out over all characters, so that the class of one is found in one step.
-static void read_classes(Tokenizer *t, const Range *ranges) {
-    t->classes = allocate(0x110000, 1, "the classes of characters");
-    memset(t->classes, 1, 0x110000);
-    for (size_t i = 0, next = 0; i < t->h.n_ranges; next = ranges[i++].last + 1) {
-        const Range *r = &ranges[i];
-        expect(r->first >= next && r->first <= r->last && r->last < 0x110000,
-               "%s: range %zu: expected characters from %zx to 10ffff, found %x to %x", t->path, i, next, r->first,
-               r->last);
-        expect(r->class > 0 && r->class < t->h.n_classes, "%s: range %zu: class: expected 1 to %u, found %u", t->path,
-               i, t->h.n_classes - 1, r->class);
-        memset(t->classes + r->first, (int)r->class, r->last - r->first + 1);
-    }
+// What puts text into NFC.
+static void read_nfc(Tokenizer *t, Reader *r) {
+    const uint32_t *n = next_numbers(r, "NFC", 3, CHARACTERS);
+    t->decompositions = next_numbers(r, "a decomposition", (1 + MAX_PARTS) * (size_t)n[0], CHARACTERS - 1);
+    t->by_whole = index_rows(t->decompositions, n[0], sizeof *t->decompositions, 1);
+    t->compositions = next_numbers(r, "a composition", 3 * (size_t)n[1], CHARACTERS - 1);
+    t->by_parts = index_rows(t->compositions, n[1], sizeof *t->compositions, 2);
+    t->combining = next_classes(r, "a combining class", n[2], 0, 255);
 }
 
 // The number at `at`, which moves on, unless that would be beyond `end`.
@@ -1126,50 +1168,47 @@ static bool read_number(const unsigned char *file, size_t end, size_t *at, uint3
     return fits;
 }
 
-// Reads one template at `at` and returns where the next one starts.
-static size_t read_template(Tokenizer *t, const unsigned char *file, size_t size, size_t at, size_t which) {
-    uint32_t n = 0, item = 0;
-    bool fits = read_number(file, size, &at, &n) && size - at >= n;
-    t->templates[which] = (Text){file + at, n};
-    for (size_t end = at + n, length; fits && at < end; at += length) {
-        fits = read_number(file, end, &at, &item);
-        length = item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
-        fits = fits && length <= end - at && (item & TEXT_ITEM || item < t->h.vocab_size);
+static Text next_template(const Tokenizer *t, Reader *r) {
+    uint32_t n, item;
+    memcpy(&n, next_bytes(r, "a template", sizeof n), sizeof n);
+    Reader items = {r->path, next_bytes(r, "a template", n), n, 0};
+    while (items.at < n) {
+        memcpy(&item, next_bytes(&items, "an item of a template", sizeof item), sizeof item);
+        if (item & TEXT_ITEM)
+            next_bytes(&items, "a text in a template", item ^ TEXT_ITEM);
+        else
+            check(r->path, "a token in a template", item, 0, t->h.vocab_size - 1);
     }
-    expect(fits, "%s: template %zu: expected tokens and texts within its %u bytes, found others", t->path, which, n);
-    return at;
+    return (Text){items.bytes, n};
 }
 
 static Tokenizer open_tokenizer(const char *path) {
     Tokenizer t = {.path = path};
-    size_t size, at = sizeof t.h;
-    const unsigned char *file = map_file(path, "twotoken", sizeof t.h, "a tokenizer file", &size);
-    memcpy(&t.h, file, sizeof t.h);
-    check_tokenizer_header(&t, size);
+    Reader r = {.path = path};
+    r.bytes = map_file(path, "twotoken", sizeof t.h, "a tokenizer file", &r.n);
+    memcpy(&t.h, next_bytes(&r, "header", sizeof t.h), sizeof t.h);
+    check_tokenizer_header(&t, r.n);
     t.pieces = allocate(t.h.vocab_size, sizeof *t.pieces, "the vocabulary");
     for (uint32_t id = 0; id < t.h.vocab_size; id++)
-        at = read_piece(&t, file, size, at, id);
-    uint64_t hash = hash_of((Text){file + sizeof t.h, at - sizeof t.h});
-    expect(hash == t.h.vocab_hash, "%s: hash of the vocabulary: expected %016llx, found %016llx: damaged", path,
-           (unsigned long long)t.h.vocab_hash, (unsigned long long)hash);
-
-    size_t merges = (at + 3) / 4 * 4, ranges = merges + t.h.n_merges * sizeof(Merge);
-    size_t steps = ranges + t.h.n_ranges * sizeof(Range), n_steps = (size_t)t.h.n_states * t.h.n_classes;
-    size_t end = steps + n_steps * sizeof *t.steps;
-    expect(end <= size, "%s: expected at least %zu bytes by its header, found %zu", path, end, size);
-    hash = hash_of((Text){file + at, size - at});
-    expect(hash == t.h.rest_hash, "%s: hash of what follows the vocabulary: expected %016llx, found %016llx: damaged",
-           path, (unsigned long long)t.h.rest_hash, (unsigned long long)hash);
-    t.merges = (const void *)(file + merges);
-    t.steps = (const void *)(file + steps);
-    for (size_t i = 0; i < n_steps; i++)
-        check(path, "a step's next state", t.steps[i] / 2, 0, (int64_t)t.h.n_states - 1);
-    for (size_t i = 0; i < TEMPLATES; i++)
-        end = read_template(&t, file, size, end, i);
-    expect(end == size, "%s: expected %zu bytes by its contents, found %zu", path, end, size);
+        t.pieces[id] = next_piece(&r, id);
+    check_hash(path, "the vocabulary", t.h.vocab_hash, (Text){r.bytes + sizeof t.h, r.at - sizeof t.h});
+    check_hash(path, "what follows the vocabulary", t.h.rest_hash, (Text){r.bytes + r.at, r.n - r.at});
     index_pieces(&t);
-    index_merges(&t);
-    read_classes(&t, (const void *)(file + ranges));
+    next_bytes(&r, "zeros", -r.at % 4);
+
+    t.merges = next_numbers(&r, "a merge", (size_t)3 * t.h.n_merges, t.h.vocab_size - 1);
+    for (uint32_t i = 0; i < t.h.n_merges; i++)
+        expect(t.pieces[t.merges[i].made].type != CONTROL,
+               "%s: merge %u: expected to make text, found control token %u", path, i, t.merges[i].made);
+    t.by_pair = index_rows(t.merges, t.h.n_merges, sizeof *t.merges, 2);
+    t.classes = next_classes(&r, "a range of characters", t.h.n_ranges, 1, (int64_t)t.h.n_classes - 1);
+    memset(t.classes + CHARACTERS, t.classes[0xfffd], 256);
+    t.steps = next_numbers(&r, "a step", (size_t)t.h.n_states * t.h.n_classes, 2 * (int64_t)t.h.n_states - 1);
+    if (t.h.flags & NFC)
+        read_nfc(&t, &r);
+    for (size_t i = 0; i < TEMPLATES; i++)
+        t.templates[i] = next_template(&t, &r);
+    expect(r.at == r.n, "%s: expected %zu bytes by its contents, found %zu", path, r.at, r.n);
     return t;
 }
 
@@ -1177,7 +1216,10 @@ static void close_tokenizer(Tokenizer *t) {
     free(t->pieces);
     free(t->by_text.places);
     free(t->by_pair.places);
+    free(t->by_parts.places);
+    free(t->by_whole.places);
     free(t->classes);
+    free(t->combining);
 }
 
 // The length of the UTF-8 character that starts here; 0 if none can; -1 if one might, with more bytes.
@@ -1196,48 +1238,116 @@ static int utf8_length(Text text) {
     return length;
 }
 
-// The first character of a text, which is not empty, and its number. A stray byte stands for itself, as U+FFFD.
+// The first character of a text, which is not empty, and its number. A stray byte stands for itself.
 static Text first_character(Text text, uint32_t *number) {
     int length = utf8_length(text);
-    *number = length <= 0 ? 0xfffd : length == 1 ? *text.bytes : *text.bytes & (0x7fu >> length);
+    *number = *text.bytes + (length > 0 ? 0u : CHARACTERS);
+    if (length > 1)
+        *number &= 0x7fu >> length;
     for (int i = 1; i < length; i++)
         *number = *number << 6 | (text.bytes[i] & 0x3f);
     return (Text){text.bytes, length > 0 ? (size_t)length : 1};
 }
 
-// The longest user-defined token at the start of a text, NONE if there is none.
-static uint32_t find_user_defined(const Tokenizer *t, Text text) {
+// Writes a character as UTF-8, or a stray byte, and returns its length.
+static size_t put_character(uint32_t c, unsigned char *out) {
+    size_t n = c < 0x80 || c >= CHARACTERS ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, c >>= 6)
+        out[i] = 0x80 | (c & 0x3f);
+    out[0] = (unsigned char)(n == 1 ? c : c | 0xf00 >> n);
+    return n;
+}
+
+// Hangul's syllables stand in the order of their letters: a first one, a vowel, and a last one or, as one of 28, none.
+enum { SYLLABLES = 0xac00, FIRSTS = 0x1100, VOWELS = 0x1161, LASTS = 0x11a7 };
+enum { N_FIRSTS = 19, N_VOWELS = 21, N_LASTS = 28, N_SYLLABLES = N_FIRSTS * N_VOWELS * N_LASTS };
+
+// Writes the characters that one stands for, at most MAX_PARTS, and returns their number.
+static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *parts) {
+    uint32_t syllable = c - SYLLABLES, row = find_row(&t->by_whole, &c, 1);
+    if (syllable < N_SYLLABLES) {
+        parts[0] = FIRSTS + syllable / (N_VOWELS * N_LASTS);
+        parts[1] = VOWELS + syllable / N_LASTS % N_VOWELS;
+        parts[2] = LASTS + syllable % N_LASTS;
+        return syllable % N_LASTS ? 3 : 2;
+    }
+    parts[0] = row == NONE ? c : t->decompositions[row].parts[0];
+    size_t n = 1;
+    for (; row != NONE && n < MAX_PARTS && t->decompositions[row].parts[n]; n++)
+        parts[n] = t->decompositions[row].parts[n];
+    return n;
+}
+
+// The character that two make, NONE if they make none.
+static uint32_t composed(const Tokenizer *t, uint32_t a, uint32_t b) {
+    const uint32_t pair[2] = {a, b};
+    uint32_t first = a - FIRSTS, vowel = b - VOWELS, last = b - LASTS, row = find_row(&t->by_parts, pair, 2);
+    if (first < N_FIRSTS && vowel < N_VOWELS)
+        return SYLLABLES + (first * N_VOWELS + vowel) * N_LASTS;
+    if (a - SYLLABLES < N_SYLLABLES && (a - SYLLABLES) % N_LASTS == 0 && last > 0 && last < N_LASTS)
+        return a + last;
+    return row == NONE ? NONE : t->compositions[row].made;
+}
+
+// Puts n decomposed characters into NFC and returns how many are left. Marks after a starter, a character of the
+// combining class 0, are sorted by their class. Then each character is composed with the last starter, unless another
+// stands in between that has the same class, or is a starter.                            (Unicode Standard Annex 15)
+static size_t compose(const Tokenizer *t, Heap *marks, uint32_t *c, size_t n) {
+    for (size_t i = 0, at; i < n; i++) {
+        for (at = i; i < n && t->combining[c[i]]; i++)
+            heap_push(marks, (Item){.key = -(float)t->combining[c[i]], .index = (uint32_t)i, .id = c[i]});
+        while (marks->n)
+            c[at++] = heap_pop(marks).id;
+    }
+    size_t left = 0, starter = n; // n: there has been none
+    uint8_t before = 0;           // the class of the last one left
+    for (size_t i = 0; i < n; i++) {
+        uint8_t class = t->combining[c[i]];
+        bool open = starter < n && (starter + 1 == left || before < class);
+        uint32_t made = open ? composed(t, c[starter], c[i]) : NONE;
+        if (made != NONE) {
+            c[starter] = made;
+            continue;
+        }
+        starter = class ? starter : left;
+        before = class;
+        c[left++] = c[i];
+    }
+    return left;
+}
+
+// The text as the vocabulary has it: in NFC, and "▁", by which SentencePiece means a space, is one. It begins at the
+// second byte of what the caller is to free, so that a space may be put in front.
+static Text normalise(const Tokenizer *t, Heap *marks, Text text) {
+    size_t n = 0, at = 0, end = 1;
+    bool nfc = t->h.flags & NFC, bars = t->h.kind == SENTENCEPIECE_BPE;
+    uint32_t *c = allocate(text.n * (nfc ? MAX_PARTS : 1), sizeof *c, "the prompt");
+    while (at < text.n) {
+        uint32_t number;
+        at += first_character((Text){text.bytes + at, text.n - at}, &number).n;
+        c[n] = number;
+        n += nfc ? decompose(t, number, c + n) : 1;
+    }
+    n = nfc ? compose(t, marks, c, n) : n;
+    unsigned char *out = allocate(4 * n + 1, 1, "the prompt");
+    for (size_t i = 0; i < n; i++)
+        end += put_character(bars && c[i] == 0x2581 ? ' ' : c[i], out + end);
+    free(c);
+    return (Text){out + 1, end - 1};
+}
+
+// The longest user-defined token at the start of a text that is not empty, NONE if there is none.
+static uint32_t find_user_defined(const Tokenizer *t, Text text, bool late) {
     uint32_t found = NONE;
     uint64_t hash = HASH_OF_NOTHING;
-    size_t longest = text.n ? smaller(text.n, t->user_defined[*text.bytes]) : 0;
+    size_t longest = smaller(text.n, t->user_defined[*text.bytes]);
     for (size_t n = 1; n <= longest; n++) {
         hash = hash_more(hash, text.bytes[n - 1]);
-        uint32_t id = *place_of(t, (Text){text.bytes, n}, hash);
-        if (id != NONE && t->pieces[id].type == USER_DEFINED)
+        uint32_t id = *place_of(&t->by_text, (Text){text.bytes, n}, hash);
+        if (id != NONE && t->pieces[id].type == USER_DEFINED && t->pieces[id].late == late)
             found = id;
     }
     return found;
-}
-
-static bool takes_space(const Tokenizer *t, Text text) {
-    return text.n > 0 && !(t->h.flags & NO_SECOND_SPACE && *text.bytes == ' ');
-}
-
-// The text as the vocabulary has it, in `out`, of text.n + 1 bytes: "▁", by which SentencePiece means a space, is one, and
-// a space may come in front. SentencePiece puts it there in any case, others not before a user-defined token.
-static Text normalise(const Tokenizer *t, Text text, unsigned char *out) {
-    size_t n = 1;
-    for (size_t i = 0; i < text.n; i++) {
-        bool bar = t->h.kind == SENTENCEPIECE_BPE && text.n - i >= 3 && !memcmp(text.bytes + i, "\xe2\x96\x81", 3);
-        out[n++] = bar ? ' ' : text.bytes[i];
-        i += bar ? 2 : 0;
-    }
-    Text plain = {out + 1, n - 1};
-    bool to_token = t->h.flags & (SPACE_ANEW | NO_SECOND_SPACE) && find_user_defined(t, plain) != NONE;
-    if (!(t->h.flags & ADD_SPACE) || !takes_space(t, plain) || to_token)
-        return plain;
-    out[0] = ' ';
-    return (Text){out, n};
 }
 
 // A part of a word on its way to becoming a token. Neighbours are linked by their index, NONE at the ends.
@@ -1249,16 +1359,32 @@ typedef struct {
 
 typedef struct {
     uint32_t *tokens; // found so far
-    size_t n_tokens;
+    size_t n_tokens, room;
     Symbol *symbols; // of one word
     size_t capacity;
     Heap pairs; // key: how soon two neighbours are to be merged, index: the first of them, id: what they make
 } Encoder;
 
+// Makes room for n items.
+static void *grow(void *items, size_t *capacity, size_t n, size_t size) {
+    if (n <= *capacity)
+        return items;
+    *capacity = larger(n, 2 * *capacity);
+    items = realloc(items, *capacity * size);
+    expect(items, "no memory for the prompt: %.1f MB needed", (double)*capacity * (double)size / 1e6);
+    return items;
+}
+
+static void push_token(Encoder *e, uint32_t token) {
+    e->tokens = grow(e->tokens, &e->room, e->n_tokens + 1, sizeof token);
+    e->tokens[e->n_tokens++] = token;
+}
+
 // The token that two neighbours make, NONE if they make none, and how soon they are to be merged.
 static uint32_t merged(const Tokenizer *t, const Symbol *a, const Symbol *b, float *key) {
     if (t->h.flags & BY_MERGES) {
-        uint32_t rank = *place_of_merge(t, a->id, b->id);
+        const uint32_t pair[2] = {a->id, b->id};
+        uint32_t rank = find_row(&t->by_pair, pair, 2);
         *key = -(float)rank;
         return rank == NONE ? NONE : t->merges[rank].made;
     }
@@ -1279,11 +1405,7 @@ static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
 
 // Cuts a word into the symbols that merging starts from and returns their number.
 static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
-    if (word.n > e->capacity) {
-        e->capacity = larger(word.n, 2 * e->capacity);
-        free(e->symbols);
-        e->symbols = allocate(e->capacity, sizeof *e->symbols, "the prompt");
-    }
+    e->symbols = grow(e->symbols, &e->capacity, word.n, sizeof *e->symbols);
     uint32_t n = 0, number;
     for (size_t i = 0; i < word.n;) {
         Text text = {word.bytes + i, 1};
@@ -1308,7 +1430,7 @@ static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
 static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
     uint32_t whole = t->h.flags & WHOLE_WORDS ? find_piece(t, word) : NONE;
     if (whole != NONE) {
-        e->tokens[e->n_tokens++] = whole;
+        push_token(e, whole);
         return;
     }
     uint32_t n = first_symbols(t, e, word);
@@ -1331,14 +1453,13 @@ static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
         push_pair(t, e, pair.index);
     }
     for (uint32_t i = n ? 0 : NONE; i != NONE; i = symbols[i].next) {
-        if (symbols[i].id != NONE) {
-            e->tokens[e->n_tokens++] = symbols[i].id;
-            continue;
-        }
-        for (size_t b = 0; b < symbols[i].text.n; b++) { // a token for each byte, or one <unk> for all
+        bool known = symbols[i].id != NONE;
+        if (known)
+            push_token(e, symbols[i].id);
+        for (size_t b = 0; !known && b < symbols[i].text.n; b++) { // a token for each byte, or one <unk> for all
             uint32_t byte = t->byte_id[symbols[i].text.bytes[b]];
             if (byte != (uint32_t)t->h.unk_id || e->n_tokens == 0 || e->tokens[e->n_tokens - 1] != byte)
-                e->tokens[e->n_tokens++] = byte;
+                push_token(e, byte);
         }
     }
 }
@@ -1382,33 +1503,49 @@ static void encode_words(const Tokenizer *t, Encoder *e, Text text, uint32_t mac
     }
 }
 
-// The tokens of a text, for the caller to free. User-defined tokens are found first, the longest at each place. No text
-// becomes a control token: those are not in the table.
-static uint32_t *encode(const Tokenizer *t, Text text, size_t *n) {
-    expect(text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found %zu", MAX_TEXT, text.n);
-    unsigned char *copy = allocate(text.n + 1, 1, "the prompt");
-    Encoder e = {.tokens = allocate(text.n + 2, sizeof *e.tokens, "the prompt")};
-    if (t->h.flags & ADD_BOS)
-        e.tokens[e.n_tokens++] = (uint32_t)t->h.bos_id;
-    Text rest = normalise(t, text, copy);
-    while (rest.n) {
-        size_t plain = 0;
+static size_t n_before(const Tokenizer *t) { return t->h.flags & ADD_BOS ? 1 : 0; }
+
+// A text with a space in front, if it is to have one. Some tokenizers, those with NO_SECOND_SPACE, put it in front of
+// what is cut into words; others before they look for late tokens.
+static Text with_space(const Tokenizer *t, const Encoder *e, Text text, bool late) {
+    uint32_t flags = t->h.flags, wanted = e->n_tokens == n_before(t) ? ADD_SPACE : SPACE_ANEW;
+    bool second = flags & NO_SECOND_SPACE;
+    if (!(flags & wanted) || second != late || (second && *text.bytes == ' '))
+        return text;
+    ((unsigned char *)text.bytes)[-1] = ' ';
+    return (Text){text.bytes - 1, text.n + 1};
+}
+
+// Adds the tokens of a text. User-defined tokens are found first, the longest at each place; what lies between them is
+// normalised and cut at the late ones, and the rest into words.
+static void encode_text(const Tokenizer *t, Encoder *e, Text text, bool late) {
+    for (size_t start = 0, at = 0; start < text.n; start = at) {
         uint32_t id = NONE;
-        while (plain < rest.n && (id = find_user_defined(t, (Text){rest.bytes + plain, rest.n - plain})) == NONE)
-            plain++;
-        if (plain)
-            encode_words(t, &e, (Text){rest.bytes, plain}, 0);
+        while (at < text.n && (id = find_user_defined(t, (Text){text.bytes + at, text.n - at}, late)) == NONE)
+            at++;
+        Text plain = {text.bytes + start, at - start};
+        if (plain.n && late)
+            encode_words(t, e, with_space(t, e, plain, true), 0);
+        if (plain.n && !late) {
+            Text normal = normalise(t, &e->pairs, plain);
+            encode_text(t, e, with_space(t, e, normal, false), true);
+            free((unsigned char *)normal.bytes - 1);
+        }
         if (id == NONE)
             break;
-        e.tokens[e.n_tokens++] = id;
-        plain += t->pieces[id].text.n;
-        rest = (Text){rest.bytes + plain, rest.n - plain};
-        if (t->h.flags & SPACE_ANEW && takes_space(t, rest) && find_user_defined(t, rest) == NONE) {
-            rest = (Text){rest.bytes - 1, rest.n + 1}; // the token's last byte has done its duty
-            copy[rest.bytes - copy] = ' ';
-        }
+        push_token(e, id);
+        at += t->pieces[id].text.n;
     }
-    free(copy);
+}
+
+// The tokens of a text, for the caller to free. No text becomes a control token: those are not in the table.
+static uint32_t *encode(const Tokenizer *t, Text text, size_t *n) {
+    expect(text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found %zu", MAX_TEXT, text.n);
+    Encoder e = {0};
+    e.tokens = grow(NULL, &e.room, text.n / 4 + 1, sizeof *e.tokens);
+    if (t->h.flags & ADD_BOS)
+        push_token(&e, (uint32_t)t->h.bos_id);
+    encode_text(t, &e, text, false);
     free(e.symbols);
     free(e.pairs.items);
     *n = e.n_tokens;
@@ -1421,8 +1558,7 @@ static Text decode(const Tokenizer *t, uint32_t token, size_t pos) {
     uint32_t type = t->pieces[token].type;
     if (type != NORMAL && type != USER_DEFINED && type != BYTE)
         return (Text){0};
-    bool first = pos == (t->h.flags & ADD_BOS ? 1 : 0);
-    bool skip = first && t->h.flags & ADD_SPACE && text.bytes[0] == ' ';
+    bool skip = pos == n_before(t) && t->h.flags & ADD_SPACE && text.bytes[0] == ' ';
     return (Text){text.bytes + skip, text.n - skip};
 }
 

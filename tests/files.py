@@ -17,7 +17,7 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # ---------------------------------------------------------------------------------------------------------
 # The tokenizer file
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-ADD_BOS, ADD_SPACE, SPACE_ANEW, NO_SECOND_SPACE, BY_MERGES, WHOLE_WORDS = 1, 2, 4, 8, 16, 32
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE, LATE = 1, 2, 3, 4, 5, 6, 7
+ADD_BOS, ADD_SPACE, SPACE_ANEW, NO_SECOND_SPACE, BY_MERGES, WHOLE_WORDS, NFC = 1, 2, 4, 8, 16, 32, 64
 SENTENCEPIECE_BPE, BYTE_LEVEL_BPE = 1, 2
 
 TOKENIZER_HEADER = "<8s4I2iI7i2Q6IQ"
@@ -89,6 +89,9 @@ class Vocabulary:
     ranges: tuple[tuple[int, int, int], ...] = ()  # first, last, class
     steps: tuple[tuple[int, ...], ...] = ()  # (states, classes)
     n_machines: int = 0
+    nfc: tuple[
+        tuple[tuple[int, ...], ...], ...
+    ] = ()  # rows of decompositions, compositions, combining classes
     templates: tuple[bytes, ...] = (b"",) * 7
     template_flags: int = 0
 
@@ -107,7 +110,9 @@ class Vocabulary:
 
     def rest(self) -> bytes:
         """What follows the vocabulary."""
-        rows = [*self.merges, *self.ranges, *self.steps]
+        rows: list[tuple[int, ...]] = [*self.merges, *self.ranges, *self.steps]
+        if self.nfc:
+            rows += [tuple(map(len, self.nfc)), *(row for kind in self.nfc for row in kind)]
         parts = [bytes(-len(self.body()) % 4), *(struct.pack(f"<{len(row)}I", *row) for row in rows)]
         return b"".join([*parts, *(struct.pack("<I", len(text)) + text for text in self.templates)])
 
@@ -200,6 +205,17 @@ def byte_level_vocabulary(**changes: Any) -> Vocabulary:
     return Vocabulary(tuple(pieces), **fields | changes)
 
 
+def nfc_vocabulary(**changes: Any) -> Vocabulary:
+    """The same with a little of NFC: e and an acute accent, the Angstrom sign, classes of two marks."""
+    nfc = (
+        ((0xE9, 0x65, 0x301, 0, 0), (0x212B, 0x41, 0x30A, 0, 0)),
+        ((0x65, 0x301, 0xE9),),
+        ((0x301, 0x301, 230), (0x323, 0x323, 220)),
+    )
+    base = byte_level_vocabulary()
+    return replace(base, flags=base.flags | NFC, **{"nfc": nfc, **changes})
+
+
 def write_tokenizer(path: Path, vocabulary: Vocabulary | None = None) -> Vocabulary:
     vocabulary = vocabulary or default_vocabulary()
     path.write_bytes(vocabulary.to_bytes())
@@ -226,6 +242,8 @@ def read_tokenizer(data: bytes) -> Vocabulary:
     assert head[16] == fnv1a(data[TOKENS_START:at]) and head[23] == fnv1a(data[at:])
     at += -at % 4
     merges, ranges, steps = rows(head[17], 3), rows(head[18], 3), rows(head[20], head[19])
+    counts = rows(1, 3)[0] if head[3] & NFC else ()
+    nfc = tuple(rows(count, width) for count, width in zip(counts, (5, 3, 3), strict=False))
     templates = []
     for _ in range(7):
         ((length,),) = rows(1, 1)
@@ -234,7 +252,7 @@ def read_tokenizer(data: bytes) -> Vocabulary:
     assert at == len(data)
     return Vocabulary(
         *(tuple(pieces), head[5], head[6], tuple(head[8 : 8 + head[7]]), head[3], head[2]),
-        *(merges, ranges, steps, head[21], tuple(templates), head[22]),  # type: ignore[arg-type]
+        *(merges, ranges, steps, head[21], nfc, tuple(templates), head[22]),  # type: ignore[arg-type]
     )
 
 

@@ -32,6 +32,7 @@ from files import (
     byte_level_vocabulary,
     end_of_tokens,
     fix,
+    nfc_vocabulary,
     patch,
 )
 
@@ -76,6 +77,7 @@ TEXTS = [
     b"",
     b"Once upon a time",
     "caf\u00e9 \u2581 \U0001f600".encode(),
+    "e\u0323\u0301\u212b \u1112\u1161\u11ab\ud558\u0301\u0323".encode(),
     b"<s></s><unk><0x0A>",
     b"<think> the <think",
     b"\n",
@@ -97,7 +99,7 @@ def base_models() -> list[Model]:
             dim=64, hidden_dim=96, head_dim=16, n_kv_heads=1, dtype="bf16", rope_scaling=1, rope_factor=2.0
         ).randomise(4),
         Model(dim=16, hidden_dim=20, n_layers=1, vocabulary=byte_level_vocabulary()).randomise(5),
-        Model(dim=16, hidden_dim=20, n_layers=1, vocabulary=byte_level_vocabulary()).randomise(6),
+        Model(dim=16, hidden_dim=20, n_layers=1, vocabulary=nfc_vocabulary()).randomise(6),
     ]
 
 

@@ -65,7 +65,7 @@ def without_special(data: dict[str, Any]) -> Tokenizer:
     return copy
 
 
-@dataclass
+@dataclass(repr=False)
 class Peer:
     ours: Tokens
     tokenizer: export.Tokenizer

@@ -32,6 +32,7 @@ from files import (
     chain_model,
     default_vocabulary,
     fix,
+    nfc_vocabulary,
     patch,
 )
 
@@ -353,7 +354,7 @@ def test_an_entry_across_the_last_page(victim: Victim) -> None:
         *victim.model.vocabulary.pieces,
     )
     victim.bad_tokenizer(
-        fix(Vocabulary(pieces).to_bytes()[:4096]), "token 1:", "length", "expected 1 to 4", "found 14"
+        fix(Vocabulary(pieces).to_bytes()[:4096]), "token 1:", "expected 14 bytes", "found 4"
     )
 
 
@@ -369,7 +370,7 @@ def test_a_tokenizer_that_is_too_long(victim: Victim) -> None:
     [
         *[("version", v, f"found {v}") for v in (0, 1, 3, HUGE)],
         *[("kind", v, "found") for v in (0, 3, HUGE)],
-        *[("flags", v, "found") for v in (64, 1 << 31, HUGE)],
+        *[("flags", v, "found") for v in (128, 1 << 31, HUGE)],
         *[("vocab_size", v, "found") for v in (0, 1, 10**6, 1 << 24, (1 << 24) + 1, 1 << 31, HUGE)],
         *[("bos_id", v, f"found {v}") for v in (-1, -2, 10**6, 0x7FFFFFFF, -0x80000000)],
         *[("unk_id", v, f"found {v}") for v in (-2, 10**6, 0x7FFFFFFF, -0x80000000)],
@@ -399,7 +400,7 @@ def test_lengths_of_tokens(victim: Victim, entry: int, length: int) -> None:
     victim.bad_tokenizer(fix(bytes(data)), "expected", "found")
 
 
-@pytest.mark.parametrize("type", [0, 7, 1 << 31, HUGE])
+@pytest.mark.parametrize("type", [0, 8, 1 << 31, HUGE])
 @pytest.mark.parametrize("entry", [0, 100, 270])
 def test_types_of_tokens(victim: Victim, entry: int, type: int) -> None:
     at = victim.model.vocabulary.entry_offsets()[entry]
@@ -546,7 +547,7 @@ def test_fields_of_byte_level_tokenizers(byte_level: ByteLevelVictim, name: str,
 def test_bad_merges(byte_level: ByteLevelVictim) -> None:
     v = byte_level.vocabulary
     for bad in [(len(v), 0, 1), (0, len(v), 1), (0, 1, len(v)), (HUGE, 0, 1), (0, 0x7FFFFFFF, 1)]:
-        byte_level.bad(None, "merge 3", "expected", "found", merges=(*v.merges[:3], bad))
+        byte_level.bad(None, "a merge", "expected", "found", merges=(*v.merges[:3], bad))
     byte_level.bad(None, "merge 0", "control token", merges=((0, 1, v.bos_id),))
     # Odd, but harmless: a merge that makes something else, one that is there twice, none at all.
     odd = (*v.merges, (116, 256, 7), v.merges[0])
@@ -565,9 +566,9 @@ def test_bad_ranges(byte_level: ByteLevelVictim) -> None:
         (0, 5, HUGE),
     ]
     for one in bad:
-        byte_level.bad(None, "range 0", "expected", "found", ranges=(one,))
+        byte_level.bad(None, "a range", "expected", "found", ranges=(one,))
     for second in [(0x20, 0x30, 2), (0, 0x10, 2), (0x10, 0x20, 1)]:
-        byte_level.bad(None, "range 1", "expected", "found", ranges=((0x20, 0x20, 2), second))
+        byte_level.bad(None, "a range", "expected", "found", ranges=((0x20, 0x20, 2), second))
     assert byte_level.tokens("the cat", ranges=((0, 0x10FFFF, 1),))[1:] == [257, 260]
     assert byte_level.tokens("the cat", ranges=()) == byte_level.tokens("the cat", ranges=((32, 32, 1),))
 
@@ -575,7 +576,7 @@ def test_bad_ranges(byte_level: ByteLevelVictim) -> None:
 def test_bad_steps(byte_level: ByteLevelVictim) -> None:
     for step in [8, 9, 0x7FFFFFFF, HUGE]:
         byte_level.bad(
-            None, "step", "expected 0 to 3", "found", steps=((0, 0, 0), (0, step, 4), (1, 6, 4), (1, 6, 1))
+            None, "a step", "expected 0 to 7", "found", steps=((0, 0, 0), (0, step, 4), (1, 6, 4), (1, 6, 1))
         )
 
 
@@ -599,7 +600,45 @@ def test_bad_templates(byte_level: ByteLevelVictim) -> None:
     for i in range(7):
         for one in bad:
             templates = (*v.templates[:i], one, *v.templates[i + 1 :])
-            byte_level.bad(None, f"template {i}", "expected", "found", templates=templates)
+            byte_level.bad(None, "in a template", "expected", "found", templates=templates)
+
+
+def test_bad_tables_of_nfc(byte_level: ByteLevelVictim) -> None:
+    """Truncated, lying counts, numbers that are no characters; a loop or nonsense in them is harmless."""
+    v = byte_level.vocabulary = nfc_vocabulary()
+    assert byte_level.tokens("e\u0301\u0323e\u212b")[1:] == [*"\u00e9\u0323eA\u030a".encode()]
+    data = v.to_bytes()
+    for end in range(len(data) - 200, len(data)):
+        byte_level.bad(fix(data[:end]), "expected", "found")
+    at = v.entry_offsets()[-1]
+    at += -at % 4 + 4 * sum(map(len, (*v.merges, *v.ranges, *v.steps)))
+    assert struct.unpack_from("<3I", data, at) == (2, 1, 2)
+    for i in range(3):
+        for count in [0, 1, 3, 5, 0x110000, 0x110001, HUGE]:
+            if count != struct.unpack_from("<I", data, at + 4 * i)[0]:
+                spoilt = bytearray(data)
+                struct.pack_into("<I", spoilt, at + 4 * i, count)
+                byte_level.bad(fix(bytes(spoilt)), "expected", "found")
+    decompositions, compositions, marks = v.nfc
+    for kind, row in enumerate([(0xE9, 0x65, 0x301, 0, 0), (0x65, 0x301, 0xE9), (0x301, 0x301, 230)]):
+        for i in range(len(row)):
+            for bad in (0x110000, HUGE):
+                nfc = [*v.nfc]
+                nfc[kind] = ((*row[:i], bad, *row[i + 1 :]),)
+                byte_level.bad(
+                    None, "omposition" if kind < 2 else "class", "expected", "found", nfc=tuple(nfc)
+                )
+    for bad_marks in [((0x301, 0x301, 0),), ((0x301, 0x301, 256),), ((0x301, 0x300, 1),), marks[::-1]]:
+        byte_level.bad(
+            None, "a combining class", "expected", "found", nfc=(decompositions, compositions, bad_marks)
+        )
+    odd = ((0xE9, 0xE9, 0xE9, 0xE9, 0xE9), (0x41, 0, 0, 0, 0), (0x42, 0xD800, 0x10FFFF, 0, 7))
+    made = ((0x65, 0x65, 0x65), (0x65, 0x301, 0), (0x301, 0x301, 0xDFFF))
+    ids = byte_level.tokens("eeee\u00e9\u0301\u0301AB", nfc=(odd, made, marks))[1:]
+    assert bytes(ids) == b"e" + "\u00e9\u00e9\u00e9\u00e9".encode() + "\u0301\u0301".encode() + b"\0" + (
+        "\ud800\U0010ffff".encode(errors="surrogatepass")
+    )
+    assert byte_level.tokens("e\u0301A", nfc=((), (), ()))[1:] == [*"e\u0301A".encode()]
 
 
 def test_bytes_that_are_missing(byte_level: ByteLevelVictim) -> None:

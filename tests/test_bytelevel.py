@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import resource
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -80,13 +82,13 @@ def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         yield found
 
 
-def is_nfc(found: Peer) -> bool:
-    return found.library.normalizer is not None
-
-
-def normal(found: Peer, text: str) -> str:
-    """run.c leaves NFC out, so texts are in that form here where a tokenizer would put them into it."""
-    return str(normalizers.NFC().normalize_str(text)) if is_nfc(found) else text
+def normal(found: Peer, data: bytes) -> bytes:
+    """Text as the tokenizer normalises it, stray bytes as they are."""
+    if found.library.normalizer is None:
+        return data
+    parts = re.split("([\udc80-\udcff]+)", data.decode(errors="surrogateescape"))
+    texts = [part if i % 2 else found.library.normalizer.normalize_str(part) for i, part in enumerate(parts)]
+    return "".join(texts).encode(errors="surrogateescape")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -112,12 +114,12 @@ ALL_CASES = {**CASES, **MORE}
 
 def test_hard_cases(one: Peer) -> None:
     for text in ALL_CASES.values():
-        one.check(normal(one, text))
+        one.check(text)
 
 
 def test_prose_and_code(one: Peer) -> None:
     for text in corpus():
-        one.check(normal(one, text))
+        one.check(text)
     source = Path(export.__file__).read_text()
     one.check(source)
     assert one.decoded(one.ours(source)).lstrip(b" ") == source.encode()
@@ -129,10 +131,10 @@ SCALARS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 def test_many_characters(one: Peer) -> None:
     """Those of nearly all scripts, side by side; and some before and after what patterns treat in a special way."""
     many = [c for i, c in enumerate(SCALARS) if i < 0x3000 or 0x9800 <= i < 0x11000 or i % 29 == 0]
-    one.check(normal(one, "".join(many)))
+    one.check("".join(many))
     some = [c for i, c in enumerate(SCALARS) if i < 0x600 or i % 97 == 0]
     for between in [" ", "a", "1", "'", ".", "\n", "\u0301"]:
-        one.check(normal(one, between.join(some)))
+        one.check(between.join(some))
 
 
 @pytest.mark.parametrize("kind", ["llama3", "smollm2"])
@@ -190,14 +192,14 @@ thoroughly = settings(
 @thoroughly
 @given(text=texts)
 def test_random_text(one: Peer, text: str) -> None:
-    one.check(normal(one, text))
+    one.check(text)
 
 
 def test_bytes_that_are_no_text(one: Peer) -> None:
     """Nothing is lost, and what is text comes out as it does alone, where words end before stray bytes."""
     rng = random.Random(3)
     for data in [*INVALID, b"\0", b"a\0b", *(rng.randbytes(50) for _ in range(300))]:
-        assert one.decoded(one.ours(data)).removeprefix(b" ") == data.removeprefix(b" ")
+        assert one.decoded(one.ours(data)).removeprefix(b" ") == normal(one, data).removeprefix(b" ")
     assert one.ours(b"") == one.library.encode("").ids == []
 
 
@@ -211,14 +213,179 @@ def test_no_text_is_ever_a_control_token(one: Peer) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# NFC
+
+COMPOSE, DECOMPOSE = normalizers.NFC().normalize_str, normalizers.NFD().normalize_str
+
+
+@cache
+def kinds_of_characters() -> dict[str, list[str]]:
+    """As the library and Python know them."""
+    parts = {c: DECOMPOSE(c) for c in SCALARS if not "\uac00" <= c <= "\ud7a3"}
+    kinds = {
+        "marks": [c for c in SCALARS if unicodedata.combining(c)],
+        "Hangul's letters": [chr(c) for c in [*range(0x10F0, 0x1210), *range(0xA960, 0xA980)]],
+        "syllables": [chr(c) for c in range(0xABF0, 0xD7B0)],
+        "singletons": [c for c, p in parts.items() if len(p) == 1 and p != c],
+        "not composed again": [c for c, p in parts.items() if len(p) > 1 and COMPOSE(c) != c],
+        "composed": [c for c, p in parts.items() if len(p) > 1 and COMPOSE(c) == c],
+        "compatibility": [c for c in SCALARS if unicodedata.decomposition(c).startswith("<")],
+    }
+    kinds["parts"] = sorted(
+        {p for kind in ("not composed again", "composed") for c in kinds[kind] for p in parts[c]}
+    )
+    return kinds
+
+
+KINDS = [
+    *(
+        "marks",
+        "Hangul's letters",
+        "syllables",
+        "singletons",
+        "not composed again",
+        "composed",
+        "compatibility",
+    ),
+    "parts",
+]
+some_of = {
+    kind: st.deferred(lambda kind=kind: st.sampled_from(kinds_of_characters()[kind])) for kind in KINDS
+}
+unicode_texts = st.lists(
+    st.one_of(
+        *some_of.values(), some_of["marks"], st.sampled_from(["a", " ", "\0", "\u0345", "\u0334", "e", "\n"])
+    ),
+    max_size=24,
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def nfc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    with peer(make("qwen2"), tmp_path_factory.mktemp("t")) as found:
+        yield found
+
+
+@thoroughly
+@given(text=st.one_of(unicode_texts, unicode_texts.map(DECOMPOSE)))
+def test_nfc_of_random_text(nfc: Peer, text: str) -> None:
+    nfc.check(text)
+    assert nfc.decoded(nfc.ours(text)) == COMPOSE(text).encode()
+
+
+@thoroughly
+@given(parts=st.lists(st.one_of(unicode_texts.map(str.encode), st.binary(max_size=4)), max_size=6))
+def test_nfc_leaves_what_is_no_text_alone(nfc: Peer, parts: list[bytes]) -> None:
+    data = b"".join(parts)
+    assert nfc.decoded(nfc.ours(data)) == normal(nfc, data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nfc_of_all_characters_of_a_kind(nfc: Peer, kind: str) -> None:
+    characters = kinds_of_characters()[kind]
+    assert len(characters) > 50
+    for between in ("", "a", "\u0334", "\u0345", "\u0301", "\u0323\u0307", "\u1161", "\u11a8", "\u1100"):
+        nfc.check(between.join(characters))
+        nfc.check(between.join(DECOMPOSE(c) for c in characters))
+
+
+def test_nfc_of_every_pair_of_marks(nfc: Peer) -> None:
+    marks = kinds_of_characters()["marks"][::7]
+    nfc.check("".join(f"{base}{a}{b}" for base in "a\u00e9" for a in marks for b in marks))
+
+
+def test_nfc_of_every_character_and_pair_that_composes(nfc: Peer) -> None:
+    """Also where a mark stands in between, and where there is no starter to compose with."""
+    nfc.check("\0".join(SCALARS))
+    pairs = [DECOMPOSE(c) for c in kinds_of_characters()["composed"]]
+    for between in ("", "\u0334", "\u0301", "\u0345", "x", "\u200d"):
+        nfc.check(" ".join(pair[:-1] + between + pair[-1] for pair in pairs))
+        nfc.check("\n".join(between + pair[::-1] for pair in pairs))
+
+
+def test_nfc_of_the_standards_examples(nfc: Peer) -> None:
+    """From Unicode Standard Annex 15: figures 3 to 6, and Hangul."""
+    examples = {
+        "\u212b": "\u00c5",
+        "\u2126": "\u03a9",
+        "A\u030a": "\u00c5",
+        "o\u0302": "\u00f4",
+        "s\u0323\u0307": "\u1e69",
+        "s\u0307\u0323": "\u1e69",
+        "\u1e0b\u0323": "\u1e0d\u0307",
+        "q\u0307\u0323": "q\u0323\u0307",
+        "\ufb01": "\ufb01",
+        "2\u2075": "2\u2075",
+        "\u1e9b\u0323": "\u1e9b\u0323",
+        "\u0958": "\u0915\u093c",
+        "\u1112\u1161\u11ab": "\ud55c",
+        "\ud558\u11ab": "\ud55c",
+        "\ud55c\u11ab": "\ud55c\u11ab",
+        "\u0301a": "\u0301a",
+    }
+    for text, expected in examples.items():
+        assert nfc.decoded(nfc.ours(text)) == expected.encode()
+
+
+@pytest.mark.parametrize("name", ["sorted", "unsorted", "one mark", "Hangul", "many parts"])
+def test_a_megabyte_for_nfc(run: Program, nfc: Peer, name: str) -> None:
+    marks = kinds_of_characters()["marks"]
+    text = {
+        "sorted": "a" + "\u0334" * 250_000 + "\u0301" * 250_000,
+        "unsorted": "a" + "".join(random.Random(1).choices(marks, k=400_000)),
+        "one mark": "\u0344" * 500_000,
+        "Hangul": "\u1112\u1161\u11ab" * 110_000,
+        "many parts": "\u1f82" * 350_000,
+    }[name].encode()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    result = run.ok("-z", nfc.path, "-m", "tokenize", "-f", "-", stdin=text)
+    took = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert [int(word) for word in result.text.split()] == nfc.library.encode(text.decode()).ids
+    if not run.sanitized:
+        print(f"{name}: {took:.2f} s", file=sys.stderr)
+        assert took < 2
+
+
+NFC_ADDED = [
+    "<think>",
+    "cafe\u0301",
+    ">>",
+    "ab",
+    "\u0301",
+    "KK",
+    "\u212b",
+    "re",
+    "\u1112\u1161",
+    "\ud55c",
+    "b>",
+]
+
+
+@pytest.fixture(scope="module", params=["early", "late", "both"])
+def nfc_added(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    library = make("qwen2")
+    late = {"early": [False], "late": [True], "both": [False, True, True]}[request.param]
+    library.add_tokens([AddedToken(t, normalized=late[i % len(late)]) for i, t in enumerate(NFC_ADDED)])
+    with peer(library, tmp_path_factory.mktemp("t")) as found:
+        yield found
+
+
+@thoroughly
+@given(
+    text=st.lists(
+        st.one_of(
+            st.sampled_from([*NFC_ADDED, *"cafre<>bK\u0338\u0323\u11ab\u1161\u030aA\u212a\u00e1", "<think"]),
+            st.text(max_size=2),
+        ),
+        max_size=16,
+    ).map("".join)
+)
+def test_added_tokens_are_sought_before_or_after_nfc(nfc_added: Peer, text: str) -> None:
+    nfc_added.check(text)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # What else may be in a tokenizer.json
-
-
-def test_text_that_is_not_in_nfc_keeps_its_form(tmp_path: Path) -> None:
-    """The one known difference: the library composes e and an accent for such a tokenizer, run.c leaves them."""
-    with peer(make("qwen2"), tmp_path) as found:
-        assert found.decoded(found.ours("e\u0301")) == "e\u0301".encode()
-        assert found.ours("\u00e9") == found.library.encode("e\u0301").ids
 
 
 @thoroughly
@@ -461,16 +628,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_added_tokens_that_the_library_seeks_one_after_the_other(tmp_path: Path) -> None:
-    library = make("gpt2")
-    library.add_tokens([AddedToken("<ab>", normalized=False), AddedToken("zq", normalized=True)])
-    with peer(library, tmp_path) as found:
-        found.check("zq<ab>zq <ab")
-    for name in ("b>c", "<ab>d", "ab"):
-        data = json.loads(library.to_str())
-        data["added_tokens"].append({"id": 1600, "content": name, "special": False, "normalized": True})
-        with pytest.raises(export.ExportError, match="overlap"):
-            export.Tokenizer.from_huggingface(json.dumps(data).encode())
+@pytest.fixture(scope="module", params=["gpt2", "gpt2 with a space"])
+def in_two_steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    library = make(request.param)
+    names = ["b>c", "<ab>d", "ab", "zq", "z", "q<", "<ab>"]
+    library.add_tokens([AddedToken(name, normalized=i % 2 == 0) for i, name in enumerate(names)])
+    with peer(library, tmp_path_factory.mktemp("t")) as found:
+        yield found
+
+
+@thoroughly
+@given(text=st.text(alphabet="<ab>cdzq ", max_size=30))
+def test_added_tokens_that_the_library_seeks_one_after_the_other(in_two_steps: Peer, text: str) -> None:
+    in_two_steps.check(text)
 
 
 @pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[words for _, words in REFUSED])

@@ -18,6 +18,7 @@ from files import (
     ADD_SPACE,
     BYTE,
     CONTROL,
+    LATE,
     NORMAL,
     USER_DEFINED,
     Piece,
@@ -70,7 +71,7 @@ class Pair:
 
     def decode(self, ids: list[int]) -> bytes:
         pieces = [self.vocabulary.pieces[i] for i in ids]
-        text = b"".join(piece.text for piece in pieces if piece.type in (NORMAL, USER_DEFINED, BYTE))
+        text = b"".join(piece.text for piece in pieces if piece.type in (NORMAL, LATE, BYTE))
         return text[1:] if self.vocabulary.flags & ADD_SPACE else text
 
 
@@ -84,7 +85,8 @@ def to_proto(vocabulary: Vocabulary) -> Any:
     model = pb.ModelProto()
     for piece in vocabulary.pieces:
         text = f"<0x{piece.text[0]:02X}>" if piece.type == BYTE else piece.text.decode().replace(" ", MARK)
-        model.pieces.add(piece=text, type=piece.type, score=piece.score)
+        type = USER_DEFINED if piece.type == LATE else piece.type
+        model.pieces.add(piece=text, type=type, score=piece.score)
     spec = model.trainer_spec
     spec.model_type = pb.TrainerSpec.BPE
     spec.vocab_size = len(vocabulary)
@@ -103,7 +105,8 @@ def from_proto(model: Any, flags: int) -> Vocabulary:
         text = piece.piece.replace(MARK, " ").encode()
         if piece.type == BYTE:
             text = bytes([int(piece.piece[3:5], 16)])
-        pieces.append(Piece(text, piece.type, piece.score))
+        type = LATE if piece.type == USER_DEFINED else piece.type
+        pieces.append(Piece(text, type, piece.score))
     return Vocabulary(tuple(pieces), flags=flags)
 
 
@@ -189,7 +192,7 @@ def user_defined(run: Program, tmp_path_factory: pytest.TempPathFactory) -> Pair
     folder = tmp_path_factory.mktemp("user_defined")
     options: dict[str, Any] = {"vocab_size": 600, "byte_fallback": True, "user_defined_symbols": SYMBOLS}
     pair = trained(run, folder, "t", ADD_BOS | ADD_SPACE, **options)
-    assert sum(p.type == USER_DEFINED for p in pair.vocabulary.pieces) == len(SYMBOLS)
+    assert sum(p.type == LATE for p in pair.vocabulary.pieces) == len(SYMBOLS)
     return pair
 
 
