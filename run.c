@@ -920,7 +920,8 @@ typedef struct {
 
 enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 };                                              // TokenizerHeader.kind
 enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE = 7 }; // the type of a token
-enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, NONE = INT32_MAX }; // NONE: no token, no symbol
+enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30 };
+#define NONE UINT32_MAX         // no token, no row, no symbol
 enum { CHARACTERS = 0x110000 }; // their numbers; from here on, bytes that are not UTF-8 stand for themselves
 enum { MAX_PARTS = 4 };         // of a character
 
@@ -1108,9 +1109,8 @@ static Piece next_piece(Reader *r) {
 // Fills the table of pieces and that of the bytes.
 static void index_pieces(Tokenizer *t) {
     t->by_text = new_table(t->pieces, t->h.vocab_size, sizeof *t->pieces, 0);
-    uint32_t unknown = t->h.unk_id < 0 ? NONE : (uint32_t)t->h.unk_id;
     for (size_t b = 0; b < 256; b++)
-        t->byte_id[b] = unknown;
+        t->byte_id[b] = (uint32_t)t->h.unk_id; // -1 becomes NONE
     for (uint32_t id = 0; id < t->h.vocab_size; id++) {
         const Piece *p = &t->pieces[id];
         if (p->type == BYTE)
@@ -1369,19 +1369,16 @@ static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
 // Cuts a word into the symbols that merging starts from and returns their number.
 static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
     e->symbols = grow(e->symbols, &e->capacity, word.n, sizeof *e->symbols);
+    bool characters = t->h.kind == SENTENCEPIECE_BPE;
     uint32_t n = 0, number;
-    for (size_t i = 0; i < word.n;) {
-        Text text = {word.bytes + i, 1};
-        uint32_t id = t->byte_id[*text.bytes];
-        if (t->h.kind == SENTENCEPIECE_BPE) {
-            text = first_character((Text){text.bytes, word.n - i}, &number);
-            id = find_piece(t, text);
+    for (size_t at = 0; at < word.n;) {
+        Text text = first_character((Text){word.bytes + at, characters ? word.n - at : 1}, &number);
+        uint32_t id = characters ? find_piece(t, text) : t->byte_id[*text.bytes];
+        at += text.n;
+        if (characters || id != NONE) { // a byte that the vocabulary cannot say is left out
+            e->symbols[n] = (Symbol){text, id, n - 1, n + 1};
+            n++;
         }
-        i += text.n;
-        if (t->h.kind == BYTE_LEVEL_BPE && id == NONE)
-            continue; // a byte that the vocabulary cannot say is left out
-        e->symbols[n] = (Symbol){text, id, n ? n - 1 : NONE, n + 1};
-        n++;
     }
     if (n)
         e->symbols[n - 1].next = NONE;
