@@ -1382,7 +1382,7 @@ NO_MACHINES = Machines()  # a text is one word
 
 
 class Nfc(NamedTuple):
-    """Unicode's tables for the normalization form C, less Hangul, which is arithmetic."""
+    """Unicode's tables for its normalization form C."""
 
     decompositions: tuple[tuple[int, ...], ...]  # a character, the four that it stands for, 0 after the last
     compositions: tuple[tuple[int, ...], ...]  # two characters, and the one that they make
@@ -2030,7 +2030,7 @@ def nfc_tables() -> Nfc:
         found = zip(texts, decompose("\0".join(texts)).split("\0"), strict=True)
         return {text: result for text, result in found if text != result}
 
-    single = [c for c in all_characters() if c not in "\0\u0345\u0334" and not "\uac00" <= c <= "\ud7a3"]
+    single = [c for c in all_characters() if c not in "\0\u0345\u0334"]
     parts = changed(single)
     pairs = [(compose(p[:-1]), p[-1], c) for c, p in parts.items() if compose(c) == c]
     # What changes places with a mark of the highest class (U+0345) or of the lowest (U+0334) is a mark.

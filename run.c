@@ -906,8 +906,10 @@ typedef struct {
 
 enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 };                                              // TokenizerHeader.kind
 enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE = 7 }; // the type of a token
-enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, NONE = INT32_MAX }; // NONE: no token, no symbol
-enum { CHARACTERS = 0x110000 }; // numbers of Unicode's; from here on, bytes that are not UTF-8
+enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30 };
+#define NONE UINT32_MAX         // no token, no row, no symbol
+enum { CHARACTERS = 0x110000 }; // their numbers; from here on, bytes that are not UTF-8 stand for themselves
+enum { MAX_PARTS = 4 };         // of a character
 
 enum { // TokenizerHeader.flags
     ADD_BOS = 1,
@@ -955,12 +957,6 @@ typedef struct {
     uint32_t first, last, class; // of characters
 } Range;
 
-enum { MAX_PARTS = 4 };
-
-typedef struct {
-    uint32_t whole, parts[MAX_PARTS]; // characters, 0 after the last part
-} Decomposition;
-
 // A hash table of the pieces, by their texts, or of other rows, by the bytes that they begin with.
 typedef struct {
     const void *rows;
@@ -974,7 +970,6 @@ typedef struct {
     TokenizerHeader h;
     Piece *pieces;             // (V)
     Table by_text;             // normal and user-defined pieces
-    size_t longest;            // bytes of the longest of them
     size_t user_defined[256];  // bytes of the longest user-defined one that starts with this byte, 0 if there is none
     uint32_t byte_id[256];     // the token for each byte; unk_id, or NONE, where there is none
     const Merge *merges;       // (n_merges) the first to be done first
@@ -982,21 +977,17 @@ typedef struct {
     uint8_t *classes;          // (CHARACTERS + 256) the class of each character, by which words are cut
     const uint32_t *steps;     // (n_states, n_classes) the machines
     uint8_t *combining;        // (CHARACTERS + 256) the combining class of each character, 0 of a starter
-    const Merge *compositions; // Unicode's tables; Hangul is arithmetic
-    const Decomposition *decompositions;
-    Table by_parts, by_whole;  // of the two
-    Text templates[TEMPLATES]; // items: the id of a token, or a TEXT_ITEM and its bytes
+    const Merge *compositions; // of characters, for NFC
+    const uint32_t (*decompositions)[1 + MAX_PARTS]; // a character, and those that it stands for, 0 after the last
+    Table by_parts, by_whole;                        // of the two
+    Text templates[TEMPLATES];                       // items: the id of a token, or a TEXT_ITEM and its bytes
 } Tokenizer;
 
 // FNV-1a: finds pieces and merges, and tells one vocabulary from another.
-static const uint64_t HASH_OF_NOTHING = 0xcbf29ce484222325;
-
-static uint64_t hash_more(uint64_t hash, unsigned char byte) { return (hash ^ byte) * 0x100000001b3; }
-
 static uint64_t hash_of(Text text) {
-    uint64_t hash = HASH_OF_NOTHING;
+    uint64_t hash = 0xcbf29ce484222325;
     for (size_t i = 0; i < text.n; i++)
-        hash = hash_more(hash, text.bytes[i]);
+        hash = (hash ^ text.bytes[i]) * 0x100000001b3;
     return hash;
 }
 
@@ -1016,9 +1007,9 @@ static Text key_of(const Table *table, uint32_t i) {
     return table->key_size ? (Text){row, table->key_size} : ((const Piece *)row)->text;
 }
 
-// The place in the table of the row with this key and its hash, or the empty place where it would go.
-static uint32_t *place_of(const Table *table, Text key, uint64_t hash) {
-    size_t i = hash & table->mask;
+// The place in the table of the row with this key, or the empty place where it would go.
+static uint32_t *place_of(const Table *table, Text key) {
+    size_t i = hash_of(key) & table->mask;
     for (; table->places[i] != NONE; i = (i + 1) & table->mask) {
         Text other = key_of(table, table->places[i]);
         if (other.n == key.n && !memcmp(other.bytes, key.bytes, key.n))
@@ -1027,23 +1018,19 @@ static uint32_t *place_of(const Table *table, Text key, uint64_t hash) {
     return &table->places[i];
 }
 
-static uint32_t find_piece(const Tokenizer *t, Text text) {
-    return text.n > t->longest ? NONE : *place_of(&t->by_text, text, hash_of(text));
-}
+static uint32_t find_piece(const Tokenizer *t, Text text) { return *place_of(&t->by_text, text); }
 
-// The row that begins with these n numbers.
-static uint32_t find_row(const Table *table, const uint32_t *numbers, size_t n) {
-    Text key = {(const unsigned char *)numbers, n * sizeof *numbers};
-    return *place_of(table, key, hash_of(key));
+// The number of the row that begins with one or two numbers, as the table's rows do.
+static uint32_t find_row(const Table *table, uint32_t a, uint32_t b) {
+    const uint32_t numbers[2] = {a, b};
+    return *place_of(table, (Text){(const unsigned char *)numbers, table->key_size});
 }
 
 // A table of n rows by their first n_keys numbers. Of two with the same key the later counts.
 static Table index_rows(const void *rows, uint32_t n, size_t row_size, size_t n_keys) {
     Table table = new_table(rows, n, row_size, n_keys * sizeof(uint32_t));
-    for (uint32_t i = 0; i < n; i++) {
-        Text key = key_of(&table, i);
-        *place_of(&table, key, hash_of(key)) = i;
-    }
+    for (uint32_t i = 0; i < n; i++)
+        *place_of(&table, key_of(&table, i)) = i;
     return table;
 }
 
@@ -1058,8 +1045,6 @@ static void check_tokenizer_header(const Tokenizer *t, size_t size) {
     check(t->path, "n_stop_ids", h->n_stops, 0, MAX_STOPS);
     for (size_t i = 0; i < h->n_stops; i++)
         check(t->path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
-    check(t->path, "n_merges", h->n_merges, 0, 1 << 24);
-    check(t->path, "n_ranges", h->n_ranges, 0, CHARACTERS);
     check(t->path, "n_machines", h->n_machines, 0, 16);
     check(t->path, "n_classes", h->n_classes, h->n_machines ? 2 : 0, 256);
     check(t->path, "n_states", h->n_states, h->n_machines ? h->n_machines + 1 : 0, 1 << 20);
@@ -1094,53 +1079,46 @@ static void check_hash(const char *path, const char *what, uint64_t promised, Te
            (unsigned long long)promised, (unsigned long long)hash);
 }
 
-static Piece next_piece(Reader *r, uint32_t id) {
+static Piece next_piece(Reader *r) {
     struct {
         uint32_t length, type;
         float score;
     } e;
-    char what[32];
-    snprintf(what, sizeof what, "token %u", id);
-    memcpy(&e, next_bytes(r, what, sizeof e), sizeof e);
-    bool fits = e.length > 0 ? e.type != BYTE || e.length == 1 : e.type == UNUSED;
-    expect(e.type >= NORMAL && e.type <= LATE && fits && !isnan(e.score),
-           "%s: %s: expected a length, a type and a score, found %u, %u and %g", r->path, what, e.length, e.type,
-           (double)e.score);
-    Text text = {next_bytes(r, what, e.length), e.length};
+    memcpy(&e, next_bytes(r, "a token", sizeof e), sizeof e);
+    check(r->path, "a token's type", e.type, NORMAL, LATE);
+    check(r->path, "a token's length", e.length, e.type != UNUSED, e.type == BYTE ? 1 : UINT32_MAX);
+    check_real(r->path, "a token's score", e.score, -FLT_MAX, FLT_MAX);
+    Text text = {next_bytes(r, "a token's text", e.length), e.length};
     return (Piece){text, e.type == LATE ? USER_DEFINED : e.type, e.score, e.type == LATE};
 }
 
 // Fills the table of pieces and that of the bytes.
 static void index_pieces(Tokenizer *t) {
     t->by_text = new_table(t->pieces, t->h.vocab_size, sizeof *t->pieces, 0);
-    uint32_t unknown = t->h.unk_id < 0 ? NONE : (uint32_t)t->h.unk_id;
     for (size_t b = 0; b < 256; b++)
-        t->byte_id[b] = unknown;
-    size_t n_bytes = 0;
+        t->byte_id[b] = (uint32_t)t->h.unk_id; // -1 becomes NONE
     for (uint32_t id = 0; id < t->h.vocab_size; id++) {
         const Piece *p = &t->pieces[id];
-        if (p->type == BYTE) {
-            n_bytes += t->byte_id[*p->text.bytes] == unknown;
+        if (p->type == BYTE)
             t->byte_id[*p->text.bytes] = id;
-        }
         if (p->type != NORMAL && p->type != USER_DEFINED)
             continue;
-        uint32_t *place = place_of(&t->by_text, p->text, hash_of(p->text));
+        uint32_t *place = place_of(&t->by_text, p->text);
         if (*place == NONE || p->type == USER_DEFINED)
             *place = id;
-        t->longest = larger(t->longest, p->text.n);
         size_t *longest = &t->user_defined[*p->text.bytes];
         *longest = p->type == USER_DEFINED ? larger(*longest, p->text.n) : *longest;
     }
-    expect(t->h.kind == BYTE_LEVEL_BPE || n_bytes == 256 || (n_bytes == 0 && unknown != NONE),
-           "%s: byte tokens: expected one for each byte, or none and an unk_id, found %zu", t->path, n_bytes);
+    for (size_t b = 0; b < 256; b++)
+        expect(t->byte_id[b] != NONE || t->h.kind == BYTE_LEVEL_BPE,
+               "%s: expected a token for each byte, or an unk_id, found none for byte %zu", t->path, b);
 }
 
 // Spreads ranges out over all characters, so that the class of one is found in one step.
 static uint8_t *next_classes(Reader *r, const char *what, uint32_t n, int usual, int64_t most) {
     uint8_t *classes = allocate(CHARACTERS + 256, 1, what);
     memset(classes, usual, CHARACTERS + 256);
-    const Range *range = next_numbers(r, what, (size_t)3 * n, CHARACTERS - 1);
+    const Range *range = next_numbers(r, what, (size_t)n * 3, CHARACTERS - 1);
     for (uint32_t i = 0, next = 0; i < n; next = range++->last + 1, i++) {
         check(r->path, what, range->first, next, range->last);
         check(r->path, what, range->class, 1, most);
@@ -1152,9 +1130,9 @@ static uint8_t *next_classes(Reader *r, const char *what, uint32_t n, int usual,
 // What puts text into NFC.
 static void read_nfc(Tokenizer *t, Reader *r) {
     const uint32_t *n = next_numbers(r, "NFC", 3, CHARACTERS);
-    t->decompositions = next_numbers(r, "a decomposition", (1 + MAX_PARTS) * (size_t)n[0], CHARACTERS - 1);
+    t->decompositions = next_numbers(r, "a decomposition", (size_t)n[0] * (1 + MAX_PARTS), CHARACTERS - 1);
     t->by_whole = index_rows(t->decompositions, n[0], sizeof *t->decompositions, 1);
-    t->compositions = next_numbers(r, "a composition", 3 * (size_t)n[1], CHARACTERS - 1);
+    t->compositions = next_numbers(r, "a composition", (size_t)n[1] * 3, CHARACTERS - 1);
     t->by_parts = index_rows(t->compositions, n[1], sizeof *t->compositions, 2);
     t->combining = next_classes(r, "a combining class", n[2], 0, 255);
 }
@@ -1171,15 +1149,14 @@ static bool read_number(const unsigned char *file, size_t end, size_t *at, uint3
 static Text next_template(const Tokenizer *t, Reader *r) {
     uint32_t n, item;
     memcpy(&n, next_bytes(r, "a template", sizeof n), sizeof n);
-    Reader items = {r->path, next_bytes(r, "a template", n), n, 0};
-    while (items.at < n) {
-        memcpy(&item, next_bytes(&items, "an item of a template", sizeof item), sizeof item);
-        if (item & TEXT_ITEM)
-            next_bytes(&items, "a text in a template", item ^ TEXT_ITEM);
-        else
-            check(r->path, "a token in a template", item, 0, t->h.vocab_size - 1);
+    Text items = {next_bytes(r, "a template", n), n};
+    for (size_t at = 0, length; at < n; at += length) {
+        bool fits = read_number(items.bytes, n, &at, &item);
+        length = fits && item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
+        expect(fits && length <= n - at && (item & TEXT_ITEM || item < t->h.vocab_size),
+               "%s: a template: expected tokens and texts within its %u bytes, found others", r->path, n);
     }
-    return (Text){items.bytes, n};
+    return items;
 }
 
 static Tokenizer open_tokenizer(const char *path) {
@@ -1190,16 +1167,13 @@ static Tokenizer open_tokenizer(const char *path) {
     check_tokenizer_header(&t, r.n);
     t.pieces = allocate(t.h.vocab_size, sizeof *t.pieces, "the vocabulary");
     for (uint32_t id = 0; id < t.h.vocab_size; id++)
-        t.pieces[id] = next_piece(&r, id);
+        t.pieces[id] = next_piece(&r);
     check_hash(path, "the vocabulary", t.h.vocab_hash, (Text){r.bytes + sizeof t.h, r.at - sizeof t.h});
     check_hash(path, "what follows the vocabulary", t.h.rest_hash, (Text){r.bytes + r.at, r.n - r.at});
     index_pieces(&t);
     next_bytes(&r, "zeros", -r.at % 4);
 
-    t.merges = next_numbers(&r, "a merge", (size_t)3 * t.h.n_merges, t.h.vocab_size - 1);
-    for (uint32_t i = 0; i < t.h.n_merges; i++)
-        expect(t.pieces[t.merges[i].made].type != CONTROL,
-               "%s: merge %u: expected to make text, found control token %u", path, i, t.merges[i].made);
+    t.merges = next_numbers(&r, "a merge", (size_t)t.h.n_merges * 3, t.h.vocab_size - 1);
     t.by_pair = index_rows(t.merges, t.h.n_merges, sizeof *t.merges, 2);
     t.classes = next_classes(&r, "a range of characters", t.h.n_ranges, 1, (int64_t)t.h.n_classes - 1);
     memset(t.classes + CHARACTERS, t.classes[0xfffd], 256);
@@ -1258,35 +1232,15 @@ static size_t put_character(uint32_t c, unsigned char *out) {
     return n;
 }
 
-// Hangul's syllables stand in the order of their letters: a first one, a vowel, and a last one or, as one of 28, none.
-enum { SYLLABLES = 0xac00, FIRSTS = 0x1100, VOWELS = 0x1161, LASTS = 0x11a7 };
-enum { N_FIRSTS = 19, N_VOWELS = 21, N_LASTS = 28, N_SYLLABLES = N_FIRSTS * N_VOWELS * N_LASTS };
-
-// Writes the characters that one stands for, at most MAX_PARTS, and returns their number.
+// Writes the characters that one stands for, which may be itself alone, and returns their number.
 static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *parts) {
-    uint32_t syllable = c - SYLLABLES, row = find_row(&t->by_whole, &c, 1);
-    if (syllable < N_SYLLABLES) {
-        parts[0] = FIRSTS + syllable / (N_VOWELS * N_LASTS);
-        parts[1] = VOWELS + syllable / N_LASTS % N_VOWELS;
-        parts[2] = LASTS + syllable % N_LASTS;
-        return syllable % N_LASTS ? 3 : 2;
-    }
-    parts[0] = row == NONE ? c : t->decompositions[row].parts[0];
-    size_t n = 1;
-    for (; row != NONE && n < MAX_PARTS && t->decompositions[row].parts[n]; n++)
-        parts[n] = t->decompositions[row].parts[n];
+    uint32_t row = t->h.flags & NFC ? find_row(&t->by_whole, c, 0) : NONE;
+    size_t n = 0;
+    for (; row != NONE && n < MAX_PARTS && t->decompositions[row][1 + n]; n++)
+        parts[n] = t->decompositions[row][1 + n];
+    if (n == 0)
+        parts[n++] = c;
     return n;
-}
-
-// The character that two make, NONE if they make none.
-static uint32_t composed(const Tokenizer *t, uint32_t a, uint32_t b) {
-    const uint32_t pair[2] = {a, b};
-    uint32_t first = a - FIRSTS, vowel = b - VOWELS, last = b - LASTS, row = find_row(&t->by_parts, pair, 2);
-    if (first < N_FIRSTS && vowel < N_VOWELS)
-        return SYLLABLES + (first * N_VOWELS + vowel) * N_LASTS;
-    if (a - SYLLABLES < N_SYLLABLES && (a - SYLLABLES) % N_LASTS == 0 && last > 0 && last < N_LASTS)
-        return a + last;
-    return row == NONE ? NONE : t->compositions[row].made;
 }
 
 // Puts n decomposed characters into NFC and returns how many are left. Marks after a starter, a character of the
@@ -1304,14 +1258,14 @@ static size_t compose(const Tokenizer *t, Heap *marks, uint32_t *c, size_t n) {
     for (size_t i = 0; i < n; i++) {
         uint8_t class = t->combining[c[i]];
         bool open = starter < n && (starter + 1 == left || before < class);
-        uint32_t made = open ? composed(t, c[starter], c[i]) : NONE;
-        if (made != NONE) {
-            c[starter] = made;
-            continue;
+        uint32_t row = open ? find_row(&t->by_parts, c[starter], c[i]) : NONE;
+        if (row != NONE) {
+            c[starter] = t->compositions[row].made;
+        } else {
+            starter = class ? starter : left;
+            before = class;
+            c[left++] = c[i];
         }
-        starter = class ? starter : left;
-        before = class;
-        c[left++] = c[i];
     }
     return left;
 }
@@ -1325,29 +1279,25 @@ static Text normalise(const Tokenizer *t, Heap *marks, Text text) {
     while (at < text.n) {
         uint32_t number;
         at += first_character((Text){text.bytes + at, text.n - at}, &number).n;
-        c[n] = number;
-        n += nfc ? decompose(t, number, c + n) : 1;
+        n += decompose(t, number, c + n);
     }
     n = nfc ? compose(t, marks, c, n) : n;
     unsigned char *out = allocate(4 * n + 1, 1, "the prompt");
     for (size_t i = 0; i < n; i++)
         end += put_character(bars && c[i] == 0x2581 ? ' ' : c[i], out + end);
     free(c);
+    expect(end <= MAX_TEXT, "the prompt: expected at most %d bytes, found %zu", MAX_TEXT, end);
     return (Text){out + 1, end - 1};
 }
 
 // The longest user-defined token at the start of a text that is not empty, NONE if there is none.
 static uint32_t find_user_defined(const Tokenizer *t, Text text, bool late) {
-    uint32_t found = NONE;
-    uint64_t hash = HASH_OF_NOTHING;
-    size_t longest = smaller(text.n, t->user_defined[*text.bytes]);
-    for (size_t n = 1; n <= longest; n++) {
-        hash = hash_more(hash, text.bytes[n - 1]);
-        uint32_t id = *place_of(&t->by_text, (Text){text.bytes, n}, hash);
+    for (size_t n = smaller(text.n, t->user_defined[*text.bytes]); n > 0; n--) {
+        uint32_t id = find_piece(t, (Text){text.bytes, n});
         if (id != NONE && t->pieces[id].type == USER_DEFINED && t->pieces[id].late == late)
-            found = id;
+            return id;
     }
-    return found;
+    return NONE;
 }
 
 // A part of a word on its way to becoming a token. Neighbours are linked by their index, NONE at the ends.
@@ -1383,8 +1333,7 @@ static void push_token(Encoder *e, uint32_t token) {
 // The token that two neighbours make, NONE if they make none, and how soon they are to be merged.
 static uint32_t merged(const Tokenizer *t, const Symbol *a, const Symbol *b, float *key) {
     if (t->h.flags & BY_MERGES) {
-        const uint32_t pair[2] = {a->id, b->id};
-        uint32_t rank = find_row(&t->by_pair, pair, 2);
+        uint32_t rank = find_row(&t->by_pair, a->id, b->id);
         *key = -(float)rank;
         return rank == NONE ? NONE : t->merges[rank].made;
     }
@@ -1406,19 +1355,16 @@ static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
 // Cuts a word into the symbols that merging starts from and returns their number.
 static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
     e->symbols = grow(e->symbols, &e->capacity, word.n, sizeof *e->symbols);
+    bool characters = t->h.kind == SENTENCEPIECE_BPE;
     uint32_t n = 0, number;
-    for (size_t i = 0; i < word.n;) {
-        Text text = {word.bytes + i, 1};
-        uint32_t id = t->byte_id[*text.bytes];
-        if (t->h.kind == SENTENCEPIECE_BPE) {
-            text = first_character((Text){text.bytes, word.n - i}, &number);
-            id = find_piece(t, text);
+    for (size_t at = 0; at < word.n;) {
+        Text text = first_character((Text){word.bytes + at, characters ? word.n - at : 1}, &number);
+        uint32_t id = characters ? find_piece(t, text) : t->byte_id[*text.bytes];
+        at += text.n;
+        if (characters || id != NONE) { // a byte that the vocabulary cannot say is left out
+            e->symbols[n] = (Symbol){text, id, n - 1, n + 1};
+            n++;
         }
-        i += text.n;
-        if (t->h.kind == BYTE_LEVEL_BPE && id == NONE)
-            continue; // a byte that the vocabulary cannot say is left out
-        e->symbols[n] = (Symbol){text, id, n ? n - 1 : NONE, n + 1};
-        n++;
     }
     if (n)
         e->symbols[n - 1].next = NONE;
@@ -1453,10 +1399,11 @@ static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
         push_pair(t, e, pair.index);
     }
     for (uint32_t i = n ? 0 : NONE; i != NONE; i = symbols[i].next) {
-        bool known = symbols[i].id != NONE;
-        if (known)
+        if (symbols[i].id != NONE) {
             push_token(e, symbols[i].id);
-        for (size_t b = 0; !known && b < symbols[i].text.n; b++) { // a token for each byte, or one <unk> for all
+            continue;
+        }
+        for (size_t b = 0; b < symbols[i].text.n; b++) { // a token for each byte, or one <unk> for all
             uint32_t byte = t->byte_id[symbols[i].text.bytes[b]];
             if (byte != (uint32_t)t->h.unk_id || e->n_tokens == 0 || e->tokens[e->n_tokens - 1] != byte)
                 push_token(e, byte);
@@ -1540,7 +1487,6 @@ static void encode_text(const Tokenizer *t, Encoder *e, Text text, bool late) {
 
 // The tokens of a text, for the caller to free. No text becomes a control token: those are not in the table.
 static uint32_t *encode(const Tokenizer *t, Text text, size_t *n) {
-    expect(text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found %zu", MAX_TEXT, text.n);
     Encoder e = {0};
     e.tokens = grow(NULL, &e.room, text.n / 4 + 1, sizeof *e.tokens);
     if (t->h.flags & ADD_BOS)
@@ -1563,10 +1509,10 @@ static Text decode(const Tokenizer *t, uint32_t token, size_t pos) {
 }
 
 static bool is_stop(const Tokenizer *t, uint32_t token) {
-    bool stop = (int32_t)token == t->h.bos_id;
     for (size_t i = 0; i < t->h.n_stops; i++)
-        stop = stop || (int32_t)token == t->h.stop_ids[i];
-    return stop;
+        if ((int32_t)token == t->h.stop_ids[i])
+            return true;
+    return (int32_t)token == t->h.bos_id;
 }
 
 // ------------------------------------------------------------------------------------------------

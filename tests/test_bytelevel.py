@@ -478,7 +478,17 @@ def test_gguf(tmp_path: Path, name: str, pre: str) -> None:
     with peer(make(name), tmp_path) as found:
         metadata = gguf(found, pre)
         ours = export.Tokenizer.from_gguf(metadata)
-        same = ("unk_id", "tokens", "merges", "machines", "kind", "whole_words", "add_space", "add_bos")
+        same = (
+            "unk_id",
+            "tokens",
+            "merges",
+            "machines",
+            "nfc",
+            "kind",
+            "whole_words",
+            "add_space",
+            "add_bos",
+        )
         for field in same:
             assert getattr(ours, field) == getattr(found.tokenizer, field), field
         assert ours.stop_ids == (found.special.token_to_id(SPECIAL[0]), found.special.token_to_id(SPECIAL[2]))
@@ -730,6 +740,7 @@ def test_a_large_vocabulary_opens_at_once(run: Program, tmp_path: Path) -> None:
 PREPEND = [normalizers.Prepend(BAR), normalizers.Replace(" ", BAR)]
 LLAMA2_LIKE: dict[str, Any] = {
     "prepend": (normalizers.Sequence(PREPEND), None),
+    "nfc": (normalizers.Sequence([normalizers.NFC(), *PREPEND]), None),
     "replace": (normalizers.Replace(" ", BAR), None),
     "first": (None, pre_tokenizers.Metaspace(BAR, "first", split=False)),
     "always": (None, pre_tokenizers.Metaspace(BAR, "always", split=False)),
@@ -760,7 +771,7 @@ def llama2_like(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 @thoroughly
-@given(text=st.one_of(texts, added_texts, st.text(alphabet=f" a{BAR}the\n<>k", max_size=30)))
+@given(text=st.one_of(texts, unicode_texts, added_texts, st.text(alphabet=f" a{BAR}the\n<>k", max_size=30)))
 def test_sentencepiece_in_json(llama2_like: Peer, text: str) -> None:
     llama2_like.check(text)
 

@@ -20,10 +20,12 @@ from files import (
     CONTROL,
     LATE,
     NORMAL,
+    SPACE_ANEW,
     USER_DEFINED,
     Piece,
     Program,
     Vocabulary,
+    default_vocabulary,
     read_tokenizer,
 )
 from hypothesis import HealthCheck, given, settings
@@ -502,3 +504,14 @@ def test_a_megabyte(llama: Pair, name: str) -> None:
     if not llama.run.sanitized:
         print(f"{name}: {took:.2f} s", file=sys.stderr)
         assert took < limit
+
+
+def test_more_tokens_than_bytes(run: Program, tmp_path: Path) -> None:
+    """A space before what follows each user-defined token makes three tokens of every two bytes."""
+    base = default_vocabulary()
+    pieces = (*base.pieces, Piece(b"\n", USER_DEFINED))
+    vocabulary = Vocabulary(pieces, flags=ADD_BOS | ADD_SPACE | SPACE_ANEW)
+    (tmp_path / "t.bin").write_bytes(vocabulary.to_bytes())
+    ids = run.ok("-z", tmp_path / "t.bin", "-m", "tokenize", "-i", "\nZ" * 1000).text.split()
+    three = [str(i) for i in (len(base), vocabulary.id(b" "), 3 + ord("Z"))]
+    assert ids == ["1", *three * 1000]
