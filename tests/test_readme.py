@@ -297,6 +297,19 @@ def test_headers(section: str, fields: dict[str, tuple[int, str]]) -> None:
             assert name == field
 
 
+def test_flags_and_types_of_a_tokenizer_file() -> None:
+    """Those that run.c knows."""
+    text = sections(README)["The tokenizer file"]
+    flags = text.split("\nFlags: ")[1].split("\n\n")[0]
+    (all_flags,) = re.findall(r"ALL_TOKENIZER_FLAGS = (\d+)", SOURCE)
+    bits = [int(bit) for bit in re.findall(r"\bbit (\d+)", flags)]
+    assert sum(1 << bit for bit in bits) == int(all_flags)
+    (types,) = re.findall(r"u32 type \((.*?)\)", text)
+    (known,) = re.findall(r"enum \{ (NORMAL = .*?) \};", SOURCE)
+    found = [f"{name.upper().replace('-', '_')} = {n}" for n, name in re.findall(r"(\d) ([a-z-]+)", types)]
+    assert found == known.split(", ")
+
+
 def test_tensors() -> None:
     """Their order and shapes."""
     (block,) = re.findall(r"(?:^ {4}.*\n)+", sections(README)["The weights file"], re.MULTILINE)
