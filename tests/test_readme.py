@@ -90,7 +90,7 @@ NOT_RUN = {
 RUN = re.compile(r"make demo$|(printf .* \| )?\./run |python3 export\.py |python3 tests/bench\.py ")
 # What stands for something else in them, or is made smaller here so that it takes seconds.
 INSTEAD = {
-    r"MODEL \[options\]": "my.bin -i a -n 5",
+    r"\[MODEL\] \[options\]": "my.bin -i a -n 5",
     "DIRECTORY_OR_FILE": "checkpoint",
     "random:7b": "random:15m",
     "--shapes [0-9a-z,]+": "--shapes 15m --prefill 16 --folder .",
