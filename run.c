@@ -2340,7 +2340,7 @@ static const char usage[] = "usage: run [MODEL] [options]          MODEL: a weig
                             "  -n N      stop after N tokens, with the prompt (256; 0: at the context's end);\n"
                             "            chat: N tokens of an answer (0: when the model stops)\n"
                             "  --probs   colour each token by its probability; with --json: the top K (5)\n"
-                            "  --json    print JSON: an object a token, or one for all\n"
+                            "  --json    JSON: an object a token, or one for all        -h, --help, --version\n"
                             "sampling\n"
                             "  -t T      temperature (1.0; 0: always the likeliest token)\n"
                             "  -p P      top-p: from the likeliest tokens that have P together (0.9; 1: off)\n"
@@ -2351,7 +2351,6 @@ static const char usage[] = "usage: run [MODEL] [options]          MODEL: a weig
                             "  -z FILE   tokenizer (MODEL.tokenizer.bin, or tokenizer.bin beside it, or here)\n"
                             "  --stride N  perplexity: windows N tokens apart, each rates its last N\n"
                             "  --prefill N (512), --decode N (64), --repeat N (5): of bench\n"
-                            "  -h, --help, --version\n"
                             "examples\n"
                             "  run model.bin -i \"Once upon a time\" -t 0.8 -s 42\n"
                             "  run model.bin -m chat -y \"Answer briefly.\"\n";

@@ -1,0 +1,364 @@
+"""README.md: each command in it runs, what it shows is what they print, and its tables, its picture and its piece of code
+are those of the program."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from files import MODEL_FIELDS, ROOT, TOKENIZER_FIELDS, Model, Program
+
+README = (ROOT / "README.md").read_text()
+SOURCE = (ROOT / "run.c").read_text()
+SVG = "{http://www.w3.org/2000/svg}"
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading it
+
+
+def is_command(line: str) -> bool:
+    word = line.split()[0]
+    return word in ("make", "python3", "pip", "printf") or "/" in word or shutil.which(word) is not None
+
+
+@dataclass(frozen=True)
+class Command:
+    section: str
+    text: str
+    shown: str = ""  # what the README says that it prints
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def sections(text: str) -> dict[str, str]:
+    """The text under each heading, without the code of other languages."""
+    parts = re.split(
+        r"^#+ (.*)\n",
+        re.sub(r"^```c\n.*?^```\n", "", text, flags=re.MULTILINE | re.DOTALL),
+        flags=re.MULTILINE,
+    )
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def read_commands() -> Iterator[Command]:
+    """A block whose first line is a command is one of commands, a line each; so is `code` within a line, if it begins
+    as one does. Another block shows what the last command before it in its section prints."""
+    for section, text in sections(README).items():
+        last: Command | None = None
+        for match in re.finditer(r"(?:^ {4}.*\n|^\n(?= {4}))+|`[^`]+`", text, re.MULTILINE):
+            lines = [line.strip() for line in match[0].splitlines() if line.strip()]
+            if match[0].startswith("`"):
+                span = match[0].strip("`").replace("\n", " ")
+                lines = [span] if re.match(r"(\./run|make|python3|pip|tests/\w+\.py) ", span) else []
+            elif not is_command(lines[0]):
+                if last:
+                    yield replace(last, shown="\n".join(lines))
+                last, lines = None, []
+            for line in lines:
+                if last:
+                    yield last
+                last = Command(section, re.sub(r"\s+#.*", "", line))
+        if last:
+            yield last
+
+
+COMMANDS = list(read_commands())
+
+# Commands that no test can run, and why. What can be checked without running them is checked.
+NOT_RUN = {
+    "make test": "runs this test",
+    "make check": "takes many minutes",
+    "make bench": "takes many minutes and 30 GB",
+    "make peers": "needs the network, and builds for minutes",
+    "make smollm2": "needs the network",
+    "pip install -r requirements.txt": "needs the network",
+    "apt-get install clang libomp-dev shellcheck qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross": "root",
+    "tests/speed.py --rounds 4": "needs llama-cpp-python, which make peers builds",
+}
+# Commands that run are these.
+RUN = re.compile(r"make demo$|(printf .* \| )?\./run |python3 export\.py |python3 tests/bench\.py ")
+# What stands for something else in them, or is made smaller here so that it takes seconds.
+INSTEAD = {
+    r"\[MODEL\] \[options\]": "my.bin -i a -n 5",
+    "DIRECTORY_OR_FILE": "checkpoint",
+    "random:7b": "random:15m",
+    "--shapes [0-9a-z,]+": "--shapes 15m --prefill 16 --folder .",
+}
+# Files that do not come with the repository, and what brings them.
+ELSEWHERE = {"models/smollm2.bin": "make smollm2", "stories260K.bin": "../shared"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Running it
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree as a clone has it, and the files that some commands speak of, where they are there."""
+    folder = tmp_path_factory.mktemp("readme")
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("this is no git clone, so there is no list of its files")
+    for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    for path in ROOT.glob("models/smollm2.*"):
+        (folder / "models" / path.name).symlink_to(path.resolve())
+    for name in ("stories260K.bin", "tok512.bin"):
+        if (ROOT.parent / "shared/models" / name).exists():
+            shutil.copy(ROOT.parent / "shared/models" / name, folder)
+    write_checkpoint(folder / "checkpoint")
+    shell(folder, "make")
+    return folder
+
+
+def write_checkpoint(folder: Path) -> None:
+    """A small model at random as Hugging Face has it, with a tokenizer that knows the README."""
+    import tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator([README], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+
+
+def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "COLUMNS": "80", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        shell=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",  # what a model at random says
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, f"{command}: status {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
+def words(text: str) -> list[str]:
+    """To compare: without figures of speed, the prompt of a terminal, and the bars of a table."""
+    lines = [line for line in text.splitlines() if not re.match(r"(prompt: .*|speed .*|>|\.\.\.)$", line)]
+    return re.sub("[\u2588-\u258f]", " ", "\n".join(lines)).split()
+
+
+def number(word: str) -> float | None:
+    return float(word.rstrip("%")) if re.fullmatch(r"\d+\.\d+%?", word) else None
+
+
+def assert_prints(shown: str, printed: str) -> None:
+    """The same words, to the README's dots if it leaves out the rest; the last digits of a number depend on the CPU."""
+    expected, found = words(shown), words(printed)
+    if "\n...\n" in f"\n{shown}\n":
+        found = found[: len(expected)]
+    for i, (a, b) in enumerate(zip(expected, found, strict=False)):
+        x, y = number(a), number(b)
+        assert a == b or (x is not None and y == pytest.approx(x, rel=0.01, abs=0.02)), (
+            expected[i:],
+            found[i:],
+        )
+    assert len(found) == len(expected), printed
+
+
+@pytest.mark.parametrize("section", dict.fromkeys(command.section for command in COMMANDS))
+def test_commands(copy: Path, section: str) -> None:
+    """One section's, in their order."""
+    missing: dict[str, str] = {}  # files, and why they are not there
+    for command in COMMANDS:
+        if command.section != section or command.text in NOT_RUN:
+            continue
+        assert RUN.match(command.text), f"nobody knows how to test this command: {command}"
+        text = command.text
+        for old, new in INSTEAD.items():
+            text = re.sub(old, new, text)
+        for name, source in (ELSEWHERE | missing).items():
+            if name in text.split() and not (copy / name).exists():
+                missing |= dict.fromkeys([name, *re.findall(r" -o (\S+)", text)], source)
+        if any(name in text.split() for name in missing):
+            continue
+        if "my.bin" in text and not (copy / "my.bin").exists():
+            shell(copy, "python3 export.py checkpoint -o my.bin")
+        done = shell(copy, text)
+        if command.shown:
+            assert_prints(command.shown, done.stdout)
+        if "\nprompt: " in command.shown:
+            assert re.search(
+                r"^prompt: \d+ tokens, [\d.]+ tok/s; then: \d+ tokens, [\d.]+ tok/s; seed 5$",
+                done.stderr,
+                re.MULTILINE,
+            )
+    if missing:
+        pytest.skip("; ".join(f"{name} is not there: {source}" for name, source in missing.items()))
+
+
+@pytest.mark.parametrize("text", NOT_RUN)
+def test_commands_that_are_not_run(text: str) -> None:
+    assert text in [command.text for command in COMMANDS], "the README does not have it any more"
+    program, *arguments = text.split()
+    if program == "make":
+        subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
+    elif program == "pip":
+        for line in (ROOT / arguments[-1]).read_text().splitlines():
+            if not line.startswith("#"):
+                assert importlib.metadata.version(re.split("[<=>]", line)[0])
+    elif program == "apt-get":  # what CI installs
+        found = (ROOT / ".ci/run").read_text().replace("\\\n", " ").split("apt-get install -y -qq ")[1]
+        assert found.split()[: len(arguments) - 1] == arguments[1:]
+    else:
+        script = (ROOT / program).read_text()
+        assert all(f'"{flag}"' in script for flag in arguments if flag.startswith("--"))
+
+
+def test_there_are_commands_with_outputs() -> None:
+    shown = [command.text for command in COMMANDS if command.shown]
+    assert len(COMMANDS) > 15 and len(shown) > 5
+    for text in ("./run -t 0.8 -s 5 -j 1", "./run stories.bin -t 0"):
+        assert text in shown
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Its tables, its picture, its code
+
+
+def flags_of(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--?[a-z]+\b", text))
+
+
+def test_flags(run: Program) -> None:
+    """Those that run.c knows, those of --help, and those of the table."""
+    known = set(re.findall(r'\{"(--?[a-z]+)", (?:TEXT|NUMBER|INTEGER|SWITCH),', SOURCE))
+    assert len(known) > 15
+    assert flags_of(run.ok("--help").text) == known
+    table = re.findall(r"^\| (`-.*?) \|", sections(README)["Usage"], re.MULTILINE)
+    assert flags_of(" ".join(table)) == known
+
+
+def test_modes(run: Program) -> None:
+    modes = re.findall(r'\{"(\w+)", \1\}', SOURCE)
+    assert len(modes) > 5
+    row = re.search(r"^\| `-m MODE` .*", README, re.MULTILINE)
+    assert row and set(re.findall(r"`([a-z]+)`", row[0])) == set(modes)
+    assert set(re.findall(r"(\w+)(?: \(default\))?: ", run.ok("--help").text.split("-i TEXT")[0])) >= set(
+        modes
+    )
+
+
+FORMS = {"char[8]": "8s", "u32": "I", "i32": "i", "f32": "f", "u64": "Q"}
+
+
+@pytest.mark.parametrize(
+    ("section", "fields"),
+    [("The weights file", MODEL_FIELDS), ("The tokenizer file", TOKENIZER_FIELDS)],
+)
+def test_headers(section: str, fields: dict[str, tuple[int, str]]) -> None:
+    """The tables of bytes, and the fields by which the tests write files that run.c reads and read what export.py writes."""
+    found: list[tuple[int, str, str]] = []
+    for offset, kind, what in re.findall(
+        r"^\| (\d+) \| (.*?) \| (.*?) \|$", sections(README)[section], re.MULTILINE
+    ):
+        form, _, count = kind.removesuffix("[7]").partition(" x ")
+        names = what.removesuffix(", or -1").split(", ") if count else [what]
+        assert len(names) == int(count or 1), what
+        for i, name in enumerate(names):
+            found.append((int(offset) + i * struct.calcsize(FORMS[form]), FORMS[form], name))
+    expected = sorted((offset, form, name) for name, (offset, form) in fields.items())
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    for (*_, name), (*_, field) in zip(found, expected, strict=True):
+        if re.fullmatch(r"[a-z]+_[a-z_]+", name):  # others are described in words
+            assert name == field
+
+
+def test_flags_and_types_of_a_tokenizer_file() -> None:
+    """Those that run.c knows."""
+    text = sections(README)["The tokenizer file"]
+    flags = text.split("\nFlags: ")[1].split("\n\n")[0]
+    (all_flags,) = re.findall(r"ALL_TOKENIZER_FLAGS = (\d+)", SOURCE)
+    bits = [int(bit) for bit in re.findall(r"\bbit (\d+)", flags)]
+    assert sum(1 << bit for bit in bits) == int(all_flags)
+    (types,) = re.findall(r"u32 type \((.*?)\)", text)
+    (known,) = re.findall(r"enum \{ (NORMAL = .*?) \};", SOURCE)
+    found = [f"{name.upper().replace('-', '_')} = {n}" for n, name in re.findall(r"(\d) ([a-z-]+)", types)]
+    assert found == known.split(", ")
+
+
+def test_tensors() -> None:
+    """Their order and shapes."""
+    (block,) = re.findall(r"(?:^ {4}.*\n)+", sections(README)["The weights file"], re.MULTILINE)
+    model = Model(dim=40, flags=6, n_layers=1)  # no two sizes are the same
+    sizes = vars(model) | {"q": model.n_heads * model.head_dim, "kv": model.n_kv_heads * model.head_dim}
+
+    def length(axis: str) -> int:  # such as q + 2 kv
+        return sum(int(n or 1) * sizes[name] for n, name in re.findall(r"(\d*) ?([a-z_]+)", axis))
+
+    tensors = re.findall(r"^ +(\w+) +\((.*?)\)", block, re.MULTILINE)
+    found = [(name, tuple(map(length, shape.split(", ")))) for name, shape in tensors]
+    assert found == [(name.split(".")[-1], shape) for name, shape in model.shapes()]
+
+
+def test_the_code_is_that_of_run_c() -> None:
+    blocks = re.findall(r"^```c\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert [block.split("(")[0] for block in blocks] == ["static void forward"]
+    for block in blocks:
+        assert block in SOURCE
+
+
+def test_names_in_the_tour_are_those_of_run_c() -> None:
+    tour = README.split("## A tour of run.c")[1].split("\n## ")[0]
+    names = set(re.findall(r"`([a-z]\w*)`", tour))
+    assert len(names) > 20
+    assert [name for name in names if not re.search(rf"\b{name}\b", SOURCE)] == []
+
+
+def test_picture() -> None:
+    path = ROOT / ".readme/token.svg"
+    assert f"]({path.relative_to(ROOT)})" in README
+    assert path.stat().st_size < 15_000
+    picture = ElementTree.parse(path).getroot()
+    assert picture.find(f"{SVG}title") is not None and picture.find(f"{SVG}desc") is not None
+    assert "prefers-color-scheme: dark" in (picture.findtext(f"{SVG}style") or "")
+    names = [text.text for text in picture.iter(f"{SVG}text") if text.get("class") == "f"]
+    assert {"embed", "rmsnorm", "matmul", "prepare_qkv", "attention", "swiglu", "classify", "sample"} <= set(
+        names
+    )
+    for name in names:
+        assert re.search(rf"^static [\w ]+\*?{name}\(", SOURCE, re.MULTILINE), name
+
+
+def test_links() -> None:
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in sections(README)}
+    links = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert len(links) > 5
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("https://"):
+            assert (ROOT / link).exists(), link
