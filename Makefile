@@ -75,11 +75,12 @@ bench: run .venv/installed ## tokens a second for 15M to 70B parameters; needs u
 scaling: run .venv/installed ## bits per byte against parameters, of the models that are there: README's table and plot
 	$(PYTHON) tests/scaling.py
 
-peers: run ## the same weights and threads in llama.cpp, which this builds, in turns
+peers: run ## the same weights in llama.cpp, which this builds: speed in turns, and perplexity
 	test -x build/peers/bin/python || python3 -m venv build/peers
 	CMAKE_ARGS=-DGGML_NATIVE=ON build/peers/bin/pip install --quiet --no-binary llama-cpp-python \
 	    llama-cpp-python gguf -r requirements.txt
 	build/peers/bin/python tests/speed.py
+	build/peers/bin/python tests/peer_perplexity.py
 
 lint: .venv/installed
 	.venv/bin/ruff format --check .

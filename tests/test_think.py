@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from files import (
     default_vocabulary,
     log_softmax,
     on_terminal,
+    windows_of,
     write_model,
 )
 from numpy.typing import NDArray
@@ -318,33 +318,10 @@ def test_without_colour_there_are_no_escapes(run: Program, tmp_path: Path) -> No
 # perplexity
 
 
-def windows_of(
-    ids: list[int], context: int, stride: int | None, bos: bool
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Windows, and of each the positions that it scores: one after the other with bos in front of each; or as the
-    guide of transformers has it."""
-    if stride is None:
-        text = ids[1:] if bos else ids
-        step = context - 1
-        for begin in range(0, len(text) if bos else len(text) - 1, step):
-            window = [BOS, *text[begin : begin + step]] if bos else text[begin : begin + context]
-            yield window, list(range(1, len(window)))
-        return
-    previous_end = 0
-    for begin in range(0, len(ids), stride):
-        end = min(begin + context, len(ids))
-        target_length = end - previous_end
-        labels = [-100] * (end - begin - target_length) + [0] * target_length
-        yield ids[begin:end], [i for i in range(1, end - begin) if labels[i] != -100]
-        previous_end = end
-        if end == len(ids):
-            break
-
-
 def expected_costs(
     m: Model, ids: list[int], context: int, stride: int | None, bos: bool = True
 ) -> NDArray[np.float64]:
-    windows = list(windows_of(ids, context, stride, bos))
+    windows = list(windows_of(ids, context, stride, BOS if bos else None))
     costs = []
     for (window, scored), logits in zip(
         windows, transformers_logits(m, [w for w, _ in windows]), strict=True
