@@ -28,6 +28,7 @@ from files import (
     read_tokenizer,
     reference_logits,
 )
+from shapes import ANSWER, objects
 from test_template import KINDS, NAMES, TAKES_NO_SYSTEM
 from test_template import Model as Checkpoint
 
@@ -80,7 +81,7 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
 def answers(run: Program, path: Path, *args: object, lines: list[str] | bytes = b"") -> list[dict[str, Any]]:
     stdin = lines if isinstance(lines, bytes) else "".join(line + "\n" for line in lines).encode()
     done = run.ok(path, "-m", "chat", "--json", "-t", 0, *args, stdin=stdin)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return objects(done.stdout, ANSWER)
 
 
 # ---------------------------------------------------------------------------------------------------------
