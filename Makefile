@@ -15,7 +15,7 @@ run: run.c Makefile ## the program, for this machine's CPU, with OpenMP where th
 	$(CC) $(CFLAGS) $(RULES) -march=native $(OPENMP) run.c -o $(OUT) -lm
 
 
-.PHONY: demo portable debug smollm2 test check bench peers lint clean help
+.PHONY: demo portable debug smollm2 test check bench peers scaling lint clean help
 
 demo: run ## a story by the small model that ships in models/, another one each time
 	./run -t 0.8
@@ -72,11 +72,15 @@ check: build/run-debug run .venv/installed lint ## more: sanitizers, other compi
 bench: run .venv/installed ## tokens a second for 15M to 70B parameters; needs up to 30 GB of disk for a while
 	$(PYTHON) tests/bench.py
 
-peers: run ## the same weights and threads in llama.cpp, which this builds, in turns
+scaling: run .venv/installed ## bits per byte against parameters, of the models that are there: README's table and plot
+	$(PYTHON) tests/scaling.py
+
+peers: run ## the same weights in llama.cpp, which this builds: speed in turns, and perplexity
 	test -x build/peers/bin/python || python3 -m venv build/peers
 	CMAKE_ARGS=-DGGML_NATIVE=ON build/peers/bin/pip install --quiet --no-binary llama-cpp-python \
 	    llama-cpp-python gguf -r requirements.txt
 	build/peers/bin/python tests/speed.py
+	build/peers/bin/python tests/peer_perplexity.py
 
 lint: .venv/installed
 	.venv/bin/ruff format --check .

@@ -16,7 +16,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -517,6 +517,27 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
+
+
+def windows_of(
+    ids: list[int], context: int, stride: int | None, bos: int | None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Windows for a perplexity, and of each the positions that it scores: one after the other with bos in front of
+    each, which `ids` begin with, or else the last token of the one before; or as the guide of transformers has it."""
+    if stride is None:
+        for begin in range(0, len(ids) - 1, context - 1):
+            window = ids[begin : begin + context]
+            yield [*([] if bos is None else [bos]), *window[bos is not None :]], list(range(1, len(window)))
+        return
+    previous_end = 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + context, len(ids))
+        target_length = end - previous_end
+        labels = [-100] * (end - begin - target_length) + [0] * target_length
+        yield ids[begin:end], [i for i in range(1, end - begin) if labels[i] != -100]
+        previous_end = end
+        if end == len(ids):
+            break
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import gguf
 import llama_cpp
 
-from export import SHAPES, Config, RandomSource, fnv1a, tensors, write_model
+from export import SHAPES, Config, RandomSource, Source, fnv1a, tensors, widened, write_model
 from export import Tokenizer as Tokens
 
 PREFILL, DECODE, CONTEXT = 512, 32, 1024
@@ -54,13 +54,14 @@ def gguf_name(name: str) -> str:
     return f"{WHOLE_MODEL[name.removesuffix('.weight')]}.weight"
 
 
-def interleaved(rows: NDArray[np.uint16], head_dim: int) -> NDArray[np.uint16]:
+def interleaved(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """The rows of q or k as GGUF has them for Llama: RoPE turns rows (2i, 2i + 1) there, (i, i + d/2) here."""
     heads = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def write_gguf(path: Path, config: Config, source: RandomSource) -> None:
+def write_gguf(path: Path, config: Config, source: Source) -> None:
+    kind = gguf.GGMLQuantizationType[source.dtype.upper()]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
@@ -72,18 +73,16 @@ def write_gguf(path: Path, config: Config, source: RandomSource) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
     writer.add_tokenizer_model("none")
     for part in (part for parts in tensors(config) for part in parts):
         values = np.concatenate([np.ravel(piece) for piece in source.pieces(part)]).reshape(part.shape)
         if len(part.shape) == 1:  # llama.cpp wants norms in f32
-            writer.add_tensor(gguf_name(part.name), (values.astype(np.uint32) << 16).view(np.float32))
+            writer.add_tensor(gguf_name(part.name), widened(values))
             continue
         if part.name.endswith(("q_proj.weight", "k_proj.weight")):
             values = interleaved(values, config.head_dim)
-        writer.add_tensor(
-            gguf_name(part.name), values.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16
-        )
+        writer.add_tensor(gguf_name(part.name), values.view(np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import re
@@ -28,6 +27,8 @@ from files import (
     read_tokenizer,
     reference_logits,
 )
+from shapes import SAID as TOKEN
+from shapes import SCRIPT, objects
 from test_template import KINDS, NAMES, TAKES_NO_SYSTEM
 from test_template import Model as Checkpoint
 
@@ -85,12 +86,10 @@ def answers(run: Program, path: Path, *args: object, lines: list[str] | bytes = 
 def parsed(output: bytes) -> list[dict[str, Any]]:
     """For each answer an object with what the model reads, then one for each token that it says."""
     found: list[dict[str, Any]] = []
-    for line in map(json.loads, output.splitlines()):
+    for line in objects(output, SCRIPT, TOKEN):
         if "cached" in line:
-            assert set(line) == {"cached", "prompt_tokens"}
             found.append({**line, "tokens": [], "text": ""})
         else:
-            assert set(line) == {"id", "text", "logprob"} and line["logprob"] <= 0
             found[-1]["tokens"].append(line["id"])
             found[-1]["text"] += line["text"]
     return found

@@ -87,12 +87,13 @@ NOT_RUN = {
     "tests/speed.py --rounds 4": "needs llama-cpp-python, which make peers builds",
 }
 # Commands that run are these.
-RUN = re.compile(r"make demo$|(printf .* \| )?\./run |python3 export\.py |python3 tests/bench\.py ")
+RUN = re.compile(r"make (demo|scaling)$|(printf .* \| )?\./run |python3 export\.py |python3 tests/bench\.py ")
 # What stands for something else in them, or is made smaller here so that it takes seconds.
 INSTEAD = {
     r"\[MODEL\] \[options\]": "my.bin -i a -n 5",
     "DIRECTORY_OR_FILE": "checkpoint",
     "random:7b": "random:15m",
+    "make scaling": "python3 tests/scaling.py",  # with the tests' Python environment
     "--shapes [0-9a-z,]+": "--shapes 15m --prefill 16 --folder .",
 }
 # Files that do not come with the repository, and what brings them.

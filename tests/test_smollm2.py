@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from files import ROOT, Program
+from files import ROOT, Program, windows_of
 
 MODEL = ROOT / "models" / "smollm2.bin"
 PROMPTS = [
@@ -60,12 +60,19 @@ def test_greedy_words(run: Program, reference: Any, prompt: str) -> None:
     assert chosen
 
 
-def test_perplexity(run: Program, reference: Any) -> None:
-    import torch
+@pytest.mark.parametrize(("context", "stride"), [(8192, None), (200, None), (200, 80)])
+def test_perplexity(run: Program, reference: Any, context: int, stride: int | None) -> None:
+    """In one window, in several, and in several that overlap; the tokenizer does not begin a text with bos."""
+    from torch import tensor
+    from torch.nn.functional import cross_entropy
 
     text = (ROOT / "LICENSE").read_text() * 2
     ids = [int(i) for i in run.ok(MODEL, "-m", "tokenize", "-i", text).text.split()]
-    found = json.loads(run.ok(MODEL, "-m", "perplexity", "-i", text, "--json").stdout)
-    nll = torch.nn.functional.cross_entropy(logits_of(reference, ids)[:-1], torch.tensor(ids[1:])).item()
+    args = ["-c", context, *(["--stride", stride] if stride else [])]
+    found = json.loads(run.ok(MODEL, "-m", "perplexity", "-i", text, "--json", *args).stdout)
+    nll = 0.0
+    for window, scored in windows_of(ids, context, stride, None):
+        rows = logits_of(reference, window)[scored[0] - 1 : -1]
+        nll += cross_entropy(rows, tensor(window[scored[0] :]), reduction="sum").item()
     assert found["tokens"] == len(ids) - 1
-    assert found["perplexity"] == pytest.approx(math.exp(nll), rel=1e-3)
+    assert found["perplexity"] == pytest.approx(math.exp(nll / (len(ids) - 1)), rel=1e-3)

@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,11 @@ from files import (
     default_vocabulary,
     log_softmax,
     on_terminal,
+    windows_of,
     write_model,
 )
 from numpy.typing import NDArray
+from shapes import NEXT, PERPLEXITY, SAID, SAID_WITH_TOP, objects
 
 BOS, STOP = 1, 2
 TEXT = "the cat in the ocean, once on a stone; tea at ten. " * 12
@@ -125,8 +126,8 @@ def test_next_agrees_with_transformers(run: Program, tmp_path: Path, shape: str,
     model = calm_model(path, dtype=dtype, **SHAPES[shape])
     ids = ids_of(run, path, "-i", "the cat in")
     expected = log_softmax(transformers_logits(model, [ids])[0][-1])
-    found = json.loads(run.ok(path, "-m", "next", "-i", "the cat in", "-k", 100000, "--json").stdout)
-    assert set(found) == {"tokens", "entropy_bits", "next"} and found["tokens"] == len(ids)
+    (found,) = objects(run.ok(path, "-m", "next", "-i", "the cat in", "-k", 100000, "--json").stdout, NEXT)
+    assert found["tokens"] == len(ids)
     tolerance = 6e-3 if dtype == "f16" else 5e-2
     assert found["entropy_bits"] == pytest.approx(
         -(np.exp(expected) * expected).sum() / math.log(2), abs=tolerance
@@ -135,7 +136,6 @@ def test_next_agrees_with_transformers(run: Program, tmp_path: Path, shape: str,
     assert sorted(item["id"] for item in items) == list(range(model.vocab_size))
     assert [item["logprob"] for item in items] == sorted((i["logprob"] for i in items), reverse=True)
     for item in items:
-        assert set(item) == {"id", "text", "prob", "logprob"}
         assert item["logprob"] == pytest.approx(expected[item["id"]], abs=tolerance)
         assert item["prob"] == pytest.approx(math.exp(item["logprob"]), rel=1e-4, abs=1e-9)
         piece = model.vocabulary.pieces[item["id"]]
@@ -227,6 +227,39 @@ def test_odd_terminals(run: Program, odd: Path) -> None:
         check_table(with_env(run, COLUMNS=value).ok(*args).text, columns)
 
 
+WRONG = [
+    '{"id": 1.0, "text": "", "logprob": -1}', '{"id": true, "text": "", "logprob": -1}',
+    '{"id": -1, "text": "", "logprob": -1}', '{"id": 1, "text": null, "logprob": -1}',
+    '{"id": 1, "text": "", "logprob": NaN}', '{"id": 1, "text": "", "logprob": -Infinity}',
+    '{"id": 1, "text": "", "logprob": -1e999}', '{"id": 1, "text": "", "logprob": 0.1}',
+    '{"id": 1, "text": ""}', '{"id": 1, "text": "", "logprob": -1, "p": 1}', '[1]', '',
+    '{"id": 1, "id": 1, "text": "", "logprob": -1}', '{"id": 1, "text": "\t", "logprob": -1}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_json_is_seen(line: str) -> None:
+    objects(b'{"id": 1, "text": "\\t", "logprob": -1}\n', SAID)
+    with pytest.raises((AssertionError, ValueError)):
+        objects(line.encode() + b"\n", SAID)
+
+
+def test_json_of_odd_tokens(run: Program, odd: Path) -> None:
+    """Bytes that are not UTF-8, quotes and control characters, in each mode that shows tokens."""
+    (found,) = objects(run.ok(odd, "-m", "next", "-i", "", "-k", 15, "--json").stdout, NEXT)
+    texts = [item["text"] for item in found["next"]]
+    printed = (text.removeprefix(b" ") for text in ODD_TOKENS)  # a space that begins a text is not
+    escaped = (text.decode(errors="surrogateescape") for text in printed)
+    assert texts == ["", *(re.sub("[\udc80-\udcff]", "\ufffd", text) for text in escaped)]
+    for seed in range(20):
+        args = [odd, "-i", "", "-n", 1, "-s", seed, "--json"]
+        (said,) = objects(run.ok(*args, "-k", 15).stdout, SAID)
+        (line,) = objects(run.ok(*args, "-k", 15, "--probs").stdout, SAID_WITH_TOP)
+        assert line | said == line and said["text"] in texts
+        assert [item["text"] for item in line["top"]] == texts
+    assert len(objects(run.ok(odd, "-m", "perplexity", "-i", '"\\\x1b', "--json").stdout, PERPLEXITY)) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------
 # --probs
 
@@ -237,7 +270,7 @@ def test_json_has_the_likeliest(run: Program, tmp_path: Path, args: list[object]
     model = calm_model(path)
     prompt = ids_of(run, path, "-i", "the cat")
     result = run.ok(path, "-i", "the cat", "--probs", "--json", "-n", 30, "-s", 4, *args)
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    lines = objects(result.stdout, SAID_WITH_TOP)
     plain = run.ok(path, "-i", "the cat", "--json", "-n", 30, "-s", 4, *args).stdout.splitlines()
     ids = [line["id"] for line in lines]
     logits = transformers_logits(model, [prompt + ids[:-1]])[0][len(prompt) - 1 :]
@@ -247,7 +280,6 @@ def test_json_has_the_likeliest(run: Program, tmp_path: Path, args: list[object]
         assert len(top) == (k or model.vocab_size)
         assert {item["id"] for item in top if item["id"] == expected.argmax()}
         for item in top:
-            assert set(item) == {"id", "text", "prob", "logprob"}
             assert item["prob"] == pytest.approx(math.exp(item["logprob"]), rel=1e-4, abs=1e-9)
             assert item["logprob"] == pytest.approx(expected[item["id"]], abs=5e-3)
         for item in top:
@@ -318,33 +350,10 @@ def test_without_colour_there_are_no_escapes(run: Program, tmp_path: Path) -> No
 # perplexity
 
 
-def windows_of(
-    ids: list[int], context: int, stride: int | None, bos: bool
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Windows, and of each the positions that it scores: one after the other with bos in front of each; or as the
-    guide of transformers has it."""
-    if stride is None:
-        text = ids[1:] if bos else ids
-        step = context - 1
-        for begin in range(0, len(text) if bos else len(text) - 1, step):
-            window = [BOS, *text[begin : begin + step]] if bos else text[begin : begin + context]
-            yield window, list(range(1, len(window)))
-        return
-    previous_end = 0
-    for begin in range(0, len(ids), stride):
-        end = min(begin + context, len(ids))
-        target_length = end - previous_end
-        labels = [-100] * (end - begin - target_length) + [0] * target_length
-        yield ids[begin:end], [i for i in range(1, end - begin) if labels[i] != -100]
-        previous_end = end
-        if end == len(ids):
-            break
-
-
 def expected_costs(
     m: Model, ids: list[int], context: int, stride: int | None, bos: bool = True
 ) -> NDArray[np.float64]:
-    windows = list(windows_of(ids, context, stride, bos))
+    windows = list(windows_of(ids, context, stride, BOS if bos else None))
     costs = []
     for (window, scored), logits in zip(
         windows, transformers_logits(m, [w for w, _ in windows]), strict=True
@@ -355,10 +364,8 @@ def expected_costs(
 
 
 def perplexity(run: Program, path: Path, *args: object) -> dict[str, Any]:
-    found = json.loads(run.ok(path, "-m", "perplexity", "--json", *args).stdout)
-    assert set(found) == {"tokens", "nll", "perplexity", "stderr", "bits_per_byte", "tok_s"}
-    assert found.pop("tok_s") > 0
-    assert isinstance(found, dict)
+    (found,) = objects(run.ok(path, "-m", "perplexity", "--json", *args).stdout, PERPLEXITY)
+    del found["tok_s"]
     return found
 
 
