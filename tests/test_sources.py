@@ -267,6 +267,20 @@ def test_sliding_windows(
         assert "warning" not in exported(tmp_path / "model", "--max-seq-len", window - 1)
 
 
+def test_the_window_that_mistral_has_if_none_is_said(tmp_path: Path, exported: Run) -> None:
+    """Absent, it is what transformers takes for it; null, there is none."""
+    model, _, _ = random_model("theta", "bf16")
+    save_safetensors(half(model, "bf16"), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text()) | {"max_position_embeddings": 8192, "sliding_window": None}
+    path.write_text(json.dumps(values))
+    assert "warning" not in exported(tmp_path / "model")
+    values.pop("sliding_window")
+    path.write_text(json.dumps(values))
+    window = transformers.MistralConfig.from_pretrained(tmp_path / "model").sliding_window
+    assert window and f"8192 to {window} positions" in exported(tmp_path / "model")
+
+
 def test_within_its_window_mistral_is_exact(tmp_path: Path, exported: Run) -> None:
     """The window is as long as the text here: one position less, and transformers differs."""
     model, config, _ = random_model("theta", "bf16")
@@ -682,11 +696,12 @@ def zeros(folder: Path, config: export.Config) -> Path:
     return folder
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """A layer of 7B, 0.7 GB with the embedding, in what Python, numpy and a few pieces take."""
+@pytest.mark.parametrize(("shape", "layers", "size"), [("7b", 2, 1.0e9), ("70b", 1, 2.2e9)])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, shape: str, layers: int, size: float) -> None:
+    """Layers of 7B and 70B, with the embedding, in what Python, numpy and a few pieces take."""
     if not sys.platform.startswith("linux"):
         pytest.skip("counts memory as Linux does")
-    folder = zeros(tmp_path / "model", export.replace(export.SHAPES["7b"], n_layers=1, tied=True))
+    folder = zeros(tmp_path / "model", export.replace(export.SHAPES[shape], n_layers=layers, tied=True))
     program = (  # whose own children do not begin with the memory that pytest has in use
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -695,6 +710,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, sys.executable, *map(str, args)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     kilobytes = int(done.stdout)
-    assert (tmp_path / "out.bin").stat().st_size > 600e6
+    assert (tmp_path / "out.bin").stat().st_size > size
     assert kilobytes < 200_000
     (tmp_path / "out.bin").unlink()
