@@ -1633,6 +1633,11 @@ class Tokenizer:
                 tokens.append(Token(text, type if text else UNUSED, score))
             else:
                 tokens.append(byte_level_token(name))
+        bos, eos = get("ggml.bos_token_id", -1), get("ggml.eos_token_id", -1)
+        stop_ids = [eos, get("ggml.eot_token_id", -1), get("ggml.eom_token_id", -1)]
+        for id in (bos, *stop_ids):  # control tokens, whatever type they are said to have
+            if 0 <= id < len(tokens) and len(tokens[id].text) > 1:
+                tokens[id] = tokens[id]._replace(type=CONTROL)
         ids = {name: id for id, name in enumerate(names)}
         pre = get("ggml.pre", "default")
         merges: tuple[Merge, ...] = ()
@@ -1641,8 +1646,6 @@ class Tokenizer:
                 raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
             merges = to_merges([merge.split(" ") for merge in get("ggml.merges", ())], ids, tokens)
         add_space = bool(get("ggml.add_space_prefix", not byte_level))
-        bos, eos = get("ggml.bos_token_id", -1), get("ggml.eos_token_id", -1)
-        stop_ids = [eos, get("ggml.eot_token_id", -1), get("ggml.eom_token_id", -1)]
         special = {"bos_token": bos, "eos_token": eos, "unk_token": get("ggml.unknown_token_id", -1)}
         tokenizer = cls(
             tokens,

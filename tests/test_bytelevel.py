@@ -520,6 +520,23 @@ def test_gguf(tmp_path: Path, name: str, pre: str) -> None:
             export.Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "new-one"})
 
 
+@pytest.mark.parametrize("type", [1, 4], ids=["normal", "user-defined"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_what_ends_a_text_cannot_be_typed_whatever_gguf_says_of_it(
+    tmp_path: Path, name: str, type: int
+) -> None:
+    with peer(make(name), tmp_path) as found:
+        metadata = gguf(found, "gpt-2" if name == "gpt2" else "llama-bpe")
+        metadata["tokenizer.ggml.token_type"] = [
+            type if t == 3 else t for t in metadata["tokenizer.ggml.token_type"]
+        ]
+        (tmp_path / "t.bin").write_bytes(export.Tokenizer.from_gguf(metadata).to_bytes())
+        ours = Tokens(tmp_path / "t.bin")
+        for end in (SPECIAL[0], SPECIAL[2]):
+            assert ours(end) == found.library.encode(end).ids
+        ours.close()
+
+
 def test_gguf_without_a_pre_tokenizer(tmp_path: Path) -> None:
     """llama.cpp's own default, whatever it is good for."""
     with peer(make("gpt2"), tmp_path) as found:
