@@ -855,7 +855,8 @@ def sliding_window(s: Settings, config: Config) -> int | None:
         return None
     if not layers and family != "mistral" and s.get("max_window_layers", int) >= config.n_layers:
         return None
-    window = s.get("sliding_window", int, 0)
+    unsaid = family == "mistral" and "sliding_window" not in s.values
+    window = s.get("sliding_window", int, 4096 if unsaid else 0)  # as in transformers
     if window < 0:
         raise ExportError(f"{s.path}: sliding_window is {window}, expected 1 or more")
     return window or None
@@ -1610,7 +1611,7 @@ class Tokenizer:
         """Of a Hugging Face checkpoint's folder, or of the contents of a tokenizer.json alone."""
         try:
             return HuggingFace(source).tokenizer()
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ExportError(f"a tokenizer.json of an unknown form ({error!r})") from None
 
     @classmethod
@@ -1632,6 +1633,11 @@ class Tokenizer:
                 tokens.append(Token(text, type if text else UNUSED, score))
             else:
                 tokens.append(byte_level_token(name))
+        bos, eos = get("ggml.bos_token_id", -1), get("ggml.eos_token_id", -1)
+        stop_ids = [eos, get("ggml.eot_token_id", -1), get("ggml.eom_token_id", -1)]
+        for id in (bos, *stop_ids):  # control tokens, whatever type they are said to have
+            if 0 <= id < len(tokens) and len(tokens[id].text) > 1:
+                tokens[id] = tokens[id]._replace(type=CONTROL)
         ids = {name: id for id, name in enumerate(names)}
         pre = get("ggml.pre", "default")
         merges: tuple[Merge, ...] = ()
@@ -1640,8 +1646,6 @@ class Tokenizer:
                 raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
             merges = to_merges([merge.split(" ") for merge in get("ggml.merges", ())], ids, tokens)
         add_space = bool(get("ggml.add_space_prefix", not byte_level))
-        bos, eos = get("ggml.bos_token_id", -1), get("ggml.eos_token_id", -1)
-        stop_ids = [eos, get("ggml.eot_token_id", -1), get("ggml.eom_token_id", -1)]
         special = {"bos_token": bos, "eos_token": eos, "unk_token": get("ggml.unknown_token_id", -1)}
         tokenizer = cls(
             tokens,
@@ -1719,6 +1723,12 @@ LLAMA3 = (
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 QWEN35 = QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK_CODER = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]
 DIGITS = "[[:Digits:]]"  # the `tokenizers` library's own notion of a digit, which no expression names
 WORDS_AT_SPACES = " *[^ ]+| +"  # for vocabularies that have no token with a space after something else
 
@@ -1729,13 +1739,15 @@ GGUF_PATTERNS = {  # what llama.cpp calls pre-tokenizers
         ("llama3 llama-v3 llama-bpe falcon3 pixtral dbrx smaug-bpe", [LLAMA3]),
         ("qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan", [QWEN2]),
         ("qwen35", [QWEN35]),
+        ("tekken", [TEKKEN]),
+        ("deepseek-coder", DEEPSEEK_CODER),
         ("smollm starcoder refact command-r codeshell minerva-7b", [DIGITS, GPT2]),
         ("default", [r"[\p{P}\$\+<=>\^~\|]+", GPT2.removesuffix(r"|\s+"), r"\p{N}+", "[0-9][0-9][0-9]"]),
     ]
     for name in names.split()
 }
 GGUF_NFC = {"qwen2", "qwen35"}
-GGUF_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"}
+GGUF_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
 
 SCALARS_BELOW, SCALARS_FROM = 0xD800, 0xE000  # what lies between are no characters
 PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}|\\[sSdD]")
@@ -1875,6 +1887,8 @@ class RegexParser:
                 if inner.type != "set" or not self.taken(")"):
                     self.refuse()
                 return Node("ahead", expression=inner.expression, negative=start == "(?!")
+        if self.taken("$"):  # the end of a line or of the text
+            return Node("ahead", expression=r"[^\n]", negative=True)
         for start in ("(?i:", "(?:", "("):
             if self.taken(start):
                 if start == "(" and self.text.startswith("?", self.at):

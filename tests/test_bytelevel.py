@@ -31,6 +31,11 @@ CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 WITH_MARKS = QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 
 
@@ -58,9 +63,24 @@ PRE_TOKENIZERS: dict[str, Any] = {
     "smollm2": lambda: digits(True),
     "numbers": lambda: digits(False),
     "cl100k": lambda: after(CL100K),
-    "with gaps": lambda: after(
-        r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u3040-\u30ff]+", r"\p{N}"
+    "deepseek-coder": lambda: after(
+        r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"
     ),
+    "deepseek-llm": lambda: pre_tokenizers.Sequence(
+        [
+            *(
+                pre_tokenizers.Split(Regex(pattern), "isolated")
+                for pattern in (
+                    *(r"[\r\n]", "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\U00010400-\U0001044f]+"),
+                    *("\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$"),
+                    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+                )
+            ),
+            *(pre_tokenizers.Digits(individual_digits=True), bytes_of()),
+        ]
+    ),
+    "tekken": lambda: after(TEKKEN),
+    "ends of lines": lambda: after(r"[a-z ]+$|\s+$", r"b+|\d$"),
     "a literal": lambda: pre_tokenizers.Sequence([pre_tokenizers.Split("th.", "isolated"), bytes_of()]),
     "no words": lambda: bytes_of(use_regex=False),
 }
@@ -71,7 +91,7 @@ def make(name: str, alphabet: bool = True, vocab_size: int = 1500, **options: An
     library.pre_tokenizer = PRE_TOKENIZERS[name]()
     if name == "qwen2":
         library.normalizer = normalizers.NFC()
-    if name == "llama3":
+    if name in ("llama3", "tekken"):
         library.model.ignore_merges = True
     return trained(library, vocab_size, alphabet, SPECIAL)
 
@@ -472,7 +492,11 @@ def gguf(found: Peer, pre: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "pre"), [("gpt2", "gpt-2"), ("llama3", "llama-bpe"), ("qwen2", "qwen2"), ("smollm2", "smollm")]
+    ("name", "pre"),
+    [
+        *(("gpt2", "gpt-2"), ("llama3", "llama-bpe"), ("qwen2", "qwen2"), ("smollm2", "smollm")),
+        *(("tekken", "tekken"), ("deepseek-coder", "deepseek-coder")),
+    ],
 )
 def test_gguf(tmp_path: Path, name: str, pre: str) -> None:
     with peer(make(name), tmp_path) as found:
@@ -494,6 +518,23 @@ def test_gguf(tmp_path: Path, name: str, pre: str) -> None:
         assert ours.stop_ids == (found.special.token_to_id(SPECIAL[0]), found.special.token_to_id(SPECIAL[2]))
         with pytest.raises(export.ExportError, match="'new-one'"):
             export.Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "new-one"})
+
+
+@pytest.mark.parametrize("type", [1, 4], ids=["normal", "user-defined"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_what_ends_a_text_cannot_be_typed_whatever_gguf_says_of_it(
+    tmp_path: Path, name: str, type: int
+) -> None:
+    with peer(make(name), tmp_path) as found:
+        metadata = gguf(found, "gpt-2" if name == "gpt2" else "llama-bpe")
+        metadata["tokenizer.ggml.token_type"] = [
+            type if t == 3 else t for t in metadata["tokenizer.ggml.token_type"]
+        ]
+        (tmp_path / "t.bin").write_bytes(export.Tokenizer.from_gguf(metadata).to_bytes())
+        ours = Tokens(tmp_path / "t.bin")
+        for end in (SPECIAL[0], SPECIAL[2]):
+            assert ours(end) == found.library.encode(end).ids
+        ours.close()
 
 
 def test_gguf_without_a_pre_tokenizer(tmp_path: Path) -> None:
@@ -590,7 +631,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
                 r"a(?<=b)",
                 r"\bthe\b",
                 r"^a",
-                "a$",
                 "a.b",
                 "a+?",
                 "(?<x>a)",

@@ -5,12 +5,16 @@ The files are parsed here from the formats' description, and not with export.py'
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
 import re
 import resource
 import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -810,3 +814,28 @@ def test_memory_stays_small(tmp_path):
 def test_no_progress_bar_unless_a_terminal_looks(tmp_path):
     result = run_export("random:15m", "-o", tmp_path / "out.bin")
     assert re.fullmatch(r"\S*out\.bin: bf16, 30\.4 MB\n", result.stderr)
+
+
+def test_progress_on_a_terminal(tmp_path):
+    """A bar with the bytes that are done, all of them, and how fast that goes."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    command = [
+        sys.executable,
+        str(TOP / "export.py"),
+        "random:110m",
+        "-o",
+        str(tmp_path / "out.bin"),
+        "--verify",
+    ]
+    process = subprocess.Popen(command, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    os.close(master)
+    assert process.wait() == 0, shown
+    for what in ("writing", "verifying"):
+        assert re.search(rf"{what}: +\d+%.*\d+(\.\d+)?M?/219M? .*[kMG]?B/s", shown.decode()), shown
+    (tmp_path / "out.bin").unlink()

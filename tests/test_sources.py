@@ -154,6 +154,71 @@ def test_settings_of_rope_before_transformers_5(tmp_path: Path, exported: Run, n
         rope = {("type" if k == "rope_type" else k): v for k, v in rope.items()}
 
 
+AS_PUBLISHED: dict[str, dict[str, Any]] = {  # what their config.json has besides the sizes
+    "Llama-2-7b": {"model_type": "llama", "pad_token_id": 0, "pretraining_tp": 1, "rope_scaling": None, "max_length": 4096},
+    "TinyLlama-1.1B": {"model_type": "llama", "attention_bias": False, "pretraining_tp": 1, "rope_scaling": None},
+    "Yi-6B": {
+        "model_type": "llama", "attention_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1,
+        "rope_scaling": None, "rope_theta": 5000000.0, "pad_token_id": 0, "num_key_value_heads": 1,
+    },
+    "deepseek-llm-7b": {"model_type": "llama", "attention_bias": False, "rms_norm_eps": 1e-6, "rope_scaling": None},
+    "deepseek-coder-6.7b": {
+        "model_type": "llama", "rope_scaling": {"factor": 4.0, "type": "linear"}, "rope_theta": 100000,
+        "rms_norm_eps": 1e-6, "pretraining_tp": 1,
+    },
+    "Llama-3.2-1B": {
+        "model_type": "llama", "attention_bias": False, "head_dim": 16, "mlp_bias": False, "pretraining_tp": 1,
+        "rope_scaling": {
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 64, "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "num_key_value_heads": 2,
+    },
+    "SmolLM2-135M": {
+        "model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "rope_theta": 100000,
+        "rope_scaling": None, "tie_word_embeddings": True, "num_key_value_heads": 2, "initializer_range": 0.04,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    },
+    "Mistral-7B-v0.1": {
+        "model_type": "mistral", "sliding_window": 400, "rope_theta": 10000.0, "num_key_value_heads": 2,
+    },
+    "Mistral-Nemo": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6, "num_key_value_heads": 2, "head_dim": 24},
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2", "max_window_layers": 21, "sliding_window": 32768, "use_sliding_window": False,
+        "use_mrope": False, "tie_word_embeddings": True, "rope_theta": 1000000.0, "num_key_value_heads": 2,
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3", "attention_bias": False, "head_dim": 32, "max_window_layers": 28,
+        "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False,
+        "tie_word_embeddings": True, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AS_PUBLISHED)
+def test_configurations_as_they_were_published(tmp_path: Path, exported: Run, name: str) -> None:
+    """As transformers 4 wrote them; transformers makes a random model of them, and we agree on its logits."""
+    shape = {k: v for k, v in test_reference.SHAPE.items() if k not in ("rope_theta", "attn_implementation")}
+    fields = shape | AS_PUBLISHED[name] | {"hidden_act": "silu", "use_cache": True, "torch_dtype": "bfloat16"}
+    family = export.FAMILIES[fields["model_type"]]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    text = json.dumps(fields | {"architectures": [family], "bos_token_id": 1, "eos_token_id": 2})
+    (folder / "config.json").write_text(text)
+    torch.manual_seed(0)
+    settings = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    for tensor in model.state_dict().values():
+        tensor.copy_(tensor + 0.05 * torch.randn(tensor.shape))
+    save_safetensors(model, folder)
+    (folder / "config.json").write_text(text)
+    exported(folder, "--verify")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    assert_agrees(tmp_path / "out.bin", export.open_source(str(folder)).config, loaded)
+
+
 def test_float32_checkpoint(tmp_path: Path, exported: Run) -> None:
     """What bf16 holds stays exact; what it does not becomes f16."""
     model, config, arrays = random_model("gqa", "bf16")
@@ -265,6 +330,20 @@ def test_sliding_windows(
     if window:
         assert f"{600} to {window}" in exported(tmp_path / "model", "--max-seq-len", 600)
         assert "warning" not in exported(tmp_path / "model", "--max-seq-len", window - 1)
+
+
+def test_the_window_that_mistral_has_if_none_is_said(tmp_path: Path, exported: Run) -> None:
+    """Absent, it is what transformers takes for it; null, there is none."""
+    model, _, _ = random_model("theta", "bf16")
+    save_safetensors(half(model, "bf16"), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text()) | {"max_position_embeddings": 8192, "sliding_window": None}
+    path.write_text(json.dumps(values))
+    assert "warning" not in exported(tmp_path / "model")
+    values.pop("sliding_window")
+    path.write_text(json.dumps(values))
+    window = transformers.MistralConfig.from_pretrained(tmp_path / "model").sliding_window
+    assert window and f"8192 to {window} positions" in exported(tmp_path / "model")
 
 
 def test_within_its_window_mistral_is_exact(tmp_path: Path, exported: Run) -> None:
@@ -682,11 +761,12 @@ def zeros(folder: Path, config: export.Config) -> Path:
     return folder
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """A layer of 7B, 0.7 GB with the embedding, in what Python, numpy and a few pieces take."""
+@pytest.mark.parametrize(("shape", "layers", "size"), [("7b", 2, 1.0e9), ("70b", 1, 2.2e9)])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, shape: str, layers: int, size: float) -> None:
+    """Layers of 7B and 70B, with the embedding, in what Python, numpy and a few pieces take."""
     if not sys.platform.startswith("linux"):
         pytest.skip("counts memory as Linux does")
-    folder = zeros(tmp_path / "model", export.replace(export.SHAPES["7b"], n_layers=1, tied=True))
+    folder = zeros(tmp_path / "model", export.replace(export.SHAPES[shape], n_layers=layers, tied=True))
     program = (  # whose own children do not begin with the memory that pytest has in use
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -695,6 +775,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, sys.executable, *map(str, args)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     kilobytes = int(done.stdout)
-    assert (tmp_path / "out.bin").stat().st_size > 600e6
+    assert (tmp_path / "out.bin").stat().st_size > size
     assert kilobytes < 200_000
     (tmp_path / "out.bin").unlink()
