@@ -657,9 +657,9 @@ static size_t layer_weights(const Model *m) {
     return (l->wqkv.rows + l->wo.cols + l->w_gate_up.rows + l->w_down.cols) * m->h.dim;
 }
 
-// How many threads are worth while: they wait for each other several times a layer, which costs some microseconds, so
-// each has to have 128 KB of a layer's weights at least.
-static size_t useful_threads(const Model *m) { return larger(1, layer_weights(m) * sizeof(uint16_t) >> 17); }
+// How many threads are worth while: they wait for each other several times a layer. That costs microseconds, and on a
+// machine with other work far more, so each has to have 768 KB of a layer's weights at least.
+static size_t useful_threads(const Model *m) { return larger(1, layer_weights(m) * sizeof(uint16_t) / (768 << 10)); }
 
 static State open_state(const Model *m, size_t context, size_t threads) {
     size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
