@@ -904,12 +904,12 @@ typedef struct {
     size_t n;
 } Text;
 
-enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 };                                              // TokenizerHeader.kind
-enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE = 7 }; // the type of a token
-enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30 };
+enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
+// The type of a token. A late one is user-defined, too, but sought when the text has been normalised.
+enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE = 7 };
+enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, MAX_PARTS = 4 };
+enum { CHARACTERS = 0x110000 }; // Unicode's numbers; from here on, bytes that are not UTF-8 stand for themselves
 #define NONE UINT32_MAX         // no token, no row, no symbol
-enum { CHARACTERS = 0x110000 }; // their numbers; from here on, bytes that are not UTF-8 stand for themselves
-enum { MAX_PARTS = 4 };         // of a character
 
 enum { // TokenizerHeader.flags
     ADD_BOS = 1,
@@ -1215,9 +1215,7 @@ static int utf8_length(Text text) {
 // The first character of a text, which is not empty, and its number. A stray byte stands for itself.
 static Text first_character(Text text, uint32_t *number) {
     int length = utf8_length(text);
-    *number = *text.bytes + (length > 0 ? 0u : CHARACTERS);
-    if (length > 1)
-        *number &= 0x7fu >> length;
+    *number = length <= 0 ? CHARACTERS + (uint32_t)*text.bytes : *text.bytes & (length == 1 ? 0x7fu : 0x7fu >> length);
     for (int i = 1; i < length; i++)
         *number = *number << 6 | (text.bytes[i] & 0x3f);
     return (Text){text.bytes, length > 0 ? (size_t)length : 1};
@@ -1232,15 +1230,13 @@ static size_t put_character(uint32_t c, unsigned char *out) {
     return n;
 }
 
-// Writes the characters that one stands for, which may be itself alone, and returns their number.
-static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *parts) {
-    uint32_t row = t->h.flags & NFC ? find_row(&t->by_whole, c, 0) : NONE;
+// Replaces a character by those that it stands for, which may be itself alone, and returns their number.
+static size_t decompose(const Tokenizer *t, uint32_t *c) {
+    uint32_t row = t->h.flags & NFC ? find_row(&t->by_whole, *c, 0) : NONE;
     size_t n = 0;
     for (; row != NONE && n < MAX_PARTS && t->decompositions[row][1 + n]; n++)
-        parts[n] = t->decompositions[row][1 + n];
-    if (n == 0)
-        parts[n++] = c;
-    return n;
+        c[n] = t->decompositions[row][1 + n];
+    return n ? n : 1;
 }
 
 // Puts n decomposed characters into NFC and returns how many are left. Marks after a starter, a character of the
@@ -1277,9 +1273,8 @@ static Text normalise(const Tokenizer *t, Heap *marks, Text text) {
     bool nfc = t->h.flags & NFC, bars = t->h.kind == SENTENCEPIECE_BPE;
     uint32_t *c = allocate(text.n * (nfc ? MAX_PARTS : 1), sizeof *c, "the prompt");
     while (at < text.n) {
-        uint32_t number;
-        at += first_character((Text){text.bytes + at, text.n - at}, &number).n;
-        n += decompose(t, number, c + n);
+        at += first_character((Text){text.bytes + at, text.n - at}, c + n).n;
+        n += decompose(t, c + n);
     }
     n = nfc ? compose(t, marks, c, n) : n;
     unsigned char *out = allocate(4 * n + 1, 1, "the prompt");

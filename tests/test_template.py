@@ -96,6 +96,7 @@ BAR = "\u2581"
 
 def byte_level() -> Tokenizer:
     library = Tokenizer(models.BPE(ignore_merges=True))
+    library.normalizer = normalizers.NFC()  # as Qwen's
     split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -221,6 +222,7 @@ CONVERSATIONS = [
     ["'s it", "'s so\n", "!\n\nWhy?"],
     ["def f():\n    return 1\n", "    pass", "\tx"],
     ["  spaces around  ", "an answer", "\n\nlines around\n"],
+    ["cafe\u0301", "e\u0301\u0323", "\u1112\u1161\u11ab"],
     ["", "an answer", ""],
 ]
 
