@@ -1539,6 +1539,12 @@ static void append(Buffer *b, const void *data, size_t n) {
     b->n += n;
 }
 
+static void cut_front(Buffer *b, size_t n) {
+    b->n -= n;
+    if (n)
+        memmove(b->data, (char *)b->data + n, b->n);
+}
+
 static size_t n_tokens(Buffer tokens) { return tokens.n / sizeof(uint32_t); }
 
 static Text text_of(const char *string) { return (Text){(const unsigned char *)string, strlen(string)}; }
@@ -1639,21 +1645,75 @@ static void print_ids(const uint32_t *tokens, size_t n, const char *between) {
         printf("%s%u", i ? between : "", tokens[i]);
 }
 
-// The tokens of the prompt, which comes from -i or -f or is empty, for the caller to free.
-static uint32_t *read_prompt(const Tokenizer *t, const Options *o, size_t *n_tokens) {
-    const char *name = o->prompt_file;
-    if (!name)
-        return encode(t, text_of(o->prompt ? o->prompt : ""), n_tokens);
-    FILE *file = strcmp(name, "-") ? fopen(name, "rb") : stdin;
-    Buffer text = {0};
+// The text of -i or -f, or an empty one, on its way to becoming tokens, a piece at a time.
+typedef struct {
+    const Tokenizer *t;
+    const char *name;
+    FILE *file;   // NULL: the text of -i
+    size_t piece; // bytes, at least
+    bool ended;
+    Buffer bytes;  // that are no tokens yet
+    Buffer tokens; // those before `at` are not needed any more
+    size_t at;
+} Source;
+
+static Source open_source(const Tokenizer *t, const Options *o, size_t piece) {
+    Source s = {.t = t, .name = o->prompt_file, .piece = piece};
+    if (o->prompt)
+        append(&s.bytes, o->prompt, strlen(o->prompt));
+    if (s.name)
+        s.file = strcmp(s.name, "-") ? fopen(s.name, "rb") : stdin;
+    expect(s.file || !s.name, "%s: cannot read the prompt: %s", s.name, strerror(errno));
+    return s;
+}
+
+static void close_source(Source *s) {
+    if (s->file && s->file != stdin)
+        fclose(s->file);
+    free(s->bytes.data);
+    free(s->tokens.data);
+}
+
+// Makes tokens of a piece. It ends between a line break and what is no space: no token of the usual tokenizers lies
+// across that. If there is no such place, it is longer.
+static void read_tokens(Source *s) {
     char part[65536];
-    for (size_t n; file && (n = fread(part, 1, sizeof part, file)) && text.n <= MAX_TEXT;)
-        append(&text, part, n);
-    expect(file && !ferror(file), "%s: cannot read the prompt: %s", name, strerror(errno));
-    if (file != stdin)
-        fclose(file);
-    uint32_t *tokens = encode(t, (Text){text.data, text.n}, n_tokens);
-    free(text.data);
+    size_t end = 0, n;
+    while (!s->ended && !end && s->bytes.n <= MAX_TEXT) {
+        n = s->file ? fread(part, 1, sizeof part, s->file) : 0;
+        expect(!s->file || !ferror(s->file), "%s: cannot read the prompt: %s", s->name, strerror(errno));
+        append(&s->bytes, part, n);
+        s->ended = n < sizeof part;
+        const unsigned char *bytes = s->bytes.data;
+        for (size_t i = s->bytes.n; !s->ended && !end && s->bytes.n >= s->piece && --i > s->bytes.n - n;)
+            end = bytes[i - 1] == '\n' && !is_space(bytes[i]) ? i : 0;
+    }
+    end = end ? end : s->bytes.n;
+    Tokenizer here = *s->t;
+    if (s->tokens.data) // this is not the first piece
+        here.h.flags &= ~(uint32_t)(ADD_BOS | ADD_SPACE);
+    uint32_t *tokens = encode(&here, (Text){s->bytes.data, end}, &n);
+    cut_front(&s->bytes, end);
+    cut_front(&s->tokens, s->at * sizeof *tokens);
+    s->at = 0;
+    append(&s->tokens, tokens, n * sizeof *tokens);
+    free(tokens);
+}
+
+// How many tokens there are from `at` on: at least so many, unless the text ends before.
+static size_t look_ahead(Source *s, size_t least) {
+    while (!s->ended && n_tokens(s->tokens) - s->at < least)
+        read_tokens(s);
+    return n_tokens(s->tokens) - s->at;
+}
+
+// All tokens of the prompt, for the caller to free.
+static uint32_t *read_prompt(const Tokenizer *t, const Options *o, size_t *n) {
+    Source s = open_source(t, o, SIZE_MAX);
+    *n = look_ahead(&s, SIZE_MAX);
+    uint32_t *tokens = s.tokens.data;
+    s.tokens.data = NULL;
+    close_source(&s);
     return tokens;
 }
 
@@ -1838,9 +1898,10 @@ static bool speak(Talk *c, Buffer *answer, size_t most) {
 // what follows, an object a token.
 static void generate(const Model *m, const Tokenizer *t, const Options *o) {
     size_t n, context = o->context ? o->context : m->h.max_seq_len;
-    uint32_t *tokens = read_prompt(t, o, &n);
+    uint32_t *prompt = read_prompt(t, o, &n), bos = (uint32_t)t->h.bos_id, *tokens = n ? prompt : &bos;
+    n = n || t->h.bos_id < 0 ? n : 1; // an empty prompt: begin as texts began in training
     size_t limit = o->steps ? smaller(o->steps, context) : context;
-    expect(n > 0, "an empty prompt: expected text (-i or -f), as %s has no bos token to start from", t->path);
+    expect(n > 0, "an empty prompt: expected text (-i or -f), as %s has no bos token", t->path);
     expect(n <= limit, "the prompt: expected at most %zu tokens (%s), found %zu", limit,
            limit == context ? "the context, -c" : "-n", n);
     Talk c = open_talk(m, t, o, limit);
@@ -1854,7 +1915,7 @@ static void generate(const Model *m, const Tokenizer *t, const Options *o) {
         fprintf(stderr, "run: the context of %zu tokens is full\n", context);
     close_talk(&c);
     free(said.data);
-    free(tokens);
+    free(prompt);
 }
 
 // The width of the terminal, within reason.
@@ -1899,13 +1960,9 @@ static void print_table(const Tokenizer *t, const float *logits, size_t k) {
     free(items);
 }
 
-// The tokens of the text to look at, at least so many, for the caller to free.
-static uint32_t *read_text(const Tokenizer *t, const Options *o, size_t least, size_t *n) {
+static void expect_text(const Options *o) {
     if (!o->prompt && !o->prompt_file)
         die(USAGE, "-m %s: expected a text, -i or -f", o->mode);
-    uint32_t *tokens = read_prompt(t, o, n);
-    expect(*n >= least, "the text is too short: expected at least %zu tokens, bos included, found %zu", least, *n);
-    return tokens;
 }
 
 // A window on a text starts with bos too.
@@ -1917,7 +1974,9 @@ static void begin_with_bos(const Tokenizer *t, uint32_t *tokens) {
 // Shows what may come after the prompt, of which it takes the end if it is longer than the context.
 static void next(const Model *m, const Tokenizer *t, const Options *o) {
     size_t all, vocab = m->h.vocab_size, k = smaller(o->top_k ? o->top_k : 10, vocab);
-    uint32_t *tokens = read_text(t, o, 1, &all);
+    expect_text(o);
+    uint32_t *tokens = read_prompt(t, o, &all);
+    expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
     size_t n = smaller(all, o->context ? o->context : m->h.max_seq_len);
     if (n < all) {
         begin_with_bos(t, tokens + all - n);
@@ -1940,7 +1999,7 @@ static void next(const Model *m, const Tokenizer *t, const Options *o) {
     close_state(&s);
 }
 
-enum { SCORED_AT_ONCE = 32 }; // the logits of so many tokens are in memory
+enum { SCORED_AT_ONCE = 32, PIECE = 1 << 20 }; // tokens whose logits are in memory; bytes of a text likewise
 
 // What the tokens of a text cost, in nats.
 typedef struct {
@@ -1948,24 +2007,24 @@ typedef struct {
     double sum, squares;
 } Score;
 
-// Feeds a window, tokens[begin] to tokens[end - 1], and scores those from tokens[first] on.
-static void score_window(const Model *m, State *s, const Tokenizer *t, float *logits, const uint32_t *tokens,
-                         size_t begin, size_t first, size_t end, Score *score) {
+// Feeds a window of n tokens, which starts at position `begin` of the text, and scores those from the first on.
+static void score_window(const Model *m, State *s, const Tokenizer *t, float *logits, const uint32_t *tokens, size_t n,
+                         size_t first, size_t begin, Score *score) {
     size_t vocab = m->h.vocab_size;
-    for (size_t at = begin, T; at + 1 < end; at += T) { // nothing comes after the last one
-        T = smaller(s->batch, end - 1 - at);
-        forward(m, s, tokens + at, T, at - begin);
-        for (size_t i = larger(at + 1, first), n; i <= at + T; i += n) { // a token's score is in the logits before it
+    for (size_t at = 0, T; at + 1 < n; at += T) { // nothing comes after the last one
+        T = smaller(s->batch, n - 1 - at);
+        forward(m, s, tokens + at, T, at);
+        for (size_t i = larger(at + 1, first), count; i <= at + T; i += count) {
             double cost[SCORED_AT_ONCE];
-            n = smaller(SCORED_AT_ONCE, at + T + 1 - i);
-            classify(m, s, logits, i - 1 - at, n);
+            count = smaller(SCORED_AT_ONCE, at + T + 1 - i);
+            classify(m, s, logits, i - 1 - at, count); // a token's score is in the logits before it
 #pragma omp parallel for num_threads((int)s->threads)
-            for (size_t j = 0; j < n; j++)
+            for (size_t j = 0; j < count; j++)
                 cost[j] = -log_probability(logits + j * vocab, vocab, tokens[i + j]);
-            for (size_t j = 0; j < n; j++) {
-                check_finite(m, logits + j * vocab, i + j - 1 - begin);
+            for (size_t j = 0; j < count; j++) {
+                check_finite(m, logits + j * vocab, i + j - 1);
                 score->n++;
-                score->bytes += decode(t, tokens[i + j], i + j).n;
+                score->bytes += decode(t, tokens[i + j], begin + i + j).n;
                 score->sum += cost[j];
                 score->squares += cost[j] * cost[j];
             }
@@ -1977,26 +2036,32 @@ static void score_window(const Model *m, State *s, const Tokenizer *t, float *lo
 // whose place is bos, if the tokenizer begins texts with it; so each token is scored once, but the text's first. With
 // --stride N, windows start N tokens apart, nothing is replaced, and each scores what the ones before have not.
 static void perplexity(const Model *m, const Tokenizer *t, const Options *o) {
-    size_t n, context = o->context ? o->context : m->h.max_seq_len;
+    size_t context = o->context ? o->context : m->h.max_seq_len;
     if (context < 2)
         die(USAGE, "-c: perplexity expected at least 2, found %zu", context);
     if (o->stride > context)
         die(USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
-    uint32_t *tokens = read_text(t, o, 2, &n);
-    context = smaller(context, n);
-    size_t stride = o->stride ? o->stride : context - 1;
+    expect_text(o);
+    Source text = open_source(t, o, PIECE);
+    context = smaller(context, look_ahead(&text, context));
+    expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
+    size_t stride = smaller(o->stride ? o->stride : context - 1, context);
     State s = open_state(m, context, o->threads);
     float *logits = allocate(SCORED_AT_ONCE * m->h.vocab_size, sizeof *logits, "the logits");
     Score score = {0};
     double start = seconds();
-    for (size_t begin = 0, end = 1; end < n; begin += stride) { // tokens before `end` are scored
-        size_t first = larger(end, begin + 1);                  // nothing comes before a window's first token
-        end = smaller(begin + context, n);
-        if (!o->stride)
-            begin_with_bos(t, tokens + begin);
-        score_window(m, &s, t, logits, tokens, begin, first, end, &score);
+    size_t n = context, begin = 0, first = 1; // of a window: its tokens, its position, and the first one to score
+    while (n == context) {
+        n = smaller(context, look_ahead(&text, context));
+        uint32_t *tokens = (uint32_t *)text.tokens.data + text.at;
+        if (!o->stride && n > 0)
+            begin_with_bos(t, tokens);
+        score_window(m, &s, t, logits, tokens, n, first, begin, &score);
         if (isatty(STDERR_FILENO))
-            fprintf(stderr, "\r%zu of %zu tokens%s", end, n, end < n ? "" : "\n");
+            fprintf(stderr, "\r%zu tokens%s", begin + n, n == context ? "" : "\n");
+        first = larger(n, stride + 1) - stride; // nothing comes before a window's first token
+        text.at += n == context ? stride : 0;
+        begin += stride;
     }
     double speed = (double)score.n / (seconds() - start), count = (double)score.n, nll = score.sum / count;
     double variance = (score.squares / count - nll * nll) * count / fmax(count - 1, 1);
@@ -2012,7 +2077,7 @@ static void perplexity(const Model *m, const Tokenizer *t, const Options *o) {
                "bits per byte  %.5f\nspeed          %.1f tok/s\n",
                score.n, nll, result, error, bits, speed);
     free(logits);
-    free(tokens);
+    close_source(&text);
     close_state(&s);
 }
 

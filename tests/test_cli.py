@@ -201,7 +201,7 @@ def write_wide_model(path: Path, **dims: Any) -> None:
     write_model(
         path,
         dim=250,
-        hidden_dim=570,
+        hidden_dim=1570,
         n_heads=6,
         n_kv_heads=3,
         head_dim=10,

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -453,7 +454,7 @@ def test_perplexity_as_text(run: Program, tiny_path: Path) -> None:
     _, stderr = on_terminal(with_env(run), tiny_path, "-m", "perplexity", "-i", TEXT)
     assert stderr == ""
     both, _ = on_terminal(with_env(run), tiny_path, "-m", "perplexity", "-i", TEXT, stderr_too=True)
-    assert f"\r{found['tokens'] + 1} of {found['tokens'] + 1} tokens\n" in both and "\x1b" not in both
+    assert f"\r{found['tokens'] + 1} tokens\n" in both and "\x1b" not in both
 
 
 def test_numbers_that_json_cannot_hold(run: Program, tmp_path: Path) -> None:
@@ -501,3 +502,37 @@ def test_nan_is_told(run: Program, tmp_path: Path) -> None:
     path = model.write(tmp_path / "nan.bin")
     for mode in ("next", "perplexity"):
         run.fails(1, path, "-m", mode, "-i", "the cat", says=[path, "not finite", "NaN"])
+
+
+MAX_RESIDENT = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+"""
+
+
+def test_a_text_of_any_size_in_bounded_memory(run: Program, tmp_path: Path) -> None:
+    """In pieces of a megabyte, which end where no token does: the tokens are those of the whole text."""
+    path = tmp_path / "m.bin"
+    calm_model(path, dim=8, hidden_dim=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, max_seq_len=512)
+    line = "the cat in the ocean, number {}, once on a stone;\n\n  \ttea at ten.\n"
+    resident = []
+    for size in (2 << 20, 6 << 20):
+        text = "".join(line.format(i) for i in range(size // len(line)))
+        file = tmp_path / "text"
+        file.write_text(text)
+        command = [run.path, path, "-m", "perplexity", "-f", file, "--json", "-j", 1]
+        measured = [sys.executable, "-c", MAX_RESIDENT, *map(str, command)]
+        done = subprocess.run(measured, capture_output=True, check=True, env=run.env)
+        (found,) = objects(done.stdout, PERPLEXITY)
+        resident.append(int(done.stderr.split()[-1]))
+        assert found["tokens"] == len(ids_of(run, path, "-f", file)) - 1
+    assert resident[1] < resident[0] + 2048 or run.sanitized  # KB
+
+
+def test_a_line_longer_than_a_piece(run: Program, tmp_path: Path) -> None:
+    path, file = tmp_path / "m.bin", tmp_path / "text"
+    calm_model(path, dim=8, hidden_dim=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, max_seq_len=512)
+    file.write_text("once \n " * 150_000 + "\n" + "tea at ten. " * 10)
+    found = perplexity(run, path, "-f", file)
+    assert found["tokens"] == len(ids_of(run, path, "-f", file)) - 1
