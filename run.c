@@ -78,6 +78,36 @@ static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
+// Memory that grows with what is appended.
+typedef struct {
+    void *data;
+    size_t n, capacity; // bytes
+} Buffer;
+
+// Room for n bytes more.
+static void *reserve(Buffer *b, size_t n) {
+    if (b->n + n > b->capacity) {
+        b->capacity = 2 * (b->n + n);
+        b->data = realloc(b->data, b->capacity);
+        expect(b->data, "no memory for a text: %.1f MB needed", (double)b->capacity / 1e6);
+    }
+    return (char *)b->data + b->n;
+}
+
+static void append(Buffer *b, const void *data, size_t n) {
+    if (n)
+        memcpy(reserve(b, n), data, n);
+    b->n += n;
+}
+
+static void cut_front(Buffer *b, size_t n) {
+    b->n -= n;
+    if (n)
+        memmove(b->data, (char *)b->data + n, b->n);
+}
+
+static size_t n_tokens(Buffer tokens) { return tokens.n / sizeof(uint32_t); }
+
 // ------------------------------------------------------------------------------------------------
 // 1 The model file
 
@@ -1137,26 +1167,24 @@ static void read_nfc(Tokenizer *t, Reader *r) {
     t->combining = next_classes(r, "a combining class", n[2], 0, 255);
 }
 
-// The number at `at`, which moves on, unless that would be beyond `end`.
-static bool read_number(const unsigned char *file, size_t end, size_t *at, uint32_t *number) {
-    bool fits = end - *at >= sizeof *number;
-    if (fits)
-        memcpy(number, file + *at, sizeof *number);
-    *at += fits ? sizeof *number : 0;
-    return fits;
+static uint32_t next_number(Reader *r, const char *what) {
+    uint32_t number;
+    memcpy(&number, next_bytes(r, what, sizeof number), sizeof number);
+    return number;
 }
 
+// Texts and tokens of a template, see TEXT_ITEM.
 static Text next_template(const Tokenizer *t, Reader *r) {
-    uint32_t n, item;
-    memcpy(&n, next_bytes(r, "a template", sizeof n), sizeof n);
-    Text items = {next_bytes(r, "a template", n), n};
-    for (size_t at = 0, length; at < n; at += length) {
-        bool fits = read_number(items.bytes, n, &at, &item);
-        length = fits && item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
-        expect(fits && length <= n - at && (item & TEXT_ITEM || item < t->h.vocab_size),
-               "%s: a template: expected tokens and texts within its %u bytes, found others", r->path, n);
+    uint32_t n = next_number(r, "a template");
+    Reader items = {r->path, next_bytes(r, "a template", n), n, 0};
+    while (items.at < n) {
+        uint32_t item = next_number(&items, "a template's item");
+        if (item & TEXT_ITEM)
+            next_bytes(&items, "a template's text", item ^ TEXT_ITEM);
+        else
+            check(r->path, "a template's token", item, 0, t->h.vocab_size - 1);
     }
-    return items;
+    return (Text){items.bytes, n};
 }
 
 static Tokenizer open_tokenizer(const char *path) {
@@ -1303,27 +1331,12 @@ typedef struct {
 } Symbol;
 
 typedef struct {
-    uint32_t *tokens; // found so far
-    size_t n_tokens, room;
-    Symbol *symbols; // of one word
-    size_t capacity;
-    Heap pairs; // key: how soon two neighbours are to be merged, index: the first of them, id: what they make
+    Buffer tokens;  // found so far
+    Buffer symbols; // room for those of a word
+    Heap pairs;     // key: how soon two neighbours are to be merged, index: the first of them, id: what they make
 } Encoder;
 
-// Makes room for n items.
-static void *grow(void *items, size_t *capacity, size_t n, size_t size) {
-    if (n <= *capacity)
-        return items;
-    *capacity = larger(n, 2 * *capacity);
-    items = realloc(items, *capacity * size);
-    expect(items, "no memory for the prompt: %.1f MB needed", (double)*capacity * (double)size / 1e6);
-    return items;
-}
-
-static void push_token(Encoder *e, uint32_t token) {
-    e->tokens = grow(e->tokens, &e->room, e->n_tokens + 1, sizeof token);
-    e->tokens[e->n_tokens++] = token;
-}
+static void push_token(Encoder *e, uint32_t token) { append(&e->tokens, &token, sizeof token); }
 
 // The token that two neighbours make, NONE if they make none, and how soon they are to be merged.
 static uint32_t merged(const Tokenizer *t, const Symbol *a, const Symbol *b, float *key) {
@@ -1339,17 +1352,18 @@ static uint32_t merged(const Tokenizer *t, const Symbol *a, const Symbol *b, flo
 
 // Considers merging symbol `first` with the next.
 static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
-    if (first == NONE || e->symbols[first].next == NONE)
+    const Symbol *symbols = e->symbols.data;
+    if (first == NONE || symbols[first].next == NONE)
         return;
     Item pair = {.index = first};
-    pair.id = merged(t, &e->symbols[first], &e->symbols[e->symbols[first].next], &pair.key);
+    pair.id = merged(t, &symbols[first], &symbols[symbols[first].next], &pair.key);
     if (pair.id != NONE)
         heap_push(&e->pairs, pair);
 }
 
 // Cuts a word into the symbols that merging starts from and returns their number.
 static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
-    e->symbols = grow(e->symbols, &e->capacity, word.n, sizeof *e->symbols);
+    Symbol *symbols = reserve(&e->symbols, word.n * sizeof *symbols);
     bool characters = t->h.kind == SENTENCEPIECE_BPE;
     uint32_t n = 0, number;
     for (size_t at = 0; at < word.n;) {
@@ -1357,12 +1371,12 @@ static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
         uint32_t id = characters ? find_piece(t, text) : t->byte_id[*text.bytes];
         at += text.n;
         if (characters || id != NONE) { // a byte that the vocabulary cannot say is left out
-            e->symbols[n] = (Symbol){text, id, n - 1, n + 1};
+            symbols[n] = (Symbol){text, id, n - 1, n + 1};
             n++;
         }
     }
     if (n)
-        e->symbols[n - 1].next = NONE;
+        symbols[n - 1].next = NONE;
     return n;
 }
 
@@ -1375,7 +1389,7 @@ static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
         return;
     }
     uint32_t n = first_symbols(t, e, word);
-    Symbol *symbols = e->symbols;
+    Symbol *symbols = e->symbols.data;
     for (uint32_t i = 0; i < n; i++)
         push_pair(t, e, i);
     while (e->pairs.n) {
@@ -1400,7 +1414,8 @@ static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
         }
         for (size_t b = 0; b < symbols[i].text.n; b++) { // a token for each byte, or one <unk> for all
             uint32_t byte = t->byte_id[symbols[i].text.bytes[b]];
-            if (byte != (uint32_t)t->h.unk_id || e->n_tokens == 0 || e->tokens[e->n_tokens - 1] != byte)
+            size_t n_found = n_tokens(e->tokens);
+            if (byte != (uint32_t)t->h.unk_id || n_found == 0 || ((uint32_t *)e->tokens.data)[n_found - 1] != byte)
                 push_token(e, byte);
         }
     }
@@ -1450,7 +1465,7 @@ static size_t n_before(const Tokenizer *t) { return t->h.flags & ADD_BOS ? 1 : 0
 // A text with a space in front, if it is to have one. Some tokenizers, those with NO_SECOND_SPACE, put it in front of
 // what is cut into words; others before they look for late tokens.
 static Text with_space(const Tokenizer *t, const Encoder *e, Text text, bool late) {
-    uint32_t flags = t->h.flags, wanted = e->n_tokens == n_before(t) ? ADD_SPACE : SPACE_ANEW;
+    uint32_t flags = t->h.flags, wanted = n_tokens(e->tokens) == n_before(t) ? ADD_SPACE : SPACE_ANEW;
     bool second = flags & NO_SECOND_SPACE;
     if (!(flags & wanted) || second != late || (second && *text.bytes == ' '))
         return text;
@@ -1483,14 +1498,13 @@ static void encode_text(const Tokenizer *t, Encoder *e, Text text, bool late) {
 // The tokens of a text, for the caller to free. No text becomes a control token: those are not in the table.
 static uint32_t *encode(const Tokenizer *t, Text text, size_t *n) {
     Encoder e = {0};
-    e.tokens = grow(NULL, &e.room, text.n / 4 + 1, sizeof *e.tokens);
     if (t->h.flags & ADD_BOS)
         push_token(&e, (uint32_t)t->h.bos_id);
     encode_text(t, &e, text, false);
-    free(e.symbols);
+    free(e.symbols.data);
     free(e.pairs.items);
-    *n = e.n_tokens;
-    return e.tokens;
+    *n = n_tokens(e.tokens);
+    return e.tokens.data;
 }
 
 // What the token at position `pos` prints. At the start of a text, that is without the space put there by encode.
@@ -1521,31 +1535,6 @@ typedef struct {
     uint64_t stride;                  // of perplexity's windows
     bool json, probs;
 } Options;
-
-// Memory that grows with what is appended: bytes, or tokens.
-typedef struct {
-    void *data;
-    size_t n, capacity; // bytes
-} Buffer;
-
-static void append(Buffer *b, const void *data, size_t n) {
-    if (b->n + n > b->capacity) {
-        b->capacity = 2 * (b->n + n);
-        b->data = realloc(b->data, b->capacity);
-        expect(b->data, "no memory for a text: %.1f MB needed", (double)b->capacity / 1e6);
-    }
-    if (n)
-        memcpy((char *)b->data + b->n, data, n);
-    b->n += n;
-}
-
-static void cut_front(Buffer *b, size_t n) {
-    b->n -= n;
-    if (n)
-        memmove(b->data, (char *)b->data + n, b->n);
-}
-
-static size_t n_tokens(Buffer tokens) { return tokens.n / sizeof(uint32_t); }
 
 static Text text_of(const char *string) { return (Text){(const unsigned char *)string, strlen(string)}; }
 
@@ -2099,14 +2088,14 @@ static void end_run(Talk *c) {
 
 static void add_template(Talk *c, size_t which) {
     Text items = c->t->templates[which];
-    uint32_t item;
-    for (size_t at = 0, length; read_number(items.bytes, items.n, &at, &item); at += length) {
-        length = item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
-        append(&c->run, items.bytes + at, length);
-        if (item & TEXT_ITEM)
-            continue;
-        end_run(c);
-        append(&c->script, &item, sizeof item);
+    for (Reader r = {c->t->path, items.bytes, items.n, 0}; r.at < r.n;) {
+        uint32_t item = next_number(&r, "an item");
+        if (item & TEXT_ITEM) {
+            append(&c->run, next_bytes(&r, "a text", item ^ TEXT_ITEM), item ^ TEXT_ITEM);
+        } else {
+            end_run(c);
+            append(&c->script, &item, sizeof item);
+        }
     }
 }
 
