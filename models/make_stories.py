@@ -20,8 +20,8 @@ from pathlib import Path
 GRAMMAR = Path(__file__).resolve().parent / "plots.txt"
 SHE = {"he": "she", "him": "her", "his": "her"}
 HE = {"he": "he", "him": "him", "his": "his"}
-IT = {"he": "it", "him": "it", "his": "its"}
 OPTIONAL = "? "
+WEIGHT = re.compile(r"(.*?)(?: \*(\d+))?")
 
 Fields = dict[str, str]
 
@@ -35,12 +35,27 @@ class Grammar:
     lists: dict[str, list[Fields]] = field(default_factory=dict)
     rules: dict[str, list[str]] = field(default_factory=dict)
     plots: dict[str, list[str]] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)  # of plots
 
 
 def entries(line: str) -> Iterator[Fields]:
     """A line of a list; entries with fields may have commas in them, so these stand between semicolons."""
     for entry in line.split(";" if " / " in line else ","):
-        yield {str(i): text.strip() for i, text in enumerate(entry.split(" / "))}
+        text, weight = weigh(entry.strip())
+        yield {str(i): part.strip() for i, part in enumerate(text.split(" / "))} | {"weight": str(weight)}
+
+
+def weigh(text: str) -> tuple[str, int]:
+    """The text without its weight, and the weight: "text *3" comes three times as often as "text"."""
+    match = WEIGHT.fullmatch(text)
+    assert match
+    return match[1], int(match[2] or 1)
+
+
+def weighted(random: random.Random, texts: list[str]) -> str:
+    """One of the texts."""
+    pairs = [weigh(text) for text in texts]
+    return random.choices([text for text, _ in pairs], [weight for _, weight in pairs])[0]
 
 
 def read_grammar(path: Path) -> Grammar:
@@ -49,7 +64,9 @@ def read_grammar(path: Path) -> Grammar:
         if not line or line.startswith("#"):
             continue
         if line.startswith("= "):
-            section, name = line[2:].split()
+            title, weight = weigh(line[2:])
+            section, name = title.split()
+            grammar.weights[name] = weight
         elif section == "list":
             grammar.lists.setdefault(name, []).extend(entries(line))
         else:
@@ -70,7 +87,8 @@ class Story:
         taken = {
             value for thing in self.things.values() for key, value in thing.items() if key in ("0", "kind")
         }
-        return self.random.choice([e for e in self.grammar.lists[name] if e["0"] not in taken])
+        free = [e for e in self.grammar.lists[name] if e["0"] not in taken]
+        return self.random.choices(free, [int(e["weight"]) for e in free])[0]
 
     def cast(self, spec: str) -> Fields:
         """Somebody of one of the kinds; `without` or `of` say which animals may not or must be."""
@@ -85,15 +103,9 @@ class Story:
             if not word or kind == "child" or (found["kind"] in names.split()) == (word == "of"):
                 return found
 
-    def name(self, known: str) -> str:
-        """One of a list, or, some of the time, one that no list has: a story keeps any name that it begins with."""
-        if self.random.random() < 0.75:
-            return self.pick(known)["0"]
-        return (self.pick("part-first")["0"] + self.pick("part-last")["0"]).capitalize()
-
     def cast_child(self, kind: str) -> Fields:
         girl = self.random.random() < 0.5
-        name, kind = self.name("girl" if girl else "boy"), "girl" if girl else "boy"
+        name, kind = self.pick("girl" if girl else "boy")["0"], "girl" if girl else "boy"
         another = "another" if self.things.get("hero", {}).get("kind") == kind else "a"
         new = f"{another} {kind} named {name}"
         return {"0": name, "kind": kind, "new": new, "known": f"{{his}} friend {name}"} | (
@@ -102,7 +114,7 @@ class Story:
 
     def cast_animal(self, kind: str) -> Fields:
         girl = self.random.random() < 0.5
-        name, animal = self.name("pet-girl" if girl else "pet-boy"), self.pick(kind)
+        name, animal = self.pick("pet-girl" if girl else "pet-boy")["0"], self.pick(kind)
         new = f"a [|little |young |small ]{animal['0']} named {name}"
         known = f"{{his}} friend {name} the {animal['0']}"
         found = {"0": name, "kind": animal["0"], "home": animal["1"], "new": new, "known": known}
@@ -117,7 +129,7 @@ class Story:
     def cast_royal(self, kind: str) -> Fields:
         royal = self.pick(kind)
         girl = royal["1"] == "she"
-        return {"0": self.name("girl" if girl else "boy"), "kind": royal["0"]} | (SHE if girl else HE)
+        return {"0": self.pick("girl" if girl else "boy")["0"], "kind": royal["0"]} | (SHE if girl else HE)
 
     def cast_creature(self, kind: str) -> Fields:
         hero = self.things["hero"].get("kind", "")
@@ -133,7 +145,7 @@ class Story:
     def cast_other(self, kind: str) -> Fields:
         """Whatever has a name of its own like an animal and a word for what it is: an engine, a snail."""
         girl = self.random.random() < 0.5
-        name, noun = self.name("pet-girl" if girl else "pet-boy"), self.pick(kind)["0"]
+        name, noun = self.pick("pet-girl" if girl else "pet-boy")["0"], self.pick(kind)["0"]
         found = {
             "0": name,
             "kind": noun,
@@ -162,13 +174,13 @@ class Story:
         while True:
             choices = re.search(r"\[([^][]*)\]", text)
             if choices:
-                chosen = self.random.choice(choices[1].split("|"))
+                chosen = weighted(self.random, choices[1].split("|"))
             else:
                 choices = re.search(r"<([a-z-]+)>", text)
                 if choices:
                     if choices[1] not in self.grammar.rules:
                         raise GrammarError(f"plot {self.plot}: no <{choices[1]}>")
-                    chosen = self.random.choice(self.grammar.rules[choices[1]])
+                    chosen = weighted(self.random, self.grammar.rules[choices[1]])
                 else:
                     choices = re.search(r"\{([a-z0-9.-]+)\}", text)
                     if not choices:
@@ -183,7 +195,7 @@ class Story:
         text = re.sub(r"<\{([a-z.]+)\}", lambda m: "<" + self.value(m[1]), text)
         rules = [r for r in re.findall(r"<([a-z-]+)>", text) if r in self.grammar.rules]
         for rule in rules:
-            chosen = self.random.choice(self.grammar.rules[rule])
+            chosen = weighted(self.random, self.grammar.rules[rule])
             text = text.replace(
                 f"<{rule}>", re.sub(r"<\{([a-z.]+)\}", lambda m: "<" + self.value(m[1]), chosen)
             )
@@ -199,7 +211,7 @@ class Story:
         return polish(" ".join(told))
 
 
-SPEECH = "said|asked|cried|called|shouted|laughed|thought|whispered|sang|told|added"
+SPEECH = "said|asked|cried|called|shouted|laughed|thought|whispered|sang|told|added|cheered|read|replied"
 STARTS = "he|she|his|her|the|it|they|a|an|one|then"
 
 
@@ -220,8 +232,9 @@ def stories(count: int, seed: int, grammar: Grammar) -> Iterator[tuple[str, str]
     """(plot, story), each story once."""
     source, seen = random.Random(seed), set[str]()
     names = list(grammar.plots)
+    weights = [grammar.weights.get(name, 1) for name in names]
     while len(seen) < count:
-        plot = source.choice(names)
+        plot = source.choices(names, weights)[0]
         text = Story(grammar, plot, source).tell()
         if text not in seen:
             seen.add(text)

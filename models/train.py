@@ -35,7 +35,7 @@ sys.path.insert(0, str(TOP))
 from export import ArraySource, Config, Tokenizer, write_model
 from models.make_stories import GRAMMAR, read_grammar, stories
 
-N_STORIES, N_HELDOUT = 300_000, 500
+N_STORIES, N_HELDOUT = 120_000, 500
 CONFIG = Config(
     dim=256,
     hidden_dim=640,
@@ -48,7 +48,7 @@ CONFIG = Config(
     tied=True,
 )
 PEAK_RATE, WARMUP = 1.5e-3, 300
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 IGNORED = -100  # a target that does not count
 
 
@@ -211,12 +211,9 @@ def batches(texts: Texts, seed: int) -> Iterator[NDArray[np.int64]]:
         yield from groups
 
 
-def learning_rate(step: int, steps: int) -> float:
-    if step < WARMUP:
-        return PEAK_RATE * (step + 1) / WARMUP
-    return PEAK_RATE * (
-        0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
-    )
+def learning_rate(step: int, done: float) -> float:
+    """`done` goes from 0 to 1: a cosine down to a fiftieth of the peak, which begins with a warm-up."""
+    return PEAK_RATE * min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def loss_of(model: Llama, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -246,9 +243,9 @@ def optimizer_of(model: Llama) -> torch.optim.AdamW:
 class Run:
     """A training that can stop at any time and go on from its last checkpoint."""
 
-    def __init__(self, work: Path, steps: int) -> None:
+    def __init__(self, work: Path, steps: int, minutes: float = math.inf) -> None:
         torch.manual_seed(1)
-        self.work, self.steps, self.step, self.seconds = work, steps, 0, 0.0
+        self.work, self.steps, self.minutes, self.step, self.seconds = work, steps, minutes, 0, 0.0
         self.model = Llama(CONFIG)
         self.optimizer = optimizer_of(self.model)
         if (work / "checkpoint.pt").exists():
@@ -256,6 +253,9 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
+
+    def done(self) -> float:
+        return min(1, max(self.step / self.steps, self.seconds / 60 / self.minutes))
 
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -269,7 +269,7 @@ class Run:
             writer = csv.writer(file)
             if new:
                 writer.writerow(["step", "seconds", "rate", "loss", "heldout_bits_per_byte"])
-            rate = learning_rate(self.step, self.steps)
+            rate = learning_rate(self.step, self.done())
             bits = bits_per_byte(self.model, heldout)
             row = [self.step, f"{self.seconds:.0f}", f"{rate:.2e}", f"{loss:.4f}", f"{bits:.4f}"]
             writer.writerow(row)
@@ -277,7 +277,7 @@ class Run:
 
     def take_step(self, inputs: Tensor, targets: Tensor) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps)
+            group["lr"] = learning_rate(self.step, self.done())
         loss = loss_of(self.model, inputs, targets)
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -295,12 +295,12 @@ class Run:
         for number, chosen in enumerate(order):
             if number < self.step:
                 continue  # it has seen this batch before it stopped
-            if self.step >= self.steps:
+            if self.done() >= 1:
                 break
             losses.append(self.take_step(*texts.rows(chosen)))
             now = time.monotonic()
-            if now - saved >= every or self.step == self.steps:
-                self.seconds = before + now - began
+            self.seconds = before + now - began
+            if now - saved >= every or self.done() >= 1:
                 self.log(sum(losses) / len(losses), heldout)
                 self.save()
                 losses.clear()
@@ -322,6 +322,7 @@ def main() -> int:
     )
     parser.add_argument("--stories", type=int, default=N_STORIES)
     parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end by then, if not by the steps")
     parser.add_argument("--every", type=float, default=300, help="seconds from one checkpoint to the next")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=TOP / "models" / "stories.bin")
@@ -335,7 +336,7 @@ def main() -> int:
         f"{len(texts.starts) - 1:,} stories, {len(texts.tokens):,} tokens, {texts.n_bytes:,} bytes",
         flush=True,
     )
-    run = Run(args.work, args.steps)
+    run = Run(args.work, args.steps, args.minutes)
     run.train(texts, heldout, args.every)
     export(run.model, args.work / "tokenizer.model", args.output)
     return 0
