@@ -350,18 +350,10 @@ static inline float element(const void *array, Dtype dtype, size_t i) {
                            : f16_to_f32(*(const uint16_t *)p);
 }
 
-// `count` rows of a tensor, from row `first` on.
-static inline Tensor some_rows(Tensor t, size_t first, size_t count) {
-    return (Tensor){address(t.data, t.dtype, first * t.stride), t.dtype, count, t.cols, t.stride};
+// `rows` rows of a tensor, from row r on, and of them `cols` columns, from column c on.
+static inline Tensor part(Tensor t, size_t r, size_t rows, size_t c, size_t cols) {
+    return (Tensor){address(t.data, t.dtype, r * t.stride + c), t.dtype, rows, cols, t.stride};
 }
-
-// `count` of its columns, from column `first` on.
-static inline Tensor some_cols(Tensor t, size_t first, size_t count) {
-    return (Tensor){address(t.data, t.dtype, first), t.dtype, t.rows, count, t.stride};
-}
-
-// Long sums are taken in chunks of so many columns: CHUNK_BYTES of each row of the input.
-static inline size_t chunk_of(Dtype dtype) { return CHUNK_BYTES / size_of(dtype); }
 
 // e^x for x <= 0 within 3 units in the last place, and 0 below -87. Not libm's, because compilers make vector
 // code of this one: x = n ln 2 + r, e^r is a polynomial, and 2^n goes straight into the exponent's bits.
@@ -391,11 +383,8 @@ static float dot_ref(const void *a, Dtype a_type, const void *b, Dtype b_type, s
     return sum;
 }
 
-// out[r] += the dot product of row r of w with x (1, cols), for all rows of w, chunk by chunk
-static void dot_rows(float *out, Tensor w, Tensor x);
-// out[t][r] += the dot product of row r of w, of a multiple of TILE_ROWS, with row t of x, of up to TILE_TOKENS, to the
-// bits of dot_rows; for one chunk of columns; rows of out are `stride` apart
-static void tiles(float *out, size_t stride, Tensor w, Tensor x);
+// out[t][r] += sum_c w[r][c] x[t][c] for x (T, cols), w (rows, cols); rows of out are `stride` apart
+static void multiply(float *out, size_t stride, Tensor w, Tensor x);
 // The weighted sum of rows that attention is made of: y[c] += sum_j a[j] x[j][c], x (m, n) f16, for one or QUERY_TILE
 // vectors y, a at a time. Reads up to a vector behind the end of x.
 static void weigh(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n);
@@ -435,20 +424,6 @@ static size_t thread_number(void) {
 #endif
 }
 
-// out[t][r] += sum_c w[r][c] x[t][c]. Many tokens go by tiles, where whole ones fit, so that each weight loaded is used
-// several times. Those of one chunk and TILE_TOKENS tokens stay in the innermost cache while the rows of w pass.
-static void multiply(float *out, size_t stride, Tensor w, Tensor x) {
-    size_t whole = x.rows > 1 ? w.rows / TILE_ROWS * TILE_ROWS : 0, n = chunk_of(x.dtype);
-    for (size_t c = 0; c < w.cols && whole; c += n) {
-        Tensor rows = some_cols(w, c, smaller(n, w.cols - c)), tokens = some_cols(x, c, rows.cols);
-        for (size_t t = 0; t < x.rows; t += TILE_TOKENS)
-            tiles(out + t * stride, stride, some_rows(rows, 0, whole),
-                  some_rows(tokens, t, smaller(TILE_TOKENS, x.rows - t)));
-    }
-    for (size_t t = 0; t < x.rows && whole < w.rows; t++)
-        dot_rows(out + t * stride + whole, some_rows(w, whole, w.rows - whole), some_rows(x, t, 1));
-}
-
 // out[t][r] = sum_c w[r][c] x[t][c] for x (T, cols), w (rows, cols), out (T, rows); or out += it, with `add`.
 // The rows are dealt out among the threads, and no thread shares a sum with another.
 static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
@@ -466,13 +441,13 @@ static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, Sta
                 memcpy(s->input + t * in.stride, x + t * w.cols, w.cols * sizeof *x);
     }
     bool widened = !narrow && T >= TILE_TOKENS;            // for many tokens, it pays off to convert the weights once
-    size_t share = (w.rows + s->threads - 1) / s->threads; // one token: each thread reads one long run
+    size_t share = (w.rows + s->threads - 1) / s->threads; // one token: each thread reads two long runs
     size_t block = T == 1 ? share : T < TILE_TOKENS ? TILE_ROWS : BLOCK_ROWS;
     if (widened)
         block = smaller(block, s->wide_size / w.cols / TILE_ROWS * TILE_ROWS);
 #pragma omp for schedule(static)
     for (size_t r = 0; r < w.rows; r += block) {
-        Tensor rows = some_rows(w, r, smaller(block, w.rows - r));
+        Tensor rows = part(w, r, smaller(block, w.rows - r), 0, w.cols);
         if (widened) {
             float *wide = s->wide + thread_number() * s->wide_size;
             widen(wide, rows.data, w.dtype, rows.rows * w.cols);
@@ -490,7 +465,7 @@ static void rmsnorm_one(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
     Tensor vector = {x, F32, 1, n, n};
     float squares = 0;
-    dot_rows(&squares, vector, vector);
+    multiply(&squares, 1, vector, vector);
     float scale = 1.0f / sqrtf(squares / (float)n + eps);
     for (size_t i = 0; i < n; i++)
         out[i] = x[i] * scale * element(weight.data, weight.dtype, i);
@@ -2565,8 +2540,8 @@ static void check_pair(const Model *m, const Tokenizer *t) {
 //
 // An instruction set is a handful of inlines over vectors of W floats. The inner loops are written once, over them.
 // A sum is made by CHAINS accumulators of W lanes: number j takes the vectors j, j + CHAINS, ... of the operands. A
-// chain of dependent additions is slow, so dot_typed works on all of them at a time; tile_fixed has many sums to work on,
-// and takes the accumulators one after the other. The sums are the same, bit for bit.
+// chain of dependent additions is slow, so a tile of few sums works on all of them at a time; one of many sums takes
+// the accumulators one after the other. The sums are the same, bit for bit.
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -2666,12 +2641,8 @@ INLINE vec load_bf16(const void *p) {
 
 INLINE void store(float *p, vec a) { memcpy(p, &a, sizeof a); }
 
-enum { PREFETCH = 4096 }; // bytes ahead
-
-// Both operands in bf16: a register holds 2W of each, and an instruction multiplies and adds them in pairs.
-INLINE bool in_pairs(Dtype a, Dtype b) { return a == BF16 && b == BF16; }
-
-// Elements i, i + 1, ... of an array: W of them as f32, or 2W in bf16 as they are.
+// Elements i, i + 1, ... of an array: W of them as f32, or 2W in bf16 as they are, for an instruction that multiplies
+// and adds them in pairs.
 INLINE vec load(const void *array, Dtype dtype, bool pairs, size_t i) {
     const void *p = address(array, dtype, i);
     return pairs || dtype == F32 ? load_f32(p) : dtype == BF16 ? load_bf16(p) : load_f16(p);
@@ -2689,108 +2660,97 @@ INLINE vec accumulate(vec a, vec b, vec sum, bool pairs) {
     return pairs ? multiply_add_pairs(a, b, sum) : multiply_add(a, b, sum);
 }
 
-// dot_ref for types that are known when it is compiled
-INLINE float dot_typed(const void *a, Dtype a_type, const void *b, Dtype b_type, size_t n) {
-    const bool pairs = in_pairs(a_type, b_type);
-    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
-    vec sums[CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
-    for (size_t j = 0; j < chains; j++)
-        sums[j] = fill(0);
-    size_t i = 0, bytes = step * size_of(a_type);
-    for (; i + 2 * chains * step <= n; i += 2 * chains * step)
-        for (size_t j = 0; j < 2 * chains; j++) {
-            size_t at = i + j * step;
-            if (j * bytes % 64 == 0) // weights come from memory, in order: ask for each line of the cache in advance
-                __builtin_prefetch((const char *)address(a, a_type, at) + PREFETCH);
-            sums[j % chains] =
-                accumulate(load(a, a_type, pairs, at), load(b, b_type, pairs, at), sums[j % chains], pairs);
-        }
-    for (size_t j = 0; i + step <= n; j++, i += step)
-        sums[j % chains] = accumulate(load(a, a_type, pairs, i), load(b, b_type, pairs, i), sums[j % chains], pairs);
-    for (size_t j = 1; j < chains; j++)
-        sums[0] = sums[0] + sums[j];
-    float sum[4];
-    sum4(sum, sums[0], sums[0], sums[0], sums[0]);
-    return i == n ? sum[0] : sum[0] + dot_ref(address(a, a_type, i), a_type, address(b, b_type, i), b_type, n - i);
-}
-
-INLINE void dot_rows_typed(float *out, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
-    size_t n = chunk_of(x_type);
-    for (size_t r = 0; r < w.rows; r++)
-        for (size_t c = 0; c < w.cols; c += n)
-            out[r] += dot_typed(address(w.data, w_type, r * w.stride + c), w_type, address(x.data, x_type, c), x_type,
-                                smaller(n, w.cols - c));
-}
-
-static void dot_rows(float *out, Tensor w, Tensor x) {
-    if (x.dtype == BF16)
-        dot_rows_typed(out, w, BF16, x, BF16);
-    else if (w.dtype == F32)
-        dot_rows_typed(out, w, F32, x, F32);
-    else if (w.dtype == BF16)
-        dot_rows_typed(out, w, BF16, x, F32);
-    else
-        dot_rows_typed(out, w, F16, x, F32);
-}
-
 _Static_assert(TILE_ROWS == 4, "sum4 adds up the four rows of a tile");
 
-// tile for types and a number of tokens that are known when it is compiled, so that all sums are registers
-INLINE void tile_fixed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens) {
-    const bool pairs = in_pairs(w_type, x_type);
+// Part of multiply for one chunk of columns, all rows of x, and `rows` rows of w that are `apart` from each other. The
+// types and the numbers of rows are known when it is compiled, so that all sums are registers.
+INLINE void tile(float *out, size_t stride, Tensor w, size_t rows, size_t apart, Tensor x) {
+    const bool pairs = w.dtype == BF16 && x.dtype == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
+    const size_t together = rows < TILE_ROWS ? chains : 1;
     size_t n = w.cols, tail = n / step * step;
-    vec sums[GROUP][TILE_ROWS];
-    for (size_t j = 0; j < chains; j++) {
-        vec chain[GROUP][TILE_ROWS];
-        for (size_t t = 0; t < tokens; t++)
-            for (size_t r = 0; r < TILE_ROWS; r++)
-                chain[t][r] = fill(0);
-        for (size_t i = j * step; i < tail; i += chains * step) {
-            vec rows[TILE_ROWS];
-            for (size_t r = 0; r < TILE_ROWS; r++)
-                rows[r] = load(w.data, w_type, pairs, r * w.stride + i);
-            for (size_t t = 0; t < tokens; t++) {
-                vec token = in_register(load(x.data, x_type, pairs, t * x.stride + i));
-                for (size_t r = 0; r < TILE_ROWS; r++)
-                    chain[t][r] = accumulate(rows[r], token, chain[t][r], pairs);
+    vec sums[GROUP][TILE_ROWS] = {0};
+    for (size_t first = 0; first < chains; first += together) {
+        vec chain[GROUP][TILE_ROWS][CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
+        for (size_t t = 0; t < x.rows; t++)
+            for (size_t r = 0; r < rows; r++)
+                for (size_t j = 0; j < together; j++)
+                    chain[t][r][j] = fill(0);
+        for (size_t i = first * step; i < tail; i += chains * step)
+            for (size_t j = 0; j < together && i + j * step < tail; j++) {
+                vec row[TILE_ROWS];
+                for (size_t r = 0; r < rows; r++) {
+                    size_t at = r * apart * w.stride + i + j * step;
+                    if (W < 16 && rows < TILE_ROWS) // many instructions a byte: the processor does not look far ahead
+                        __builtin_prefetch((const char *)address(w.data, w.dtype, at) + 4096);
+                    row[r] = load(w.data, w.dtype, pairs, at);
+                }
+                for (size_t t = 0; t < x.rows; t++) {
+                    vec token = in_register(load(x.data, x.dtype, pairs, t * x.stride + i + j * step));
+                    for (size_t r = 0; r < rows; r++)
+                        chain[t][r][j] = accumulate(row[r], token, chain[t][r][j], pairs);
+                }
+            }
+        for (size_t t = 0; t < x.rows; t++)
+            for (size_t r = 0; r < rows; r++)
+                for (size_t j = 0; j < together; j++)
+                    sums[t][r] = first + j ? (vec)(sums[t][r] + chain[t][r][j]) : chain[t][r][j];
+    }
+    for (size_t t = 0; t < x.rows; t++) {
+        float sum[TILE_ROWS];
+        sum4(sum, sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+        for (size_t r = 0; tail < n && r < rows; r++)
+            sum[r] += dot_ref(address(w.data, w.dtype, r * apart * w.stride + tail), w.dtype,
+                              address(x.data, x.dtype, t * x.stride + tail), x.dtype, n - tail);
+        for (size_t r = 0; r < rows; r++)
+            out[t * stride + r * apart] += sum[r];
+    }
+}
+
+INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
+    w.dtype = w_type;
+    x.dtype = x_type;
+    size_t chunk = CHUNK_BYTES / size_of(x_type), n;
+    // Many tokens go by tiles, where whole ones fit, so that each weight loaded is used several times. Those of one
+    // chunk and TILE_TOKENS tokens stay in the innermost cache while the rows of w pass.
+    size_t whole = x.rows > 1 ? w.rows / TILE_ROWS * TILE_ROWS : 0;
+    for (size_t c = 0; c < x.cols && whole; c += n) {
+        n = smaller(chunk, x.cols - c);
+        for (size_t first = 0; first < x.rows; first += TILE_TOKENS)
+            for (size_t r = 0; r < whole; r += TILE_ROWS) {
+                Tensor rows = part(w, r, TILE_ROWS, c, n);
+                size_t t = first, end = smaller(first + TILE_TOKENS, x.rows);
+                for (; t + GROUP <= end; t += GROUP)
+                    tile(out + t * stride + r, stride, rows, TILE_ROWS, 1, part(x, t, GROUP, c, n));
+                for (; t < end; t++)
+                    tile(out + t * stride + r, stride, rows, TILE_ROWS, 1, part(x, t, 1, c, n));
+            }
+    }
+    // One token, or what is left of the rows: two rows at a time, the one from the first half and the other from the
+    // second. Memory delivers more to two runs far apart than to one run, and less to two neighbours.
+    size_t half = (w.rows - whole) / 2;
+    for (size_t t = 0; t < x.rows; t++)
+        for (size_t i = 0; i < w.rows - whole - half; i++) {
+            size_t r = whole + (i < half ? i : 2 * half);
+            for (size_t c = 0; c < x.cols; c += n) {
+                n = smaller(chunk, x.cols - c);
+                if (i < half)
+                    tile(out + t * stride + r, stride, part(w, r, 1, c, n), 2, half, part(x, t, 1, c, n));
+                else
+                    tile(out + t * stride + r, stride, part(w, r, 1, c, n), 1, 1, part(x, t, 1, c, n));
             }
         }
-        for (size_t t = 0; t < tokens; t++)
-            for (size_t r = 0; r < TILE_ROWS; r++)
-                sums[t][r] = j == 0 ? chain[t][r] : (vec)(sums[t][r] + chain[t][r]);
-    }
-    for (size_t t = 0; t < tokens; t++) {
-        float sum[TILE_ROWS], *place = out + t * stride;
-        sum4(sum, sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
-        for (size_t r = 0; tail < n && r < TILE_ROWS; r++)
-            sum[r] += dot_ref(address(w.data, w_type, r * w.stride + tail), w_type,
-                              address(x.data, x_type, t * x.stride + tail), x_type, n - tail);
-        for (size_t r = 0; r < TILE_ROWS; r++)
-            place[r] += sum[r];
-    }
 }
 
-INLINE void tiles_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
-    for (size_t r = 0; r < w.rows; r += TILE_ROWS) {
-        Tensor rows = some_rows(w, r, TILE_ROWS);
-        size_t t = 0;
-        for (; t + GROUP <= x.rows; t += GROUP)
-            tile_fixed(out + t * stride + r, stride, rows, w_type, some_rows(x, t, GROUP), x_type, GROUP);
-        for (; t < x.rows; t++)
-            tile_fixed(out + t * stride + r, stride, rows, w_type, some_rows(x, t, 1), x_type, 1);
-    }
-}
-
-static void tiles(float *out, size_t stride, Tensor w, Tensor x) {
+static void multiply(float *out, size_t stride, Tensor w, Tensor x) {
     if (x.dtype == BF16)
-        tiles_typed(out, stride, w, BF16, x, BF16);
+        multiply_typed(out, stride, w, BF16, x, BF16);
     else if (w.dtype == F32)
-        tiles_typed(out, stride, w, F32, x, F32);
+        multiply_typed(out, stride, w, F32, x, F32);
     else if (w.dtype == BF16)
-        tiles_typed(out, stride, w, BF16, x, F32);
+        multiply_typed(out, stride, w, BF16, x, F32);
     else
-        tiles_typed(out, stride, w, F16, x, F32);
+        multiply_typed(out, stride, w, F16, x, F32);
 }
 
 // weigh for `columns` vectors of columns from column `first` on; the numbers of both are known when it is compiled

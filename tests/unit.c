@@ -109,7 +109,7 @@ static void test_exp(void) {
 
 // start + a . b
 static float dot(float start, const void *a, Dtype ta, const void *b, Dtype tb, size_t n) {
-    dot_rows(&start, (Tensor){a, ta, 1, n, n}, (Tensor){b, tb, 1, n, n});
+    multiply(&start, 1, (Tensor){a, ta, 1, n, n}, (Tensor){b, tb, 1, n, n});
     return start;
 }
 
@@ -126,24 +126,26 @@ static void test_dot(void) {
             }
 }
 
-// A tile gives the same bits as dot: this is why a batch's size does not matter.
-static void test_tile_has_the_bits_of_dot(void) {
-    for (size_t n = 1; n < 400; n += n < 140 ? 1 : 37)
+// Tiles and pairs of rows give the same bits as dot: this is why neither a batch's size nor the threads matter.
+static void test_multiply_has_the_bits_of_dot(void) {
+    for (size_t n = 1; n < 3100; n += n < 140 ? 1 : 977)
         for (size_t p = 0; p < n_pairs(); p++)
-            for (size_t tokens = 1; tokens <= TILE_TOKENS; tokens++) {
+            for (size_t tokens = 1; tokens <= TILE_TOKENS + 1; tokens++) {
                 Dtype w_type = PAIRS[p][0], x_type = PAIRS[p][1];
-                enum { STRIDE = TILE_ROWS + 3 };
-                Tensor w = {random_array(w_type, TILE_ROWS * (n + 1), 0), w_type, TILE_ROWS, n, n + 1};
+                enum { STRIDE = 2 * TILE_ROWS };
+                size_t rows = 1 + n % (STRIDE - 1);
+                Tensor w = {random_array(w_type, rows * (n + 1), 0), w_type, rows, n, n + 1};
                 Tensor x = {random_array(x_type, tokens * (n + 2), n % 3), x_type, tokens, n, n + 2};
-                float out[TILE_TOKENS][STRIDE];
-                for (size_t i = 0; i < TILE_TOKENS * STRIDE; i++)
+                float out[TILE_TOKENS + 2][STRIDE];
+                for (size_t i = 0; i < sizeof out / sizeof out[0][0]; i++)
                     out[i / STRIDE][i % STRIDE] = 0.75f;
-                tiles(out[0], STRIDE, w, x);
-                for (size_t t = 0; t < TILE_TOKENS; t++)
+                multiply(out[0], STRIDE, w, x);
+                for (size_t t = 0; t < TILE_TOKENS + 2; t++)
                     for (size_t r = 0; r < STRIDE; r++) {
                         float expected = 0.75f;
-                        if (t < tokens && r < TILE_ROWS)
-                            expected = dot(0.75f, some_rows(w, r, 1).data, w_type, some_rows(x, t, 1).data, x_type, n);
+                        if (t < tokens && r < rows)
+                            expected =
+                                dot(0.75f, part(w, r, 1, 0, n).data, w_type, part(x, t, 1, 0, n).data, x_type, n);
                         CHECK(bits_of(out[t][r]) == bits_of(expected), "n %zu, row %zu, token %zu: %g, not %g", n, r, t,
                               (double)out[t][r], (double)expected);
                     }
@@ -475,7 +477,7 @@ int main(int argc, char **argv) {
         {"bf16", test_bf16},
         {"exp", test_exp},
         {"dot", test_dot},
-        {"tile_has_the_bits_of_dot", test_tile_has_the_bits_of_dot},
+        {"tile_has_the_bits_of_dot", test_multiply_has_the_bits_of_dot},
         {"widen", test_widen},
         {"weigh", test_weigh},
         {"matmul", test_matmul},
