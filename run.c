@@ -2662,40 +2662,10 @@ INLINE vec accumulate(vec a, vec b, vec sum, bool pairs) {
 
 _Static_assert(TILE_ROWS == 4, "sum4 adds up the four rows of a tile");
 
-// Part of multiply for one chunk of columns, all rows of x, and `rows` rows of w that are `apart` from each other. The
-// types and the numbers of rows are known when it is compiled, so that all sums are registers.
-INLINE void tile(float *out, size_t stride, Tensor w, size_t rows, size_t apart, Tensor x) {
-    const bool pairs = w.dtype == BF16 && x.dtype == BF16;
-    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
-    const size_t together = rows < TILE_ROWS ? chains : 1;
-    size_t n = w.cols, tail = n / step * step;
-    vec sums[GROUP][TILE_ROWS] = {0};
-    for (size_t first = 0; first < chains; first += together) {
-        vec chain[GROUP][TILE_ROWS][CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
-        for (size_t t = 0; t < x.rows; t++)
-            for (size_t r = 0; r < rows; r++)
-                for (size_t j = 0; j < together; j++)
-                    chain[t][r][j] = fill(0);
-        for (size_t i = first * step; i < tail; i += chains * step)
-            for (size_t j = 0; j < together && i + j * step < tail; j++) {
-                vec row[TILE_ROWS];
-                for (size_t r = 0; r < rows; r++) {
-                    size_t at = r * apart * w.stride + i + j * step;
-                    if (W < 16 && rows < TILE_ROWS) // many instructions a byte: the processor does not look far ahead
-                        __builtin_prefetch((const char *)address(w.data, w.dtype, at) + 4096);
-                    row[r] = load(w.data, w.dtype, pairs, at);
-                }
-                for (size_t t = 0; t < x.rows; t++) {
-                    vec token = in_register(load(x.data, x.dtype, pairs, t * x.stride + i + j * step));
-                    for (size_t r = 0; r < rows; r++)
-                        chain[t][r][j] = accumulate(row[r], token, chain[t][r][j], pairs);
-                }
-            }
-        for (size_t t = 0; t < x.rows; t++)
-            for (size_t r = 0; r < rows; r++)
-                for (size_t j = 0; j < together; j++)
-                    sums[t][r] = first + j ? (vec)(sums[t][r] + chain[t][r][j]) : chain[t][r][j];
-    }
+// Adds the sums of vectors to out, and the products of the columns from `tail` on, which are less than a vector.
+INLINE void add_sums(float *out, size_t stride, Tensor w, size_t rows, size_t apart, Tensor x, size_t tail,
+                     vec sums[][TILE_ROWS]) {
+    size_t n = w.cols;
     for (size_t t = 0; t < x.rows; t++) {
         float sum[TILE_ROWS];
         sum4(sum, sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
@@ -2705,6 +2675,59 @@ INLINE void tile(float *out, size_t stride, Tensor w, size_t rows, size_t apart,
         for (size_t r = 0; r < rows; r++)
             out[t * stride + r * apart] += sum[r];
     }
+}
+
+// Part of multiply for one chunk of columns, TILE_ROWS rows of w and `tokens` of x. The types and that number are known
+// when it is compiled, so that all sums are registers; gcc sees it in parameters of their own, not in a Tensor.
+INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens) {
+    const bool pairs = w_type == BF16 && x_type == BF16;
+    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS, tail = w.cols / step * step;
+    vec sums[GROUP][TILE_ROWS];
+    for (size_t j = 0; j < chains; j++) {
+        vec chain[GROUP][TILE_ROWS];
+        for (size_t t = 0; t < tokens; t++)
+            for (size_t r = 0; r < TILE_ROWS; r++)
+                chain[t][r] = fill(0);
+        for (size_t i = j * step; i < tail; i += chains * step) {
+            vec row[TILE_ROWS];
+            for (size_t r = 0; r < TILE_ROWS; r++)
+                row[r] = load(w.data, w_type, pairs, r * w.stride + i);
+            for (size_t t = 0; t < tokens; t++) {
+                vec token = in_register(load(x.data, x_type, pairs, t * x.stride + i));
+                for (size_t r = 0; r < TILE_ROWS; r++)
+                    chain[t][r] = accumulate(row[r], token, chain[t][r], pairs);
+            }
+        }
+        for (size_t t = 0; t < tokens; t++)
+            for (size_t r = 0; r < TILE_ROWS; r++)
+                sums[t][r] = j == 0 ? chain[t][r] : (vec)(sums[t][r] + chain[t][r]);
+    }
+    add_sums(out, stride, w, TILE_ROWS, 1, x, tail, sums);
+}
+
+// The same for one or two rows of w, which are `apart` from each other, and one token: all chains at a time.
+INLINE void dots(float *out, Tensor w, size_t rows, size_t apart, Tensor x) {
+    const bool pairs = w.dtype == BF16 && x.dtype == BF16;
+    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS, tail = w.cols / step * step;
+    vec sums[1][TILE_ROWS] = {0}, chain[2][CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < chains; j++)
+            chain[r][j] = fill(0);
+    for (size_t i = 0; i < tail; i += chains * step)
+        for (size_t j = 0; j < chains && i + j * step < tail; j++) {
+            size_t at = i + j * step;
+            vec token = in_register(load(x.data, x.dtype, pairs, at));
+            for (size_t r = 0; r < rows; r++) {
+                size_t weight = r * apart * w.stride + at;
+                if (W < 16) // many instructions a byte: the processor does not look far ahead
+                    __builtin_prefetch((const char *)address(w.data, w.dtype, weight) + 4096);
+                chain[r][j] = accumulate(load(w.data, w.dtype, pairs, weight), token, chain[r][j], pairs);
+            }
+        }
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < chains; j++)
+            sums[0][r] = j == 0 ? chain[r][j] : (vec)(sums[0][r] + chain[r][j]);
+    add_sums(out, 0, w, rows, apart, x, tail, sums);
 }
 
 INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
@@ -2721,9 +2744,9 @@ INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Te
                 Tensor rows = part(w, r, TILE_ROWS, c, n);
                 size_t t = first, end = smaller(first + TILE_TOKENS, x.rows);
                 for (; t + GROUP <= end; t += GROUP)
-                    tile(out + t * stride + r, stride, rows, TILE_ROWS, 1, part(x, t, GROUP, c, n));
+                    tile(out + t * stride + r, stride, rows, w_type, part(x, t, GROUP, c, n), x_type, GROUP);
                 for (; t < end; t++)
-                    tile(out + t * stride + r, stride, rows, TILE_ROWS, 1, part(x, t, 1, c, n));
+                    tile(out + t * stride + r, stride, rows, w_type, part(x, t, 1, c, n), x_type, 1);
             }
     }
     // One token, or what is left of the rows: two rows at a time, the one from the first half and the other from the
@@ -2735,9 +2758,9 @@ INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Te
             for (size_t c = 0; c < x.cols; c += n) {
                 n = smaller(chunk, x.cols - c);
                 if (i < half)
-                    tile(out + t * stride + r, stride, part(w, r, 1, c, n), 2, half, part(x, t, 1, c, n));
+                    dots(out + t * stride + r, part(w, r, 1, c, n), 2, half, part(x, t, 1, c, n));
                 else
-                    tile(out + t * stride + r, stride, part(w, r, 1, c, n), 1, 1, part(x, t, 1, c, n));
+                    dots(out + t * stride + r, part(w, r, 1, c, n), 1, 1, part(x, t, 1, c, n));
             }
         }
 }
