@@ -347,6 +347,17 @@ def test_nfc_of_the_standards_examples(nfc: Peer) -> None:
         assert nfc.decoded(nfc.ours(text)) == expected.encode()
 
 
+def check_fast(run: Program, peer: Peer, text: bytes, name: str) -> None:
+    """The same ids as the library's, and within two seconds of processor time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    result = run.ok("-z", peer.path, "-m", "tokenize", "-f", "-", stdin=text)
+    took = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert [int(word) for word in result.text.split()] == peer.library.encode(text.decode()).ids
+    if not run.sanitized:
+        print(f"{name}: {took:.2f} s", file=sys.stderr)
+        assert took < 2
+
+
 @pytest.mark.parametrize("name", ["sorted", "unsorted", "one mark", "Hangul", "many parts"])
 def test_a_megabyte_for_nfc(run: Program, nfc: Peer, name: str) -> None:
     marks = kinds_of_characters()["marks"]
@@ -357,13 +368,7 @@ def test_a_megabyte_for_nfc(run: Program, nfc: Peer, name: str) -> None:
         "Hangul": "\u1112\u1161\u11ab" * 110_000,
         "many parts": "\u1f82" * 350_000,
     }[name].encode()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    result = run.ok("-z", nfc.path, "-m", "tokenize", "-f", "-", stdin=text)
-    took = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    assert [int(word) for word in result.text.split()] == nfc.library.encode(text.decode()).ids
-    if not run.sanitized:
-        print(f"{name}: {took:.2f} s", file=sys.stderr)
-        assert took < 2
+    check_fast(run, nfc, text, name)
 
 
 NFC_ADDED = [
@@ -734,15 +739,8 @@ LONG: dict[str, bytes] = {
 @pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize("kind", ["llama3", "no words"])
 def test_a_megabyte(run: Program, long_peers: dict[str, Peer], kind: str, name: str) -> None:
-    """Processor time, and the same ids as the library's."""
     found, text = long_peers[kind], LONG[name]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    result = run.ok("-z", found.path, "-m", "tokenize", "-f", "-", stdin=text)
-    took = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    assert [int(word) for word in result.text.split()] == found.library.encode(text.decode()).ids
-    if not run.sanitized:
-        print(f"{name}: {took:.2f} s", file=sys.stderr)
-        assert took < 2
+    check_fast(run, found, text, name)
 
 
 @pytest.fixture(scope="module")
