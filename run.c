@@ -285,7 +285,7 @@ static Model open_model(const char *path) {
 enum {
     TILE_ROWS = 4,      // rows of weights that are multiplied at a time
     TILE_TOKENS = 6,    // tokens that each of them is multiplied with at a time
-    BLOCK_ROWS = 64,    // rows of weights that stay in the cache while all tokens pass
+    BLOCK_ROWS = 128,   // rows of weights that stay in the cache while all tokens pass
     CHUNK_BYTES = 4096, // of each row of tokens, multiplied at a time
     KEYS = 64,          // keys and values that attention handles at a time
     QUERIES = 64,       // queries that pass by one block of keys
@@ -2238,7 +2238,7 @@ static double multiply_speed(const Model *m, size_t threads) {
     bool pairs = m->h.dtype == BF16 && has_bf16_dot();
     double operations = 0, start = seconds();
 #pragma omp parallel num_threads((int)threads) reduction(+ : operations)
-    operations += multiply_only(pairs, 20000);
+    operations += multiply_only(pairs, 400000);
     return operations / (seconds() - start);
 }
 
@@ -2553,11 +2553,12 @@ enum { W = 16, CHAINS = 1, PAIR_CHAINS = 1, GROUP = 6, COLUMNS = 4 };
 typedef __m512 vec;
 INLINE vec load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE __m256 halved(vec a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
-INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
-    __m256 ab = _mm256_hadd_ps(halved(a), halved(b)), cd = _mm256_hadd_ps(halved(c), halved(d));
-    __m256 sums = _mm256_hadd_ps(ab, cd);
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
+    __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    vec all = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 #ifdef __AVX512BF16__
 #define BF16_DOT "AVX-512 BF16"
@@ -2572,9 +2573,9 @@ enum { W = 8, CHAINS = 4, PAIR_CHAINS = 1, GROUP = 3, COLUMNS = 2 };
 typedef __m256 vec;
 INLINE vec load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
+INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
     __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
@@ -2585,9 +2586,7 @@ enum { W = 4, CHAINS = 4, PAIR_CHAINS = 4, GROUP = 6, COLUMNS = 4 };
 typedef float32x4_t vec;
 INLINE vec load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
-INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
-    vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
-}
+INLINE vec sum4(vec a, vec b, vec c, vec d) { return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 #define BF16_DOT "NEON BF16"
 INLINE vec multiply_add_pairs(vec a, vec b, vec c) {
@@ -2604,10 +2603,9 @@ INLINE vec load_f16(const uint16_t *p) {
     return (vec){f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])};
 }
 INLINE vec multiply_add(vec a, vec b, vec c) { return a * b + c; }
-INLINE void sum4(float out[4], vec a, vec b, vec c, vec d) {
-    const vec all[4] = {a, b, c, d};
-    for (int i = 0; i < 4; i++)
-        out[i] = (all[i][0] + all[i][1]) + (all[i][2] + all[i][3]);
+INLINE vec sum4(vec a, vec b, vec c, vec d) {
+    return (vec){a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]} +
+           (vec){a[2] + a[3], b[2] + b[3], c[2] + c[3], d[2] + d[3]};
 }
 
 #endif
@@ -2624,6 +2622,7 @@ static const char *isa(void) { return ISA; }
 // What gcc and clang can say for vectors of any length.
 typedef uint32_t vec_u32 __attribute__((vector_size(4 * W)));
 typedef uint16_t vec_u16 __attribute__((vector_size(2 * W)));
+typedef float float4 __attribute__((vector_size(16)));
 
 INLINE vec fill(float x) { return x - (vec){0}; } // x + 0 would turn -0 into 0
 
@@ -2662,33 +2661,26 @@ INLINE vec accumulate(vec a, vec b, vec sum, bool pairs) {
 
 _Static_assert(TILE_ROWS == 4, "sum4 adds up the four rows of a tile");
 
-// Adds the sums of vectors to out, and the products of the columns from `tail` on, which are less than a vector.
-INLINE void add_sums(float *out, size_t stride, Tensor w, size_t rows, size_t apart, Tensor x, size_t tail,
-                     vec sums[][TILE_ROWS]) {
-    size_t n = w.cols;
-    for (size_t t = 0; t < x.rows; t++) {
-        float sum[TILE_ROWS];
-        sum4(sum, sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
-        for (size_t r = 0; tail < n && r < rows; r++)
-            sum[r] += dot_ref(address(w.data, w.dtype, r * apart * w.stride + tail), w.dtype,
-                              address(x.data, x.dtype, t * x.stride + tail), x.dtype, n - tail);
-        for (size_t r = 0; r < rows; r++)
-            out[t * stride + r * apart] += sum[r];
-    }
+// out[0 to 3] += the sums over the lanes of four vectors
+INLINE void add4(float *out, vec a, vec b, vec c, vec d) {
+    float4 sums;
+    memcpy(&sums, out, sizeof sums);
+    sums += (float4)sum4(a, b, c, d);
+    memcpy(out, &sums, sizeof sums);
 }
 
 // Part of multiply for one chunk of columns, TILE_ROWS rows of w and `tokens` of x. The types and that number are known
 // when it is compiled, so that all sums are registers; gcc sees it in parameters of their own, not in a Tensor.
 INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens) {
     const bool pairs = w_type == BF16 && x_type == BF16;
-    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS, tail = w.cols / step * step;
+    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     vec sums[GROUP][TILE_ROWS];
     for (size_t j = 0; j < chains; j++) {
         vec chain[GROUP][TILE_ROWS];
         for (size_t t = 0; t < tokens; t++)
             for (size_t r = 0; r < TILE_ROWS; r++)
                 chain[t][r] = fill(0);
-        for (size_t i = j * step; i < tail; i += chains * step) {
+        for (size_t i = j * step; i < x.cols; i += chains * step) {
             vec row[TILE_ROWS];
             for (size_t r = 0; r < TILE_ROWS; r++)
                 row[r] = load(w.data, w_type, pairs, r * w.stride + i);
@@ -2702,19 +2694,20 @@ INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dt
             for (size_t r = 0; r < TILE_ROWS; r++)
                 sums[t][r] = j == 0 ? chain[t][r] : (vec)(sums[t][r] + chain[t][r]);
     }
-    add_sums(out, stride, w, TILE_ROWS, 1, x, tail, sums);
+    for (size_t t = 0; t < tokens; t++)
+        add4(out + t * stride, sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
 }
 
 // The same for one or two rows of w, which are `apart` from each other, and one token: all chains at a time.
 INLINE void dots(float *out, Tensor w, size_t rows, size_t apart, Tensor x) {
     const bool pairs = w.dtype == BF16 && x.dtype == BF16;
-    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS, tail = w.cols / step * step;
-    vec sums[1][TILE_ROWS] = {0}, chain[2][CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
+    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
+    vec chain[2][CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
     for (size_t r = 0; r < rows; r++)
         for (size_t j = 0; j < chains; j++)
             chain[r][j] = fill(0);
-    for (size_t i = 0; i < tail; i += chains * step)
-        for (size_t j = 0; j < chains && i + j * step < tail; j++) {
+    for (size_t i = 0; i < x.cols; i += chains * step)
+        for (size_t j = 0; j < chains && i + j * step < x.cols; j++) {
             size_t at = i + j * step;
             vec token = in_register(load(x.data, x.dtype, pairs, at));
             for (size_t r = 0; r < rows; r++) {
@@ -2725,24 +2718,34 @@ INLINE void dots(float *out, Tensor w, size_t rows, size_t apart, Tensor x) {
             }
         }
     for (size_t r = 0; r < rows; r++)
-        for (size_t j = 0; j < chains; j++)
-            sums[0][r] = j == 0 ? chain[r][j] : (vec)(sums[0][r] + chain[r][j]);
-    add_sums(out, 0, w, rows, apart, x, tail, sums);
+        for (size_t j = 1; j < chains; j++)
+            chain[r][0] += chain[r][j];
+    float sums[4] = {0};
+    add4(sums, chain[0][0], rows > 1 ? chain[1][0] : fill(0), fill(0), fill(0));
+    for (size_t r = 0; r < rows; r++)
+        out[r * apart] += sums[r];
 }
 
 INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
     w.dtype = w_type;
     x.dtype = x_type;
+    size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, cols = x.cols / step * step;
     size_t chunk = CHUNK_BYTES / size_of(x_type), n;
     // Many tokens go by tiles, where whole ones fit, so that each weight loaded is used several times. Those of one
-    // chunk and TILE_TOKENS tokens stay in the innermost cache while the rows of w pass.
+    // chunk and TILE_TOKENS tokens stay in the innermost cache while the rows of w pass. With each tile, some lines
+    // of the cache are fetched of the rows that follow in memory, which are likely to be multiplied next.
     size_t whole = x.rows > 1 ? w.rows / TILE_ROWS * TILE_ROWS : 0;
-    for (size_t c = 0; c < x.cols && whole; c += n) {
-        n = smaller(chunk, x.cols - c);
+    const char *ahead = address(w.data, w_type, w.rows * w.stride);
+    size_t groups = (x.rows + TILE_TOKENS - 1) / TILE_TOKENS * ((cols + chunk - 1) / chunk);
+    size_t lines = w_type == F32 ? 0 : TILE_ROWS * w.stride * size_of(w_type) / 64 / larger(groups, 1) + 1;
+    for (size_t c = 0; c < cols && whole; c += n) {
+        n = smaller(chunk, cols - c);
         for (size_t first = 0; first < x.rows; first += TILE_TOKENS)
             for (size_t r = 0; r < whole; r += TILE_ROWS) {
                 Tensor rows = part(w, r, TILE_ROWS, c, n);
                 size_t t = first, end = smaller(first + TILE_TOKENS, x.rows);
+                for (size_t i = 0; i < lines; i++, ahead += 64)
+                    __builtin_prefetch(ahead, 0, 2); // 2: not into the innermost cache, which is full
                 for (; t + GROUP <= end; t += GROUP)
                     tile(out + t * stride + r, stride, rows, w_type, part(x, t, GROUP, c, n), x_type, GROUP);
                 for (; t < end; t++)
@@ -2755,14 +2758,19 @@ INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Te
     for (size_t t = 0; t < x.rows; t++)
         for (size_t i = 0; i < w.rows - whole - half; i++) {
             size_t r = whole + (i < half ? i : 2 * half);
-            for (size_t c = 0; c < x.cols; c += n) {
-                n = smaller(chunk, x.cols - c);
+            for (size_t c = 0; c < cols; c += n) {
+                n = smaller(chunk, cols - c);
                 if (i < half)
                     dots(out + t * stride + r, part(w, r, 1, c, n), 2, half, part(x, t, 1, c, n));
                 else
                     dots(out + t * stride + r, part(w, r, 1, c, n), 1, 1, part(x, t, 1, c, n));
             }
         }
+    // the last columns, which are less than a vector
+    for (size_t t = 0; t < x.rows && cols < x.cols; t++)
+        for (size_t r = 0; r < w.rows; r++)
+            out[t * stride + r] += dot_ref(address(w.data, w_type, r * w.stride + cols), w_type,
+                                           address(x.data, x_type, t * x.stride + cols), x_type, x.cols - cols);
 }
 
 static void multiply(float *out, size_t stride, Tensor w, Tensor x) {
