@@ -562,16 +562,18 @@ static float soften(float score[KEYS], size_t visible, float scale, float *max, 
     float fold[KEYS]; // halved until one is left: vectors can do that, one running maximum or sum they cannot
     for (size_t j = 0; j < KEYS; j++)
         fold[j] = score[j] = j < visible ? score[j] * scale : -INFINITY;
+#pragma GCC unroll 6
     for (size_t half = KEYS / 2; half; half /= 2)
         for (size_t j = 0; j < half; j++)
             fold[j] = fold[j] > fold[j + half] ? fold[j] : fold[j + half];
     float new_max = *max > fold[0] ? *max : fold[0];
     for (size_t j = 0; j < KEYS; j++)
         fold[j] = score[j] = exp_negative(score[j] - new_max);
+#pragma GCC unroll 6
     for (size_t half = KEYS / 2; half; half /= 2)
         for (size_t j = 0; j < half; j++)
             fold[j] += fold[j + half];
-    float shrink = exp_negative(*max - new_max);
+    float shrink = new_max > *max ? exp_negative(*max - new_max) : 1;
     *sum = *sum * shrink + fold[0];
     *max = new_max;
     return shrink;
@@ -612,7 +614,7 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
             for (size_t j = 0; j < queries; j++) {
                 visible = sees[i + j] > start ? smaller(KEYS, sees[i + j] - start) : 0;
                 float shrink = soften(scores[j], visible, scale, &max[i + j], &sum[i + j]);
-                for (size_t c = 0; c < d; c++)
+                for (size_t c = 0; c < d && shrink != 1; c++)
                     out[i + j][c] *= shrink;
             }
             weigh(out + i, weight, queries, s->v + block, visible, d);
