@@ -759,44 +759,47 @@ static void feed(const Model *m, State *s, const uint32_t *tokens, size_t n, siz
 // ------------------------------------------------------------------------------------------------
 // 4 Sampling
 
-// A binary heap: the item with the largest key is on top, of equal ones that with the smallest index.
 typedef struct {
     float key;
     uint32_t index, id; // the id is the tokenizer's
 } Item;
 
-typedef struct {
-    Item *items;
-    size_t n, capacity;
-} Heap;
+// A binary heap of Items: the one with the largest key is on top, of equal ones that with the smallest index.
+typedef Buffer Heap;
 
 static bool above(Item a, Item b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
 
 static void heap_push(Heap *heap, Item item) {
-    if (heap->n == heap->capacity) {
-        heap->capacity = 2 * heap->capacity + 64;
-        heap->items = realloc(heap->items, heap->capacity * sizeof item);
-        expect(heap->items, "no memory for a heap of %zu items", heap->capacity);
-    }
-    size_t i = heap->n++;
-    for (; i > 0 && above(item, heap->items[(i - 1) / 2]); i = (i - 1) / 2)
-        heap->items[i] = heap->items[(i - 1) / 2];
-    heap->items[i] = item;
+    append(heap, &item, sizeof item);
+    Item *items = heap->data;
+    size_t i = heap->n / sizeof item - 1;
+    for (; i > 0 && above(item, items[(i - 1) / 2]); i = (i - 1) / 2)
+        items[i] = items[(i - 1) / 2];
+    items[i] = item;
 }
 
 static Item heap_pop(Heap *heap) {
-    Item top = heap->items[0], last = heap->items[--heap->n];
-    size_t i = 0;
-    for (size_t child = 1; child < heap->n; child = 2 * i + 1) {
-        if (child + 1 < heap->n && above(heap->items[child + 1], heap->items[child]))
+    heap->n -= sizeof(Item);
+    Item *items = heap->data, top = items[0];
+    size_t i = 0, n = heap->n / sizeof(Item);
+    for (size_t child = 1; child < n; child = 2 * i + 1) {
+        if (child + 1 < n && above(items[child + 1], items[child]))
             child++;
-        if (!above(heap->items[child], last))
+        if (!above(items[child], items[n]))
             break;
-        heap->items[i] = heap->items[child];
+        items[i] = items[child];
         i = child;
     }
-    heap->items[i] = last;
+    items[i] = items[n];
     return top;
+}
+
+// A heap of the values that are not less than `least`: the likeliest of all come off it first, without sorting the rest.
+static void rank(Heap *heap, const float *values, size_t n, double least) {
+    heap->n = 0;
+    for (size_t i = 0; i < n; i++)
+        if ((double)values[i] >= least)
+            heap_push(heap, (Item){.key = values[i], .index = (uint32_t)i});
 }
 
 typedef struct {
@@ -824,18 +827,14 @@ static uint32_t argmax(const float *logits, size_t n) {
     return (uint32_t)best;
 }
 
-// Keeps the top_k likeliest tokens, and of those only as many as it takes to have top_p of their probability. They come
-// off a heap, so the vocabulary is never sorted as a whole. Returns their number, and their probability in `mass`.
+// Keeps the top_k likeliest tokens, and of those only as many as it takes to have top_p of their probability. Returns
+// their number, and their probability in `mass`.
 //                              (top-k: Fan et al. 2018; top-p, or nucleus sampling: Holtzman et al. 2020)
 static size_t keep_likeliest(Sampler *s, size_t n, double *mass) {
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
     double target = s->top_k ? 1 : top_p; // with top_k, top_p is of what that has kept
     // Those before the last one kept have less than the target, so it is the largest that shares the rest.
-    double least = (1 - target) / (double)n;
-    s->heap.n = 0;
-    for (size_t i = 0; i < n; i++)
-        if ((double)s->probabilities[i] >= least)
-            heap_push(&s->heap, (Item){.key = s->probabilities[i], .index = (uint32_t)i});
+    rank(&s->heap, s->probabilities, n, (1 - target) / (double)n);
     size_t limit = s->top_k ? s->top_k : n, count = 0;
     for (*mass = 0; count < limit && s->heap.n && *mass < target; *mass += (double)s->kept[count++].key)
         s->kept[count] = heap_pop(&s->heap);
@@ -851,25 +850,18 @@ static uint32_t sample(Sampler *s, const float *logits, size_t n) {
     if (s->temperature == 0)
         return best;
     float *p = s->probabilities;
-    double sum = 0;
+    double sum = 0, mass = 1;
     for (size_t i = 0; i < n; i++)
         sum += (double)(p[i] = exp_negative((logits[i] - logits[best]) / s->temperature));
     for (size_t i = 0; i < n; i++)
         p[i] = (float)((double)p[i] / sum);
-    double coin = random_number(&s->random);
-    if (s->top_k == 0 && (s->top_p == 0 || s->top_p == 1)) {
-        for (size_t i = 0; i < n; i++)
-            if ((coin -= (double)p[i]) < 0)
-                return (uint32_t)i;
-        return best; // only rounding leads here
-    }
-    double mass;
-    size_t count = keep_likeliest(s, n, &mass);
-    coin *= mass;
+    bool all = s->top_k == 0 && (s->top_p == 0 || s->top_p == 1);
+    size_t count = all ? n : keep_likeliest(s, n, &mass);
+    double coin = random_number(&s->random) * mass;
     for (size_t i = 0; i < count; i++)
-        if ((coin -= (double)s->kept[i].key) < 0)
-            return s->kept[i].index;
-    return best;
+        if ((coin -= (double)(all ? p[i] : s->kept[i].key)) < 0)
+            return all ? (uint32_t)i : s->kept[i].index;
+    return best; // only rounding leads here
 }
 
 // ln of the sum of e to the logits: a logit less this is ln of its token's probability, at temperature 1
@@ -882,18 +874,6 @@ static double log_sum(const float *logits, size_t n) {
 
 static double log_probability(const float *logits, size_t n, uint32_t token) {
     return (double)logits[token] - log_sum(logits, n);
-}
-
-// The k likeliest tokens, at most all n, likeliest first and with their logits as keys; for the caller to free.
-static Item *likeliest(const float *logits, size_t n, size_t k) {
-    Heap heap = {0};
-    for (size_t i = 0; i < n; i++)
-        heap_push(&heap, (Item){.key = logits[i], .index = (uint32_t)i});
-    Item *items = allocate(k, sizeof *items, "the likeliest tokens");
-    for (size_t i = 0; i < k; i++)
-        items[i] = heap_pop(&heap);
-    free(heap.items);
-    return items;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1477,7 +1457,7 @@ static uint32_t *encode(const Tokenizer *t, Text text, size_t *n) {
         push_token(&e, (uint32_t)t->h.bos_id);
     encode_text(t, &e, text, false);
     free(e.symbols.data);
-    free(e.pairs.items);
+    free(e.pairs.data);
     *n = n_tokens(e.tokens);
     return e.tokens.data;
 }
@@ -1732,15 +1712,17 @@ static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double log
 // The k likeliest tokens at position pos as a JSON array.
 static void print_likeliest(const Tokenizer *t, const float *logits, size_t k, size_t pos) {
     double total = log_sum(logits, t->h.vocab_size);
-    Item *items = likeliest(logits, t->h.vocab_size, k);
+    Heap heap = {0};
+    rank(&heap, logits, t->h.vocab_size, -INFINITY);
     putchar('[');
     for (size_t i = 0; i < k; i++) {
+        Item item = heap_pop(&heap);
         fputs(i ? ", " : "", stdout);
-        open_json(t, items[i].index, pos, (double)items[i].key - total);
-        printf(", \"prob\": %.6g}", exp((double)items[i].key - total));
+        open_json(t, item.index, pos, (double)item.key - total);
+        printf(", \"prob\": %.6g}", exp((double)item.key - total));
     }
     putchar(']');
-    free(items);
+    free(heap.data);
 }
 
 typedef struct {
@@ -1789,7 +1771,7 @@ static void close_talk(Talk *c) {
     free(c->turns);
     free(c->script.data);
     free(c->run.data);
-    free(c->sampler.heap.items);
+    free(c->sampler.heap.data);
     free(c->sampler.kept);
     free(c->sampler.probabilities);
     close_state(&c->s);
@@ -1909,19 +1891,22 @@ static void print_bar(double part, size_t columns) {
 static void print_table(const Tokenizer *t, const float *logits, size_t k) {
     double total = log_sum(logits, t->h.vocab_size), rest = 1;
     size_t bar = smaller((terminal_columns() - 8) / 3, 40);
-    Item *items = likeliest(logits, t->h.vocab_size, k);
+    float most = logits[argmax(logits, t->h.vocab_size)];
+    Heap heap = {0};
+    rank(&heap, logits, t->h.vocab_size, -INFINITY);
     for (size_t i = 0; i < k; i++) {
-        const Piece *piece = &t->pieces[items[i].index];
-        double probability = exp((double)items[i].key - total);
+        Item item = heap_pop(&heap);
+        const Piece *piece = &t->pieces[item.index];
+        double probability = exp((double)item.key - total);
         rest -= probability;
         printf("%6.2f%% ", 100 * probability);
-        print_bar(exp((double)(items[i].key - items[0].key)), bar);
+        print_bar(exp((double)(item.key - most)), bar);
         putchar(' ');
         print_quoted(piece->text, false);
         puts(piece->type == CONTROL ? " (control)" : "");
     }
     printf("%6.2f%% rest\n", 100 * fmax(rest, 0));
-    free(items);
+    free(heap.data);
 }
 
 static void expect_text(const Options *o) {
