@@ -254,17 +254,13 @@ static Model open_model(const char *path) {
     size_t at = HEADER_SPACE;
     m.embedding = take(&m, &at, "embedding", V, D);
     m.layers = allocate(m.h.n_layers, sizeof *m.layers, "the table of layers");
-    for (size_t i = 0; i < m.h.n_layers; i++) {
-        Layer *l = &m.layers[i];
-        *l = (Layer){0};
+    size_t bias = m.h.flags & QKV_BIAS ? Q + 2 * K : 0, norm = m.h.flags & QK_NORM ? d : 0; // 0: there is none
+    for (Layer *l = m.layers; l < m.layers + m.h.n_layers; l++) {
         l->attn_norm = take(&m, &at, "attn_norm", 1, D);
         l->wqkv = take(&m, &at, "wqkv", Q + 2 * K, D);
-        if (m.h.flags & QKV_BIAS)
-            l->bqkv = take(&m, &at, "bqkv", 1, Q + 2 * K);
-        if (m.h.flags & QK_NORM) {
-            l->q_norm = take(&m, &at, "q_norm", 1, d);
-            l->k_norm = take(&m, &at, "k_norm", 1, d);
-        }
+        l->bqkv = take(&m, &at, "bqkv", 1, bias);
+        l->q_norm = take(&m, &at, "q_norm", 1, norm);
+        l->k_norm = take(&m, &at, "k_norm", 1, norm);
         l->wo = take(&m, &at, "wo", D, Q);
         l->ffn_norm = take(&m, &at, "ffn_norm", 1, D);
         l->w_gate_up = take(&m, &at, "w_gate_up", 2 * F, D);
@@ -761,7 +757,7 @@ static void feed(const Model *m, State *s, const uint32_t *tokens, size_t n, siz
 
 typedef struct {
     float key;
-    uint32_t index, id; // the id is the tokenizer's
+    uint32_t index, id, bytes; // the latter two are the tokenizer's
 } Item;
 
 // A binary heap of Items: the one with the largest key is on top, of equal ones that with the smallest index.
@@ -1127,18 +1123,21 @@ static uint32_t next_number(Reader *r, const char *what) {
     return number;
 }
 
-// Texts and tokens of a template, see TEXT_ITEM.
+// The next part of a template: a token, or NONE and a text.
+static uint32_t next_item(Reader *r, Text *text) {
+    uint32_t item = next_number(r, "a template's item"), n = item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
+    *text = (Text){next_bytes(r, "a template's text", n), n};
+    return item & TEXT_ITEM ? NONE : item;
+}
+
+// Checks a template, a row of such items.
 static Text next_template(const Tokenizer *t, Reader *r) {
-    uint32_t n = next_number(r, "a template");
-    Reader items = {r->path, next_bytes(r, "a template", n), n, 0};
-    while (items.at < n) {
-        uint32_t item = next_number(&items, "a template's item");
-        if (item & TEXT_ITEM)
-            next_bytes(&items, "a template's text", item ^ TEXT_ITEM);
-        else
-            check(r->path, "a template's token", item, 0, t->h.vocab_size - 1);
-    }
-    return (Text){items.bytes, n};
+    uint32_t n = next_number(r, "a template"), token;
+    Text items = {next_bytes(r, "a template", n), n}, text;
+    for (Reader in = {r->path, items.bytes, n, 0}; in.at < n;)
+        if ((token = next_item(&in, &text)) != NONE)
+            check(r->path, "a template's token", token, 0, t->h.vocab_size - 1);
+    return items;
 }
 
 static Tokenizer open_tokenizer(const char *path) {
@@ -1238,25 +1237,6 @@ static size_t compose(const Tokenizer *t, Heap *marks, uint32_t *c, size_t n) {
     return left;
 }
 
-// The text as the vocabulary has it: in NFC, and "▁", by which SentencePiece means a space, is one. It begins at the
-// second byte of what the caller is to free, so that a space may be put in front.
-static Text normalise(const Tokenizer *t, Heap *marks, Text text) {
-    size_t n = 0, at = 0, end = 1;
-    bool nfc = t->h.flags & NFC, bars = t->h.kind == SENTENCEPIECE_BPE;
-    uint32_t *c = allocate(text.n * (nfc ? MAX_PARTS : 1), sizeof *c, "the prompt");
-    while (at < text.n) {
-        at += first_character((Text){text.bytes + at, text.n - at}, c + n).n;
-        n += decompose(t, c + n);
-    }
-    n = nfc ? compose(t, marks, c, n) : n;
-    unsigned char *out = allocate(4 * n + 1, 1, "the prompt");
-    for (size_t i = 0; i < n; i++)
-        end += put_character(bars && c[i] == 0x2581 ? ' ' : c[i], out + end);
-    free(c);
-    expect(end <= MAX_TEXT, "the prompt: expected at most %d bytes, found %zu", MAX_TEXT, end);
-    return (Text){out + 1, end - 1};
-}
-
 // A part of a word on its way to becoming a token. Neighbours are linked by their index, NONE at the ends.
 typedef struct {
     Text text;   // empty once it has become part of the symbol before it
@@ -1268,8 +1248,26 @@ typedef struct {
     Buffer *tokens; // found so far
     bool add_space; // in front of the next text
     Buffer symbols; // of a word
-    Heap pairs;     // key: how soon two neighbours are to be merged, index: the first of them, id: what they make
+    Heap pairs;     // of neighbours to be merged, key: how soon, index: the first, id: what they make, bytes: of both
+    Heap marks;     // what follows a character, to be sorted; id: the mark, key: less its class
+    Buffer characters, normal; // of a text, and the same as bytes
 } Encoder;
+
+// The text as the vocabulary has it: in NFC, and "▁", by which SentencePiece means a space, is one. There is room for a
+// byte in front of it.
+static Text normalise(const Tokenizer *t, Encoder *e, Text text) {
+    bool nfc = t->h.flags & NFC, bars = t->h.kind == SENTENCEPIECE_BPE;
+    uint32_t *c = reserve(&e->characters, text.n * (nfc ? MAX_PARTS : 1) * sizeof *c);
+    size_t n = 0, end = 1;
+    for (size_t at = 0; at < text.n; n += decompose(t, c + n))
+        at += first_character((Text){text.bytes + at, text.n - at}, c + n).n;
+    n = nfc ? compose(t, &e->marks, c, n) : n;
+    unsigned char *out = reserve(&e->normal, 4 * n + 1);
+    for (size_t i = 0; i < n; i++)
+        end += put_character(bars && c[i] == 0x2581 ? ' ' : c[i], out + end);
+    expect(end <= MAX_TEXT, "the prompt: expected at most %d bytes, found %zu", MAX_TEXT, end);
+    return (Text){out + 1, end - 1};
+}
 
 // Cuts a word into the symbols that merging starts from and returns their number.
 static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
@@ -1290,27 +1288,19 @@ static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
     return n;
 }
 
-// What a symbol and the next one make, and how soon they are to be merged; NONE if they are not.
-static Item merged(const Tokenizer *t, const Symbol *symbols, uint32_t first) {
-    Item pair = {.index = first, .id = NONE};
-    const Symbol *a = &symbols[first];
-    if (a->text.n == 0 || a->next == NONE)
-        return pair;
-    const Symbol *b = &symbols[a->next];
-    uint32_t by_merges = t->h.flags & BY_MERGES;
-    uint32_t found =
-        by_merges ? find_row(&t->by_pair, a->id, b->id) : find_piece(t, (Text){a->text.bytes, a->text.n + b->text.n});
-    if (found != NONE) {
-        pair.id = by_merges ? t->merges[found].made : found;
-        pair.key = by_merges ? -(float)found : t->pieces[found].score;
-    }
-    return pair;
-}
-
+// Considers merging symbol `first` with the next.
 static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
-    Item pair = first == NONE ? (Item){.id = NONE} : merged(t, e->symbols.data, first);
-    if (pair.id != NONE)
-        heap_push(&e->pairs, pair);
+    const Symbol *symbols = e->symbols.data;
+    if (first == NONE || symbols[first].next == NONE)
+        return;
+    const Symbol *a = &symbols[first], *b = &symbols[a->next];
+    bool by_merges = t->h.flags & BY_MERGES;
+    Text both = {a->text.bytes, a->text.n + b->text.n};
+    uint32_t found = by_merges ? find_row(&t->by_pair, a->id, b->id) : find_piece(t, both);
+    float key = found == NONE ? 0 : by_merges ? -(float)found : t->pieces[found].score;
+    uint32_t made = found == NONE || !by_merges ? found : t->merges[found].made;
+    if (found != NONE)
+        heap_push(&e->pairs, (Item){key, first, made, (uint32_t)both.n});
 }
 
 // Byte-pair encoding: merges the pair of the highest key, the leftmost of equals, until none is left. As a heap finds
@@ -1327,9 +1317,10 @@ static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
         push_pair(t, e, i);
     while (e->pairs.n) {
         Item pair = heap_pop(&e->pairs);
-        if (merged(t, symbols, pair.index).id != pair.id)
+        Symbol *first = &symbols[pair.index];
+        if (first->text.n == 0 || first->next == NONE || first->text.n + symbols[first->next].text.n != pair.bytes)
             continue; // one of the two has been merged with another since
-        Symbol *first = &symbols[pair.index], *second = &symbols[first->next];
+        Symbol *second = &symbols[first->next];
         first->text.n += second->text.n;
         first->id = pair.id;
         second->text.n = 0;
@@ -1386,11 +1377,8 @@ enum { AS_WRITTEN, NORMALISED, WORDS }; // stages of encoding
 // found, the longest at each place; what lies between them is normalised and searched for the late ones; and the rest
 // is cut into words. Each machine that cuts words is a stage: its words, and what lies between them, go to the next.
 static void encode_stage(const Tokenizer *t, Encoder *e, Text text, uint32_t stage) {
-    const unsigned char *normal = NULL;
-    if (stage == NORMALISED) {
-        text = normalise(t, &e->pairs, text);
-        normal = text.bytes - 1;
-    }
+    if (stage == NORMALISED)
+        text = normalise(t, e, text);
     // Some tokenizers, those with NO_SECOND_SPACE, add a space to what is cut into words; others before late tokens.
     bool second = t->h.flags & NO_SECOND_SPACE;
     if (e->add_space && stage == (second ? WORDS : NORMALISED) && !(second && *text.bytes == ' ')) {
@@ -1422,7 +1410,6 @@ static void encode_stage(const Tokenizer *t, Encoder *e, Text text, uint32_t sta
         }
         at += found;
     }
-    free((void *)normal);
 }
 
 static size_t n_before(const Tokenizer *t) { return t->h.flags & ADD_BOS ? 1 : 0; }
@@ -1437,8 +1424,9 @@ static void encode(const Tokenizer *t, Buffer *tokens, Text text) {
     if (tokens->n == 0 && t->h.flags & ADD_BOS)
         push_token(tokens, (uint32_t)t->h.bos_id);
     encode_stage(t, &e, text, AS_WRITTEN);
-    free(e.symbols.data);
-    free(e.pairs.data);
+    void *const memory[] = {e.symbols.data, e.pairs.data, e.marks.data, e.characters.data, e.normal.data};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
+        free(memory[i]);
 }
 
 // What the token at position `pos` prints. At the start of a text, that is without the space put there by encode.
@@ -1936,14 +1924,13 @@ static void end_text(Session *s) {
 }
 
 static void add_template(Session *s, size_t which) {
-    Text items = s->t.templates[which];
+    Text items = s->t.templates[which], text;
     for (Reader r = {s->t.path, items.bytes, items.n, 0}; r.at < r.n;) {
-        uint32_t item = next_number(&r, "an item");
-        if (item & TEXT_ITEM) {
-            append(&s->text, next_bytes(&r, "a text", item ^ TEXT_ITEM), item ^ TEXT_ITEM);
-        } else {
+        uint32_t token = next_item(&r, &text);
+        append(&s->text, text.bytes, text.n);
+        if (token != NONE) {
             end_text(s);
-            push_token(&s->tokens, item);
+            push_token(&s->tokens, token);
         }
     }
 }
