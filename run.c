@@ -1841,33 +1841,21 @@ static void next(Session *s) {
 
 enum { SCORED_AT_ONCE = 32 }; // tokens whose logits are in memory
 
-// What the tokens of a text cost, in nats.
-typedef struct {
-    size_t n, bytes;
-    double sum, squares;
-} Score;
-
-// Feeds a window, the first n tokens, which start at position `begins` of the text, and scores those from `first` on.
-static void score_window(Session *s, float *logits, size_t n, size_t first, size_t begins, Score *score) {
+// Feeds a window, the first n tokens, and works out what those from `first` on cost, in nats: cost (n).
+static void score_window(Session *s, float *logits, double *cost, size_t n, size_t first) {
     const uint32_t *tokens = s->tokens.data;
     size_t vocab = s->m.h.vocab_size;
     for (size_t at = 0, T; at + 1 < n; at += T) { // nothing comes after the last one
         T = smaller(s->state.batch, n - 1 - at);
         forward(&s->m, &s->state, tokens + at, T, at);
         for (size_t i = larger(at + 1, first), count; i <= at + T; i += count) {
-            double cost[SCORED_AT_ONCE];
             count = smaller(SCORED_AT_ONCE, at + T + 1 - i);
             classify(&s->m, &s->state, logits, i - 1 - at, count); // a token's score is in the logits before it
+            for (size_t j = 0; j < count; j++)
+                check_finite(&s->m, logits + j * vocab, i + j - 1);
 #pragma omp parallel for num_threads((int)s->state.threads)
             for (size_t j = 0; j < count; j++)
-                cost[j] = -log_probability(logits + j * vocab, vocab, tokens[i + j]);
-            for (size_t j = 0; j < count; j++) {
-                check_finite(&s->m, logits + j * vocab, i + j - 1);
-                score->n++;
-                score->bytes += decode(&s->t, tokens[i + j], begins + i + j).n;
-                score->sum += cost[j];
-                score->squares += cost[j] * cost[j];
-            }
+                cost[i + j] = -log_probability(logits + j * vocab, vocab, tokens[i + j]);
         }
     }
 }
@@ -1888,15 +1876,21 @@ static void perplexity(Session *s) {
     size_t stride = smaller(s->o.stride ? s->o.stride : context - 1, context);
     s->state = open_state(&s->m, context, s->o.threads);
     float *logits = allocate(SCORED_AT_ONCE * s->m.h.vocab_size, sizeof *logits, "the logits");
-    Score score = {0};
-    double start = seconds();
+    double *cost = allocate(context, sizeof *cost, "the costs of a window");
+    double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
     size_t n = context, begins = 0, first = 1; // of a window: its tokens, its position, and the first one to score
     while (n == context) {
         read_tokens(s, context + stride); // so that there is one left when this window is done
         n = smaller(context, n_tokens(s->tokens));
         if (!s->o.stride && n > 0)
             begin_with_bos(s);
-        score_window(s, logits, n, first, begins, &score);
+        score_window(s, logits, cost, n, first);
+        for (size_t i = first; i < n; i++) {
+            count++;
+            sum += cost[i];
+            squares += cost[i] * cost[i];
+            bytes += (double)decode(&s->t, ((uint32_t *)s->tokens.data)[i], begins + i).n;
+        }
         if (isatty(STDERR_FILENO))
             fprintf(stderr, "\r%zu tokens%s", begins + n, n == context ? "" : "\n");
         first = larger(n, stride + 1) - stride; // nothing comes before a window's first token
@@ -1904,17 +1898,17 @@ static void perplexity(Session *s) {
         begins += stride;
     }
     free(logits);
-    double speed = (double)score.n / (seconds() - start), count = (double)score.n, nll = score.sum / count;
-    double variance = (score.squares / count - nll * nll) * count / fmax(count - 1, 1);
+    free(cost);
+    double speed = count / (seconds() - start), nll = sum / count, bits = sum / log(2) / fmax(bytes, 1);
+    double variance = (squares / count - nll * nll) * count / fmax(count - 1, 1);
     // exp is its own slope, so (by the delta method) this times the error of nll is the error; JSON has no infinity
     double result = fmin(exp(nll), DBL_MAX), error = fmin(result * sqrt(fmax(variance, 0) / count), DBL_MAX);
-    double bits = score.sum / log(2) / (double)larger(score.bytes, 1);
     printf(s->o.json
-               ? "{\"tokens\": %zu, \"nll\": %.9g, \"perplexity\": %.9g, \"stderr\": %.6g, \"bits_per_byte\": %.9g, "
+               ? "{\"tokens\": %.0f, \"nll\": %.9g, \"perplexity\": %.9g, \"stderr\": %.6g, \"bits_per_byte\": %.9g, "
                  "\"tok_s\": %.6g}\n"
-               : "tokens         %zu\nnll            %.5f nats a token\nperplexity     %.5g +- %.2g\n"
+               : "tokens         %.0f\nnll            %.5f nats a token\nperplexity     %.5g +- %.2g\n"
                  "bits per byte  %.5f\nspeed          %.1f tok/s\n",
-           score.n, nll, result, error, bits, speed);
+           count, nll, result, error, bits, speed);
 }
 
 // Makes tokens of the text that is to follow them. It is tokenized as one, whoever wrote its parts.
