@@ -929,18 +929,10 @@ typedef struct {
     float score; // of all neighbours, those that make the piece of the highest score are merged first
 } Piece;
 
-typedef struct {
-    uint32_t left, right, made; // tokens; or characters that NFC composes
-} Merge;
-
-typedef struct {
-    uint32_t first, last, class; // of characters
-} Range;
-
-// A hash table of the pieces, by their texts, or of other rows, by the bytes that they begin with.
+// A hash table of the pieces, by their texts, or of rows of numbers, by one or two that they begin with.
 typedef struct {
     const void *rows;
-    size_t row_size, key_size; // key_size 0: pieces
+    size_t row_size, key_size; // bytes; key_size 0: pieces
     uint32_t *places;          // (mask + 1) numbers of rows, NONE where empty
     size_t mask;               // a power of 2, less 1
 } Table;
@@ -952,15 +944,13 @@ typedef struct {
     Table by_text;             // normal and user-defined pieces
     size_t longest[256];       // bytes of the longest user-defined one that starts with this byte, 0 if there is none
     uint32_t byte_id[256];     // the token for each byte; unk_id, or NONE, where there is none
-    const Merge *merges;       // (n_merges) the first to be done first
-    Table by_pair;             // of merges
+    Table merges;              // (n_merges) two tokens and what they make, the first to be done first
     uint8_t *classes;          // (CHARACTERS + 256) the class of each character, by which words are cut
     const uint32_t *steps;     // (n_states, n_classes) the machines
+    Table decompositions;      // for NFC: a character, and the MAX_PARTS that it stands for, 0 after the last
+    Table compositions;        // two characters and what they make
     uint8_t *combining;        // (CHARACTERS + 256) the combining class of each character, 0 of a starter
-    const Merge *compositions; // of characters, for NFC
-    const uint32_t (*decompositions)[1 + MAX_PARTS]; // a character, and those that it stands for, 0 after the last
-    Table by_parts, by_whole;                        // of the two
-    Text templates[TEMPLATES];                       // items: the id of a token, or a TEXT_ITEM and its bytes
+    Text templates[TEMPLATES]; // items: the id of a token, or a TEXT_ITEM and its bytes
 } Tokenizer;
 
 // FNV-1a: finds pieces and merges, and tells one vocabulary from another.
@@ -1000,18 +990,10 @@ static uint32_t *place_of(const Table *table, Text key) {
 
 static uint32_t find_piece(const Tokenizer *t, Text text) { return *place_of(&t->by_text, text); }
 
-// The number of the row that begins with one or two numbers, as the table's rows do.
-static uint32_t find_row(const Table *table, uint32_t a, uint32_t b) {
-    const uint32_t numbers[2] = {a, b};
-    return *place_of(table, (Text){(const unsigned char *)numbers, table->key_size});
-}
-
-// A table of n rows by their first n_keys numbers. Of two with the same key the later counts.
-static Table index_rows(const void *rows, uint32_t n, size_t row_size, size_t n_keys) {
-    Table table = new_table(rows, n, row_size, n_keys * sizeof(uint32_t));
-    for (uint32_t i = 0; i < n; i++)
-        *place_of(&table, key_of(&table, i)) = i;
-    return table;
+// The row that begins with one or two numbers, as the table's rows do; NULL if there is none.
+static const uint32_t *find_row(const Table *table, uint32_t a, uint32_t b) {
+    const uint32_t numbers[2] = {a, b}, row = *place_of(table, (Text){(const unsigned char *)numbers, table->key_size});
+    return row == NONE ? NULL : (const void *)key_of(table, row).bytes;
 }
 
 static void check_tokenizer_header(const Tokenizer *t, size_t size) {
@@ -1053,41 +1035,46 @@ static const void *next_numbers(Reader *r, const char *what, size_t n, double mo
     return numbers;
 }
 
+// The next n rows of so many numbers, by the first n_keys of them. Of two rows with the same key the later counts.
+static Table next_table(Reader *r, const char *what, uint32_t n, size_t numbers, size_t n_keys, double most) {
+    const void *rows = next_numbers(r, what, n * numbers, most);
+    Table table = new_table(rows, n, numbers * sizeof(uint32_t), n_keys * sizeof(uint32_t));
+    for (uint32_t i = 0; i < n; i++)
+        *place_of(&table, key_of(&table, i)) = i;
+    return table;
+}
+
 static void check_hash(const char *path, const char *what, uint64_t promised, Text text) {
     uint64_t hash = hash_of(text);
     expect(hash == promised, "%s: hash of %s: expected %016llx, found %016llx: damaged", path, what,
            (unsigned long long)promised, (unsigned long long)hash);
 }
 
-static Piece next_piece(Reader *r) {
-    struct {
-        uint32_t length, type;
-        float score;
-    } e;
-    memcpy(&e, next_bytes(r, "a token", sizeof e), sizeof e);
-    check(r->path, "a token's type", e.type, NORMAL, LATE);
-    check(r->path, "a token's length", e.length, e.type != UNUSED, e.type == BYTE ? 1 : UINT32_MAX);
-    check(r->path, "a token's score", e.score, -FLT_MAX, FLT_MAX);
-    return (Piece){{next_bytes(r, "a token's text", e.length), e.length}, e.type, e.score};
-}
-
-// Fills the table of pieces and that of the bytes.
-static void index_pieces(Tokenizer *t) {
+// The vocabulary, and the tables of pieces and bytes.
+static void read_pieces(Tokenizer *t, Reader *r) {
+    t->pieces = allocate(t->h.vocab_size, sizeof *t->pieces, "the vocabulary");
     t->by_text = new_table(t->pieces, t->h.vocab_size, sizeof *t->pieces, 0);
     for (size_t b = 0; b < 256; b++)
         t->byte_id[b] = (uint32_t)t->h.unk_id; // -1 becomes NONE
     for (uint32_t id = 0; id < t->h.vocab_size; id++) {
-        const Piece *p = &t->pieces[id];
-        if (p->type == BYTE)
-            t->byte_id[*p->text.bytes] = id;
-        bool user_defined = p->type == USER_DEFINED || p->type == LATE;
-        if (p->type != NORMAL && !user_defined)
-            continue;
-        uint32_t *place = place_of(&t->by_text, p->text);
-        if (*place == NONE || user_defined)
+        struct {
+            uint32_t length, type;
+            float score;
+        } e;
+        memcpy(&e, next_bytes(r, "a token", sizeof e), sizeof e);
+        check(r->path, "a token's type", e.type, NORMAL, LATE);
+        check(r->path, "a token's length", e.length, e.type != UNUSED, e.type == BYTE ? 1 : UINT32_MAX);
+        check(r->path, "a token's score", e.score, -FLT_MAX, FLT_MAX);
+        Text text = {next_bytes(r, "a token's text", e.length), e.length};
+        t->pieces[id] = (Piece){text, e.type, e.score};
+        bool user_defined = e.type == USER_DEFINED || e.type == LATE;
+        uint32_t *place = place_of(&t->by_text, text);
+        if (user_defined || (e.type == NORMAL && *place == NONE))
             *place = id;
-        size_t *longest = &t->longest[*p->text.bytes];
-        *longest = user_defined ? larger(*longest, p->text.n) : *longest;
+        if (user_defined)
+            t->longest[*text.bytes] = larger(t->longest[*text.bytes], text.n);
+        if (e.type == BYTE)
+            t->byte_id[*text.bytes] = id;
     }
     for (size_t b = 0; b < 256; b++)
         expect(t->byte_id[b] != NONE || t->h.kind == BYTE_LEVEL_BPE,
@@ -1098,11 +1085,13 @@ static void index_pieces(Tokenizer *t) {
 static uint8_t *next_classes(Reader *r, const char *what, uint32_t n, int usual, double most) {
     uint8_t *classes = allocate(CHARACTERS + 256, 1, what);
     memset(classes, usual, CHARACTERS + 256);
-    const Range *range = next_numbers(r, what, (size_t)n * 3, CHARACTERS - 1);
-    for (uint32_t i = 0, next = 0; i < n; next = range++->last + 1, i++) {
-        check(r->path, what, range->first, next, range->last);
-        check(r->path, what, range->class, 1, most);
-        memset(classes + range->first, (int)range->class, range->last - range->first + 1);
+    const uint32_t *range = next_numbers(r, what, (size_t)n * 3, CHARACTERS - 1);
+    for (uint32_t i = 0, next = 0; i < n; i++, range += 3) {
+        uint32_t first = range[0], last = range[1], class = range[2];
+        check(r->path, what, first, next, last);
+        check(r->path, what, class, 1, most);
+        memset(classes + first, (int)class, last - first + 1);
+        next = last + 1;
     }
     return classes;
 }
@@ -1110,10 +1099,8 @@ static uint8_t *next_classes(Reader *r, const char *what, uint32_t n, int usual,
 // What puts text into NFC.
 static void read_nfc(Tokenizer *t, Reader *r) {
     const uint32_t *n = next_numbers(r, "NFC", 3, CHARACTERS);
-    t->decompositions = next_numbers(r, "a decomposition", (size_t)n[0] * (1 + MAX_PARTS), CHARACTERS - 1);
-    t->by_whole = index_rows(t->decompositions, n[0], sizeof *t->decompositions, 1);
-    t->compositions = next_numbers(r, "a composition", (size_t)n[1] * 3, CHARACTERS - 1);
-    t->by_parts = index_rows(t->compositions, n[1], sizeof *t->compositions, 2);
+    t->decompositions = next_table(r, "a decomposition", n[0], 1 + MAX_PARTS, 1, CHARACTERS - 1);
+    t->compositions = next_table(r, "a composition", n[1], 3, 2, CHARACTERS - 1);
     t->combining = next_classes(r, "a combining class", n[2], 0, 255);
 }
 
@@ -1146,16 +1133,12 @@ static Tokenizer open_tokenizer(const char *path) {
     r.bytes = map_file(path, "twotoken", sizeof t.h, "a tokenizer file", &r.n);
     memcpy(&t.h, next_bytes(&r, "header", sizeof t.h), sizeof t.h);
     check_tokenizer_header(&t, r.n);
-    t.pieces = allocate(t.h.vocab_size, sizeof *t.pieces, "the vocabulary");
-    for (uint32_t id = 0; id < t.h.vocab_size; id++)
-        t.pieces[id] = next_piece(&r);
+    read_pieces(&t, &r);
     check_hash(path, "the vocabulary", t.h.vocab_hash, (Text){r.bytes + sizeof t.h, r.at - sizeof t.h});
     check_hash(path, "what follows the vocabulary", t.h.rest_hash, (Text){r.bytes + r.at, r.n - r.at});
-    index_pieces(&t);
     next_bytes(&r, "zeros", -r.at % 4);
 
-    t.merges = next_numbers(&r, "a merge", (size_t)t.h.n_merges * 3, t.h.vocab_size - 1);
-    t.by_pair = index_rows(t.merges, t.h.n_merges, sizeof *t.merges, 2);
+    t.merges = next_table(&r, "a merge", t.h.n_merges, 3, 2, t.h.vocab_size - 1);
     t.classes = next_classes(&r, "a range of characters", t.h.n_ranges, 1, (double)t.h.n_classes - 1);
     memset(t.classes + CHARACTERS, t.classes[0xfffd], 256);
     t.steps = next_numbers(&r, "a step", (size_t)t.h.n_states * t.h.n_classes, 2 * (double)t.h.n_states - 1);
@@ -1203,10 +1186,10 @@ static size_t put_character(uint32_t c, unsigned char *out) {
 
 // Replaces a character by those that it stands for, which may be itself alone, and returns their number.
 static size_t decompose(const Tokenizer *t, uint32_t *c) {
-    uint32_t row = t->h.flags & NFC ? find_row(&t->by_whole, *c, 0) : NONE;
+    const uint32_t *row = t->h.flags & NFC ? find_row(&t->decompositions, *c, 0) : NULL;
     size_t n = 0;
-    for (; row != NONE && n < MAX_PARTS && t->decompositions[row][1 + n]; n++)
-        c[n] = t->decompositions[row][1 + n];
+    for (; row && n < MAX_PARTS && row[1 + n]; n++)
+        c[n] = row[1 + n];
     return n ? n : 1;
 }
 
@@ -1225,9 +1208,9 @@ static size_t compose(const Tokenizer *t, Heap *marks, uint32_t *c, size_t n) {
     for (size_t i = 0; i < n; i++) {
         uint8_t class = t->combining[c[i]];
         bool open = starter < n && (starter + 1 == left || before < class);
-        uint32_t row = open ? find_row(&t->by_parts, c[starter], c[i]) : NONE;
-        if (row != NONE) {
-            c[starter] = t->compositions[row].made;
+        const uint32_t *row = open ? find_row(&t->compositions, c[starter], c[i]) : NULL;
+        if (row) {
+            c[starter] = row[2];
         } else {
             starter = class ? starter : left;
             before = class;
@@ -1249,7 +1232,6 @@ typedef struct {
     bool add_space; // in front of the next text
     Buffer symbols; // of a word
     Heap pairs;     // of neighbours to be merged, key: how soon, index: the first, id: what they make, bytes: of both
-    Heap marks;     // what follows a character, to be sorted; id: the mark, key: less its class
     Buffer characters, normal; // of a text, and the same as bytes
 } Encoder;
 
@@ -1261,7 +1243,7 @@ static Text normalise(const Tokenizer *t, Encoder *e, Text text) {
     size_t n = 0, end = 1;
     for (size_t at = 0; at < text.n; n += decompose(t, c + n))
         at += first_character((Text){text.bytes + at, text.n - at}, c + n).n;
-    n = nfc ? compose(t, &e->marks, c, n) : n;
+    n = nfc ? compose(t, &e->pairs, c, n) : n;
     unsigned char *out = reserve(&e->normal, 4 * n + 1);
     for (size_t i = 0; i < n; i++)
         end += put_character(bars && c[i] == 0x2581 ? ' ' : c[i], out + end);
@@ -1294,13 +1276,17 @@ static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
     if (first == NONE || symbols[first].next == NONE)
         return;
     const Symbol *a = &symbols[first], *b = &symbols[a->next];
-    bool by_merges = t->h.flags & BY_MERGES;
-    Text both = {a->text.bytes, a->text.n + b->text.n};
-    uint32_t found = by_merges ? find_row(&t->by_pair, a->id, b->id) : find_piece(t, both);
-    float key = found == NONE ? 0 : by_merges ? -(float)found : t->pieces[found].score;
-    uint32_t made = found == NONE || !by_merges ? found : t->merges[found].made;
-    if (found != NONE)
-        heap_push(&e->pairs, (Item){key, first, made, (uint32_t)both.n});
+    Item pair = {.index = first, .bytes = (uint32_t)(a->text.n + b->text.n)};
+    if (t->h.flags & BY_MERGES) {
+        const uint32_t *merge = find_row(&t->merges, a->id, b->id);
+        pair.id = merge ? merge[2] : NONE;
+        pair.key = merge ? -(float)((merge - (const uint32_t *)t->merges.rows) / 3) : 0;
+    } else {
+        pair.id = find_piece(t, (Text){a->text.bytes, pair.bytes});
+        pair.key = pair.id == NONE ? 0 : t->pieces[pair.id].score;
+    }
+    if (pair.id != NONE)
+        heap_push(&e->pairs, pair);
 }
 
 // Byte-pair encoding: merges the pair of the highest key, the leftmost of equals, until none is left. As a heap finds
@@ -1412,8 +1398,6 @@ static void encode_stage(const Tokenizer *t, Encoder *e, Text text, uint32_t sta
     }
 }
 
-static size_t n_before(const Tokenizer *t) { return t->h.flags & ADD_BOS ? 1 : 0; }
-
 // Appends the tokens of a text to those before it. If there are none, the tokenizer may want bos, and a space in front
 // of the text; that also after a control or user-defined token. No text becomes a control token: those are not in the
 // table.
@@ -1424,7 +1408,7 @@ static void encode(const Tokenizer *t, Buffer *tokens, Text text) {
     if (tokens->n == 0 && t->h.flags & ADD_BOS)
         push_token(tokens, (uint32_t)t->h.bos_id);
     encode_stage(t, &e, text, AS_WRITTEN);
-    void *const memory[] = {e.symbols.data, e.pairs.data, e.marks.data, e.characters.data, e.normal.data};
+    void *const memory[] = {e.symbols.data, e.pairs.data, e.characters.data, e.normal.data};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
         free(memory[i]);
 }
@@ -1435,7 +1419,7 @@ static Text decode(const Tokenizer *t, uint32_t token, size_t pos) {
     uint32_t type = t->pieces[token].type;
     if (type != NORMAL && type != USER_DEFINED && type != LATE && type != BYTE)
         return (Text){0};
-    bool skip = pos == n_before(t) && t->h.flags & ADD_SPACE && text.bytes[0] == ' ';
+    bool skip = pos == (t->h.flags & ADD_BOS ? 1 : 0) && t->h.flags & ADD_SPACE && text.bytes[0] == ' ';
     return (Text){text.bytes + skip, text.n - skip};
 }
 
@@ -1464,7 +1448,7 @@ typedef struct {
     Buffer answer; // tokens, as they were sampled: encode might find others for the same text
 } Turn;
 
-// All that the modes work with. It lives as long as the program, so nothing in it is ever freed.
+// All that the modes work with. It lives as long as the program, which never frees it.
 typedef struct {
     Options o;
     Model m;
