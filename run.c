@@ -2254,7 +2254,7 @@ static void set_option(const Option *option, const char *text) {
             option->kind == INTEGER ? "whole number" : "number", option->min, option->max, text);
 }
 
-#define NEXT_LINE "\n              " // of what --help says of a flag
+#define NEXT_LINE "\n              " // in what --help says of a flag
 
 static Options parse_options(int argc, char **argv) {
     Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX, .repeat = 5};
@@ -2278,7 +2278,7 @@ static Options parse_options(int argc, char **argv) {
         {"-s", INTEGER, &o.seed, 0, INT64_MAX, "SEED", "the same seed gives the same text (the time)"},
         {"-c", INTEGER, &o.context, 1, INT32_MAX, "N", "context, in tokens (the model's)"},
         {"-j", INTEGER, &o.threads, 1, 1024, "N", "threads (physical cores)"},
-        {"-z", TEXT, &o.tokenizer, 0, 0, "FILE", "MODEL.tokenizer.bin, or tokenizer.bin beside it, or here"},
+        {"-z", TEXT, &o.tokenizer, 0, 0, "FILE", "tokenizer (MODEL.tokenizer.bin, tokenizer.bin beside it or here)"},
         {"--probs", SWITCH, &o.probs, 0, 0, "", "colour each token by its probability; with --json: the top K (5)"},
         {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object a token, or one for all"},
         {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N", "perplexity: windows N apart, each rates its last N"},
