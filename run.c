@@ -108,6 +108,13 @@ static void cut_front(Buffer *b, size_t n) {
 
 static size_t n_tokens(Buffer tokens) { return tokens.n / sizeof(uint32_t); }
 
+static void push_token(Buffer *tokens, uint32_t token) { append(tokens, &token, sizeof token); }
+
+// UINT32_MAX: there is none
+static uint32_t last_token(Buffer tokens) {
+    return tokens.n ? ((uint32_t *)tokens.data)[n_tokens(tokens) - 1] : UINT32_MAX;
+}
+
 // ------------------------------------------------------------------------------------------------
 // 1 The model file
 
@@ -184,16 +191,9 @@ static const void *map_file(const char *path, const char *magic, size_t min_size
     return map;
 }
 
-static void check(const char *path, const char *name, int64_t value, int64_t min, int64_t max) {
-    expect(min < max || value == min, "%s: %s: expected %lld, found %lld", path, name, (long long)min,
-           (long long)value);
-    expect(value >= min && value <= max, "%s: %s: expected %lld to %lld, found %lld", path, name, (long long)min,
-           (long long)max, (long long)value);
-}
-
-static void check_real(const char *path, const char *name, float value, float min, float max) {
-    expect(value >= min && value <= max, "%s: %s: expected %g to %g, found %g", path, name, (double)min, (double)max,
-           (double)value);
+static void check(const char *path, const char *name, double value, double min, double max) {
+    expect(min < max || value == min, "%s: %s: expected %.10g, found %.10g", path, name, min, value);
+    expect(value >= min && value <= max, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, min, max, value);
 }
 
 static void check_size(const char *path, uint64_t promised, size_t size) {
@@ -218,14 +218,14 @@ static void check_header(const Model *m) {
     expect(h->head_dim % 2 == 0, "%s: head_dim: expected an even number, found %u", m->path, h->head_dim);
     check(m->path, "vocab_size", h->vocab_size, 1, 1 << 24);
     check(m->path, "max_seq_len", h->max_seq_len, 1, 1 << 28);
-    check_real(m->path, "norm_eps", h->norm_eps, 0, 1);
-    check_real(m->path, "rope_theta", h->rope_theta, 1, FLT_MAX);
+    check(m->path, "norm_eps", h->norm_eps, 0, 1);
+    check(m->path, "rope_theta", h->rope_theta, 1, FLT_MAX);
     check(m->path, "rope_scaling", h->rope_scaling, ROPE_PLAIN, ROPE_LLAMA3);
     if (h->rope_scaling != ROPE_PLAIN)
-        check_real(m->path, "rope_factor", h->rope_factor, 1, FLT_MAX);
+        check(m->path, "rope_factor", h->rope_factor, 1, FLT_MAX);
     if (h->rope_scaling == ROPE_LLAMA3) {
-        check_real(m->path, "rope_low_freq_factor", h->rope_low_freq_factor, FLT_MIN, 1e6f);
-        check_real(m->path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
+        check(m->path, "rope_low_freq_factor", h->rope_low_freq_factor, FLT_MIN, 1e6f);
+        check(m->path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
         check(m->path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
     }
     check_size(m->path, h->file_size, m->size);
@@ -254,17 +254,13 @@ static Model open_model(const char *path) {
     size_t at = HEADER_SPACE;
     m.embedding = take(&m, &at, "embedding", V, D);
     m.layers = allocate(m.h.n_layers, sizeof *m.layers, "the table of layers");
-    for (size_t i = 0; i < m.h.n_layers; i++) {
-        Layer *l = &m.layers[i];
-        *l = (Layer){0};
+    size_t bias = m.h.flags & QKV_BIAS ? Q + 2 * K : 0, norm = m.h.flags & QK_NORM ? d : 0; // 0: there is none
+    for (Layer *l = m.layers; l < m.layers + m.h.n_layers; l++) {
         l->attn_norm = take(&m, &at, "attn_norm", 1, D);
         l->wqkv = take(&m, &at, "wqkv", Q + 2 * K, D);
-        if (m.h.flags & QKV_BIAS)
-            l->bqkv = take(&m, &at, "bqkv", 1, Q + 2 * K);
-        if (m.h.flags & QK_NORM) {
-            l->q_norm = take(&m, &at, "q_norm", 1, d);
-            l->k_norm = take(&m, &at, "k_norm", 1, d);
-        }
+        l->bqkv = take(&m, &at, "bqkv", 1, bias);
+        l->q_norm = take(&m, &at, "q_norm", 1, norm);
+        l->k_norm = take(&m, &at, "k_norm", 1, norm);
         l->wo = take(&m, &at, "wo", D, Q);
         l->ffn_norm = take(&m, &at, "ffn_norm", 1, D);
         l->w_gate_up = take(&m, &at, "w_gate_up", 2 * F, D);
@@ -761,44 +757,47 @@ static void feed(const Model *m, State *s, const uint32_t *tokens, size_t n, siz
 // ------------------------------------------------------------------------------------------------
 // 4 Sampling
 
-// A binary heap: the item with the largest key is on top, of equal ones that with the smallest index.
 typedef struct {
     float key;
-    uint32_t index, id; // the id is the tokenizer's
+    uint32_t index, id, bytes; // the latter two are the tokenizer's
 } Item;
 
-typedef struct {
-    Item *items;
-    size_t n, capacity;
-} Heap;
+// A binary heap of Items: the one with the largest key is on top, of equal ones that with the smallest index.
+typedef Buffer Heap;
 
 static bool above(Item a, Item b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
 
 static void heap_push(Heap *heap, Item item) {
-    if (heap->n == heap->capacity) {
-        heap->capacity = 2 * heap->capacity + 64;
-        heap->items = realloc(heap->items, heap->capacity * sizeof item);
-        expect(heap->items, "no memory for a heap of %zu items", heap->capacity);
-    }
-    size_t i = heap->n++;
-    for (; i > 0 && above(item, heap->items[(i - 1) / 2]); i = (i - 1) / 2)
-        heap->items[i] = heap->items[(i - 1) / 2];
-    heap->items[i] = item;
+    append(heap, &item, sizeof item);
+    Item *items = heap->data;
+    size_t i = heap->n / sizeof item - 1;
+    for (; i > 0 && above(item, items[(i - 1) / 2]); i = (i - 1) / 2)
+        items[i] = items[(i - 1) / 2];
+    items[i] = item;
 }
 
 static Item heap_pop(Heap *heap) {
-    Item top = heap->items[0], last = heap->items[--heap->n];
-    size_t i = 0;
-    for (size_t child = 1; child < heap->n; child = 2 * i + 1) {
-        if (child + 1 < heap->n && above(heap->items[child + 1], heap->items[child]))
+    heap->n -= sizeof(Item);
+    Item *items = heap->data, top = items[0];
+    size_t i = 0, n = heap->n / sizeof(Item);
+    for (size_t child = 1; child < n; child = 2 * i + 1) {
+        if (child + 1 < n && above(items[child + 1], items[child]))
             child++;
-        if (!above(heap->items[child], last))
+        if (!above(items[child], items[n]))
             break;
-        heap->items[i] = heap->items[child];
+        items[i] = items[child];
         i = child;
     }
-    heap->items[i] = last;
+    items[i] = items[n];
     return top;
+}
+
+// A heap of the values that are not less than `least`: the largest come off it first, without sorting the rest.
+static void rank(Heap *heap, const float *values, size_t n, double least) {
+    heap->n = 0;
+    for (size_t i = 0; i < n; i++)
+        if ((double)values[i] >= least)
+            heap_push(heap, (Item){.key = values[i], .index = (uint32_t)i});
 }
 
 typedef struct {
@@ -826,18 +825,14 @@ static uint32_t argmax(const float *logits, size_t n) {
     return (uint32_t)best;
 }
 
-// Keeps the top_k likeliest tokens, and of those only as many as it takes to have top_p of their probability. They come
-// off a heap, so the vocabulary is never sorted as a whole. Returns their number, and their probability in `mass`.
+// Keeps the top_k likeliest tokens, and of those only as many as it takes to have top_p of their probability. Returns
+// their number, and their probability in `mass`.
 //                              (top-k: Fan et al. 2018; top-p, or nucleus sampling: Holtzman et al. 2020)
 static size_t keep_likeliest(Sampler *s, size_t n, double *mass) {
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
     double target = s->top_k ? 1 : top_p; // with top_k, top_p is of what that has kept
     // Those before the last one kept have less than the target, so it is the largest that shares the rest.
-    double least = (1 - target) / (double)n;
-    s->heap.n = 0;
-    for (size_t i = 0; i < n; i++)
-        if ((double)s->probabilities[i] >= least)
-            heap_push(&s->heap, (Item){.key = s->probabilities[i], .index = (uint32_t)i});
+    rank(&s->heap, s->probabilities, n, (1 - target) / (double)n);
     size_t limit = s->top_k ? s->top_k : n, count = 0;
     for (*mass = 0; count < limit && s->heap.n && *mass < target; *mass += (double)s->kept[count++].key)
         s->kept[count] = heap_pop(&s->heap);
@@ -853,25 +848,18 @@ static uint32_t sample(Sampler *s, const float *logits, size_t n) {
     if (s->temperature == 0)
         return best;
     float *p = s->probabilities;
-    double sum = 0;
+    double sum = 0, mass = 1;
     for (size_t i = 0; i < n; i++)
         sum += (double)(p[i] = exp_negative((logits[i] - logits[best]) / s->temperature));
     for (size_t i = 0; i < n; i++)
         p[i] = (float)((double)p[i] / sum);
-    double coin = random_number(&s->random);
-    if (s->top_k == 0 && (s->top_p == 0 || s->top_p == 1)) {
-        for (size_t i = 0; i < n; i++)
-            if ((coin -= (double)p[i]) < 0)
-                return (uint32_t)i;
-        return best; // only rounding leads here
-    }
-    double mass;
-    size_t count = keep_likeliest(s, n, &mass);
-    coin *= mass;
+    bool all = s->top_k == 0 && (s->top_p == 0 || s->top_p == 1);
+    size_t count = all ? n : keep_likeliest(s, n, &mass);
+    double coin = random_number(&s->random) * mass;
     for (size_t i = 0; i < count; i++)
-        if ((coin -= (double)s->kept[i].key) < 0)
-            return s->kept[i].index;
-    return best;
+        if ((coin -= (double)(all ? p[i] : s->kept[i].key)) < 0)
+            return all ? (uint32_t)i : s->kept[i].index;
+    return best; // only rounding leads here
 }
 
 // ln of the sum of e to the logits: a logit less this is ln of its token's probability, at temperature 1
@@ -884,18 +872,6 @@ static double log_sum(const float *logits, size_t n) {
 
 static double log_probability(const float *logits, size_t n, uint32_t token) {
     return (double)logits[token] - log_sum(logits, n);
-}
-
-// The k likeliest tokens, at most all n, likeliest first and with their logits as keys; for the caller to free.
-static Item *likeliest(const float *logits, size_t n, size_t k) {
-    Heap heap = {0};
-    for (size_t i = 0; i < n; i++)
-        heap_push(&heap, (Item){.key = logits[i], .index = (uint32_t)i});
-    Item *items = allocate(k, sizeof *items, "the likeliest tokens");
-    for (size_t i = 0; i < k; i++)
-        items[i] = heap_pop(&heap);
-    free(heap.items);
-    return items;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -953,21 +929,12 @@ typedef struct {
     Text text; // in the mapped file
     uint32_t type;
     float score; // of all neighbours, those that make the piece of the highest score are merged first
-    bool late;   // a user-defined token that is sought when the text has been normalised
 } Piece;
 
-typedef struct {
-    uint32_t left, right, made; // tokens; or characters that NFC composes
-} Merge;
-
-typedef struct {
-    uint32_t first, last, class; // of characters
-} Range;
-
-// A hash table of the pieces, by their texts, or of other rows, by the bytes that they begin with.
+// A hash table of the pieces, by their texts, or of rows of numbers, by one or two that they begin with.
 typedef struct {
     const void *rows;
-    size_t row_size, key_size; // key_size 0: pieces
+    size_t row_size, key_size; // bytes; key_size 0: pieces
     uint32_t *places;          // (mask + 1) numbers of rows, NONE where empty
     size_t mask;               // a power of 2, less 1
 } Table;
@@ -977,17 +944,15 @@ typedef struct {
     TokenizerHeader h;
     Piece *pieces;             // (V)
     Table by_text;             // normal and user-defined pieces
-    size_t user_defined[256];  // bytes of the longest user-defined one that starts with this byte, 0 if there is none
+    size_t longest[256];       // bytes of the longest user-defined one that starts with this byte, 0 if there is none
     uint32_t byte_id[256];     // the token for each byte; unk_id, or NONE, where there is none
-    const Merge *merges;       // (n_merges) the first to be done first
-    Table by_pair;             // of merges
+    Table merges;              // (n_merges) two tokens and what they make, the first to be done first
     uint8_t *classes;          // (CHARACTERS + 256) the class of each character, by which words are cut
     const uint32_t *steps;     // (n_states, n_classes) the machines
+    Table decompositions;      // for NFC: a character, and the MAX_PARTS that it stands for, 0 after the last
+    Table compositions;        // two characters and what they make
     uint8_t *combining;        // (CHARACTERS + 256) the combining class of each character, 0 of a starter
-    const Merge *compositions; // of characters, for NFC
-    const uint32_t (*decompositions)[1 + MAX_PARTS]; // a character, and those that it stands for, 0 after the last
-    Table by_parts, by_whole;                        // of the two
-    Text templates[TEMPLATES];                       // items: the id of a token, or a TEXT_ITEM and its bytes
+    Text templates[TEMPLATES]; // items: the id of a token, or a TEXT_ITEM and its bytes
 } Tokenizer;
 
 // FNV-1a: finds pieces and merges, and tells one vocabulary from another.
@@ -1027,18 +992,10 @@ static uint32_t *place_of(const Table *table, Text key) {
 
 static uint32_t find_piece(const Tokenizer *t, Text text) { return *place_of(&t->by_text, text); }
 
-// The number of the row that begins with one or two numbers, as the table's rows do.
-static uint32_t find_row(const Table *table, uint32_t a, uint32_t b) {
-    const uint32_t numbers[2] = {a, b};
-    return *place_of(table, (Text){(const unsigned char *)numbers, table->key_size});
-}
-
-// A table of n rows by their first n_keys numbers. Of two with the same key the later counts.
-static Table index_rows(const void *rows, uint32_t n, size_t row_size, size_t n_keys) {
-    Table table = new_table(rows, n, row_size, n_keys * sizeof(uint32_t));
-    for (uint32_t i = 0; i < n; i++)
-        *place_of(&table, key_of(&table, i)) = i;
-    return table;
+// The row that begins with one or two numbers, as the table's rows do; NULL if there is none.
+static const uint32_t *find_row(const Table *table, uint32_t a, uint32_t b) {
+    const uint32_t numbers[2] = {a, b}, row = *place_of(table, (Text){(const unsigned char *)numbers, table->key_size});
+    return row == NONE ? NULL : (const void *)key_of(table, row).bytes;
 }
 
 static void check_tokenizer_header(const Tokenizer *t, size_t size) {
@@ -1073,11 +1030,20 @@ static const void *next_bytes(Reader *r, const char *what, size_t n) {
 }
 
 // Numbers of at most `most`, which start at a multiple of 4 bytes.
-static const void *next_numbers(Reader *r, const char *what, size_t n, int64_t most) {
+static const void *next_numbers(Reader *r, const char *what, size_t n, double most) {
     const uint32_t *numbers = next_bytes(r, what, n * sizeof *numbers);
     for (size_t i = 0; i < n; i++)
         check(r->path, what, numbers[i], 0, most);
     return numbers;
+}
+
+// The next n rows of so many numbers, by the first n_keys of them. Of two rows with the same key the later counts.
+static Table next_table(Reader *r, const char *what, uint32_t n, size_t numbers, size_t n_keys, double most) {
+    const void *rows = next_numbers(r, what, n * numbers, most);
+    Table table = new_table(rows, n, numbers * sizeof(uint32_t), n_keys * sizeof(uint32_t));
+    for (uint32_t i = 0; i < n; i++)
+        *place_of(&table, key_of(&table, i)) = i;
+    return table;
 }
 
 static void check_hash(const char *path, const char *what, uint64_t promised, Text text) {
@@ -1086,35 +1052,31 @@ static void check_hash(const char *path, const char *what, uint64_t promised, Te
            (unsigned long long)promised, (unsigned long long)hash);
 }
 
-static Piece next_piece(Reader *r) {
-    struct {
-        uint32_t length, type;
-        float score;
-    } e;
-    memcpy(&e, next_bytes(r, "a token", sizeof e), sizeof e);
-    check(r->path, "a token's type", e.type, NORMAL, LATE);
-    check(r->path, "a token's length", e.length, e.type != UNUSED, e.type == BYTE ? 1 : UINT32_MAX);
-    check_real(r->path, "a token's score", e.score, -FLT_MAX, FLT_MAX);
-    Text text = {next_bytes(r, "a token's text", e.length), e.length};
-    return (Piece){text, e.type == LATE ? USER_DEFINED : e.type, e.score, e.type == LATE};
-}
-
-// Fills the table of pieces and that of the bytes.
-static void index_pieces(Tokenizer *t) {
+// The vocabulary, and the tables of pieces and bytes.
+static void read_pieces(Tokenizer *t, Reader *r) {
+    t->pieces = allocate(t->h.vocab_size, sizeof *t->pieces, "the vocabulary");
     t->by_text = new_table(t->pieces, t->h.vocab_size, sizeof *t->pieces, 0);
     for (size_t b = 0; b < 256; b++)
         t->byte_id[b] = (uint32_t)t->h.unk_id; // -1 becomes NONE
     for (uint32_t id = 0; id < t->h.vocab_size; id++) {
-        const Piece *p = &t->pieces[id];
-        if (p->type == BYTE)
-            t->byte_id[*p->text.bytes] = id;
-        if (p->type != NORMAL && p->type != USER_DEFINED)
-            continue;
-        uint32_t *place = place_of(&t->by_text, p->text);
-        if (*place == NONE || p->type == USER_DEFINED)
+        struct {
+            uint32_t length, type;
+            float score;
+        } e;
+        memcpy(&e, next_bytes(r, "a token", sizeof e), sizeof e);
+        check(r->path, "a token's type", e.type, NORMAL, LATE);
+        check(r->path, "a token's length", e.length, e.type != UNUSED, e.type == BYTE ? 1 : UINT32_MAX);
+        check(r->path, "a token's score", e.score, -FLT_MAX, FLT_MAX);
+        Text text = {next_bytes(r, "a token's text", e.length), e.length};
+        t->pieces[id] = (Piece){text, e.type, e.score};
+        bool user_defined = e.type == USER_DEFINED || e.type == LATE;
+        uint32_t *place = place_of(&t->by_text, text);
+        if (user_defined || (e.type == NORMAL && *place == NONE))
             *place = id;
-        size_t *longest = &t->user_defined[*p->text.bytes];
-        *longest = p->type == USER_DEFINED ? larger(*longest, p->text.n) : *longest;
+        if (user_defined)
+            t->longest[*text.bytes] = larger(t->longest[*text.bytes], text.n);
+        if (e.type == BYTE)
+            t->byte_id[*text.bytes] = id;
     }
     for (size_t b = 0; b < 256; b++)
         expect(t->byte_id[b] != NONE || t->h.kind == BYTE_LEVEL_BPE,
@@ -1122,14 +1084,16 @@ static void index_pieces(Tokenizer *t) {
 }
 
 // Spreads ranges out over all characters, so that the class of one is found in one step.
-static uint8_t *next_classes(Reader *r, const char *what, uint32_t n, int usual, int64_t most) {
+static uint8_t *next_classes(Reader *r, const char *what, uint32_t n, int usual, double most) {
     uint8_t *classes = allocate(CHARACTERS + 256, 1, what);
     memset(classes, usual, CHARACTERS + 256);
-    const Range *range = next_numbers(r, what, (size_t)n * 3, CHARACTERS - 1);
-    for (uint32_t i = 0, next = 0; i < n; next = range++->last + 1, i++) {
-        check(r->path, what, range->first, next, range->last);
-        check(r->path, what, range->class, 1, most);
-        memset(classes + range->first, (int)range->class, range->last - range->first + 1);
+    const uint32_t *range = next_numbers(r, what, (size_t)n * 3, CHARACTERS - 1);
+    for (uint32_t i = 0, next = 0; i < n; i++, range += 3) {
+        uint32_t first = range[0], last = range[1], class = range[2];
+        check(r->path, what, first, next, last);
+        check(r->path, what, class, 1, most);
+        memset(classes + first, (int)class, last - first + 1);
+        next = last + 1;
     }
     return classes;
 }
@@ -1137,10 +1101,8 @@ static uint8_t *next_classes(Reader *r, const char *what, uint32_t n, int usual,
 // What puts text into NFC.
 static void read_nfc(Tokenizer *t, Reader *r) {
     const uint32_t *n = next_numbers(r, "NFC", 3, CHARACTERS);
-    t->decompositions = next_numbers(r, "a decomposition", (size_t)n[0] * (1 + MAX_PARTS), CHARACTERS - 1);
-    t->by_whole = index_rows(t->decompositions, n[0], sizeof *t->decompositions, 1);
-    t->compositions = next_numbers(r, "a composition", (size_t)n[1] * 3, CHARACTERS - 1);
-    t->by_parts = index_rows(t->compositions, n[1], sizeof *t->compositions, 2);
+    t->decompositions = next_table(r, "a decomposition", n[0], 1 + MAX_PARTS, 1, CHARACTERS - 1);
+    t->compositions = next_table(r, "a composition", n[1], 3, 2, CHARACTERS - 1);
     t->combining = next_classes(r, "a combining class", n[2], 0, 255);
 }
 
@@ -1150,18 +1112,21 @@ static uint32_t next_number(Reader *r, const char *what) {
     return number;
 }
 
-// Texts and tokens of a template, see TEXT_ITEM.
+// The next part of a template: a token, or NONE and a text.
+static uint32_t next_item(Reader *r, Text *text) {
+    uint32_t item = next_number(r, "a template's item"), n = item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
+    *text = (Text){next_bytes(r, "a template's text", n), n};
+    return item & TEXT_ITEM ? NONE : item;
+}
+
+// Checks a template, a row of such items.
 static Text next_template(const Tokenizer *t, Reader *r) {
-    uint32_t n = next_number(r, "a template");
-    Reader items = {r->path, next_bytes(r, "a template", n), n, 0};
-    while (items.at < n) {
-        uint32_t item = next_number(&items, "a template's item");
-        if (item & TEXT_ITEM)
-            next_bytes(&items, "a template's text", item ^ TEXT_ITEM);
-        else
-            check(r->path, "a template's token", item, 0, t->h.vocab_size - 1);
-    }
-    return (Text){items.bytes, n};
+    uint32_t n = next_number(r, "a template"), token;
+    Text items = {next_bytes(r, "a template", n), n}, text;
+    for (Reader in = {r->path, items.bytes, n, 0}; in.at < n;)
+        if ((token = next_item(&in, &text)) != NONE)
+            check(r->path, "a template's token", token, 0, t->h.vocab_size - 1);
+    return items;
 }
 
 static Tokenizer open_tokenizer(const char *path) {
@@ -1170,35 +1135,21 @@ static Tokenizer open_tokenizer(const char *path) {
     r.bytes = map_file(path, "twotoken", sizeof t.h, "a tokenizer file", &r.n);
     memcpy(&t.h, next_bytes(&r, "header", sizeof t.h), sizeof t.h);
     check_tokenizer_header(&t, r.n);
-    t.pieces = allocate(t.h.vocab_size, sizeof *t.pieces, "the vocabulary");
-    for (uint32_t id = 0; id < t.h.vocab_size; id++)
-        t.pieces[id] = next_piece(&r);
+    read_pieces(&t, &r);
     check_hash(path, "the vocabulary", t.h.vocab_hash, (Text){r.bytes + sizeof t.h, r.at - sizeof t.h});
     check_hash(path, "what follows the vocabulary", t.h.rest_hash, (Text){r.bytes + r.at, r.n - r.at});
-    index_pieces(&t);
     next_bytes(&r, "zeros", -r.at % 4);
 
-    t.merges = next_numbers(&r, "a merge", (size_t)t.h.n_merges * 3, t.h.vocab_size - 1);
-    t.by_pair = index_rows(t.merges, t.h.n_merges, sizeof *t.merges, 2);
-    t.classes = next_classes(&r, "a range of characters", t.h.n_ranges, 1, (int64_t)t.h.n_classes - 1);
+    t.merges = next_table(&r, "a merge", t.h.n_merges, 3, 2, t.h.vocab_size - 1);
+    t.classes = next_classes(&r, "a range of characters", t.h.n_ranges, 1, (double)t.h.n_classes - 1);
     memset(t.classes + CHARACTERS, t.classes[0xfffd], 256);
-    t.steps = next_numbers(&r, "a step", (size_t)t.h.n_states * t.h.n_classes, 2 * (int64_t)t.h.n_states - 1);
+    t.steps = next_numbers(&r, "a step", (size_t)t.h.n_states * t.h.n_classes, 2 * (double)t.h.n_states - 1);
     if (t.h.flags & NFC)
         read_nfc(&t, &r);
     for (size_t i = 0; i < TEMPLATES; i++)
         t.templates[i] = next_template(&t, &r);
     expect(r.at == r.n, "%s: expected %zu bytes by its contents, found %zu", path, r.at, r.n);
     return t;
-}
-
-static void close_tokenizer(Tokenizer *t) {
-    free(t->pieces);
-    free(t->by_text.places);
-    free(t->by_pair.places);
-    free(t->by_parts.places);
-    free(t->by_whole.places);
-    free(t->classes);
-    free(t->combining);
 }
 
 // The length of the UTF-8 character that starts here; 0 if none can; -1 if one might, with more bytes.
@@ -1237,10 +1188,10 @@ static size_t put_character(uint32_t c, unsigned char *out) {
 
 // Replaces a character by those that it stands for, which may be itself alone, and returns their number.
 static size_t decompose(const Tokenizer *t, uint32_t *c) {
-    uint32_t row = t->h.flags & NFC ? find_row(&t->by_whole, *c, 0) : NONE;
+    const uint32_t *row = t->h.flags & NFC ? find_row(&t->decompositions, *c, 0) : NULL;
     size_t n = 0;
-    for (; row != NONE && n < MAX_PARTS && t->decompositions[row][1 + n]; n++)
-        c[n] = t->decompositions[row][1 + n];
+    for (; row && n < MAX_PARTS && row[1 + n]; n++)
+        c[n] = row[1 + n];
     return n ? n : 1;
 }
 
@@ -1259,9 +1210,9 @@ static size_t compose(const Tokenizer *t, Heap *marks, uint32_t *c, size_t n) {
     for (size_t i = 0; i < n; i++) {
         uint8_t class = t->combining[c[i]];
         bool open = starter < n && (starter + 1 == left || before < class);
-        uint32_t row = open ? find_row(&t->by_parts, c[starter], c[i]) : NONE;
-        if (row != NONE) {
-            c[starter] = t->compositions[row].made;
+        const uint32_t *row = open ? find_row(&t->compositions, c[starter], c[i]) : NULL;
+        if (row) {
+            c[starter] = row[2];
         } else {
             starter = class ? starter : left;
             before = class;
@@ -1269,35 +1220,6 @@ static size_t compose(const Tokenizer *t, Heap *marks, uint32_t *c, size_t n) {
         }
     }
     return left;
-}
-
-// The text as the vocabulary has it: in NFC, and "▁", by which SentencePiece means a space, is one. It begins at the
-// second byte of what the caller is to free, so that a space may be put in front.
-static Text normalise(const Tokenizer *t, Heap *marks, Text text) {
-    size_t n = 0, at = 0, end = 1;
-    bool nfc = t->h.flags & NFC, bars = t->h.kind == SENTENCEPIECE_BPE;
-    uint32_t *c = allocate(text.n * (nfc ? MAX_PARTS : 1), sizeof *c, "the prompt");
-    while (at < text.n) {
-        at += first_character((Text){text.bytes + at, text.n - at}, c + n).n;
-        n += decompose(t, c + n);
-    }
-    n = nfc ? compose(t, marks, c, n) : n;
-    unsigned char *out = allocate(4 * n + 1, 1, "the prompt");
-    for (size_t i = 0; i < n; i++)
-        end += put_character(bars && c[i] == 0x2581 ? ' ' : c[i], out + end);
-    free(c);
-    expect(end <= MAX_TEXT, "the prompt: expected at most %d bytes, found %zu", MAX_TEXT, end);
-    return (Text){out + 1, end - 1};
-}
-
-// The longest user-defined token at the start of a text that is not empty, NONE if there is none.
-static uint32_t find_user_defined(const Tokenizer *t, Text text, bool late) {
-    for (size_t n = smaller(text.n, t->user_defined[*text.bytes]); n > 0; n--) {
-        uint32_t id = find_piece(t, (Text){text.bytes, n});
-        if (id != NONE && t->pieces[id].type == USER_DEFINED && t->pieces[id].late == late)
-            return id;
-    }
-    return NONE;
 }
 
 // A part of a word on its way to becoming a token. Neighbours are linked by their index, NONE at the ends.
@@ -1308,34 +1230,27 @@ typedef struct {
 } Symbol;
 
 typedef struct {
-    Buffer tokens;  // found so far
-    Buffer symbols; // room for those of a word
-    Heap pairs;     // key: how soon two neighbours are to be merged, index: the first of them, id: what they make
+    Buffer *tokens; // found so far
+    bool add_space; // in front of the next text
+    Buffer symbols; // of a word
+    Heap pairs;     // of neighbours to be merged, key: how soon, index: the first, id: what they make, bytes: of both
+    Buffer characters, normal; // of a text, and the same as bytes
 } Encoder;
 
-static void push_token(Encoder *e, uint32_t token) { append(&e->tokens, &token, sizeof token); }
-
-// The token that two neighbours make, NONE if they make none, and how soon they are to be merged.
-static uint32_t merged(const Tokenizer *t, const Symbol *a, const Symbol *b, float *key) {
-    if (t->h.flags & BY_MERGES) {
-        uint32_t rank = find_row(&t->by_pair, a->id, b->id);
-        *key = -(float)rank;
-        return rank == NONE ? NONE : t->merges[rank].made;
-    }
-    uint32_t id = find_piece(t, (Text){a->text.bytes, a->text.n + b->text.n});
-    *key = id == NONE ? 0 : t->pieces[id].score;
-    return id;
-}
-
-// Considers merging symbol `first` with the next.
-static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
-    const Symbol *symbols = e->symbols.data;
-    if (first == NONE || symbols[first].next == NONE)
-        return;
-    Item pair = {.index = first};
-    pair.id = merged(t, &symbols[first], &symbols[symbols[first].next], &pair.key);
-    if (pair.id != NONE)
-        heap_push(&e->pairs, pair);
+// The text as the vocabulary has it: in NFC, and "▁", by which SentencePiece means a space, is one. There is room for a
+// byte in front of it.
+static Text normalise(const Tokenizer *t, Encoder *e, Text text) {
+    bool nfc = t->h.flags & NFC, bars = t->h.kind == SENTENCEPIECE_BPE;
+    uint32_t *c = reserve(&e->characters, text.n * (nfc ? MAX_PARTS : 1) * sizeof *c);
+    size_t n = 0, end = 1;
+    for (size_t at = 0; at < text.n; n += decompose(t, c + n))
+        at += first_character((Text){text.bytes + at, text.n - at}, c + n).n;
+    n = nfc ? compose(t, &e->pairs, c, n) : n;
+    unsigned char *out = reserve(&e->normal, 4 * n + 1);
+    for (size_t i = 0; i < n; i++)
+        end += put_character(bars && c[i] == 0x2581 ? ' ' : c[i], out + end);
+    expect(end <= MAX_TEXT, "the prompt: expected at most %d bytes, found %zu", MAX_TEXT, end);
+    return (Text){out + 1, end - 1};
 }
 
 // Cuts a word into the symbols that merging starts from and returns their number.
@@ -1357,12 +1272,31 @@ static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
     return n;
 }
 
+// Considers merging symbol `first` with the next.
+static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
+    const Symbol *symbols = e->symbols.data;
+    if (first == NONE || symbols[first].next == NONE)
+        return;
+    const Symbol *a = &symbols[first], *b = &symbols[a->next];
+    Item pair = {.index = first, .bytes = (uint32_t)(a->text.n + b->text.n)};
+    if (t->h.flags & BY_MERGES) {
+        const uint32_t *merge = find_row(&t->merges, a->id, b->id);
+        pair.id = merge ? merge[2] : NONE;
+        pair.key = merge ? -(float)((merge - (const uint32_t *)t->merges.rows) / 3) : 0;
+    } else {
+        pair.id = find_piece(t, (Text){a->text.bytes, pair.bytes});
+        pair.key = pair.id == NONE ? 0 : t->pieces[pair.id].score;
+    }
+    if (pair.id != NONE)
+        heap_push(&e->pairs, pair);
+}
+
 // Byte-pair encoding: merges the pair of the highest key, the leftmost of equals, until none is left. As a heap finds
 // it, that takes n log n steps.                                          (Sennrich, Haddow and Birch 2016)
 static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
     uint32_t whole = t->h.flags & WHOLE_WORDS ? find_piece(t, word) : NONE;
     if (whole != NONE) {
-        push_token(e, whole);
+        push_token(e->tokens, whole);
         return;
     }
     uint32_t n = first_symbols(t, e, word);
@@ -1371,10 +1305,10 @@ static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
         push_pair(t, e, i);
     while (e->pairs.n) {
         Item pair = heap_pop(&e->pairs);
-        Symbol *first = &symbols[pair.index], *second = first->next == NONE ? NULL : &symbols[first->next];
-        float key;
-        if (first->text.n == 0 || !second || merged(t, first, second, &key) != pair.id)
+        Symbol *first = &symbols[pair.index];
+        if (first->text.n == 0 || first->next == NONE || first->text.n + symbols[first->next].text.n != pair.bytes)
             continue; // one of the two has been merged with another since
+        Symbol *second = &symbols[first->next];
         first->text.n += second->text.n;
         first->id = pair.id;
         second->text.n = 0;
@@ -1386,16 +1320,25 @@ static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
     }
     for (uint32_t i = n ? 0 : NONE; i != NONE; i = symbols[i].next) {
         if (symbols[i].id != NONE) {
-            push_token(e, symbols[i].id);
+            push_token(e->tokens, symbols[i].id);
             continue;
         }
         for (size_t b = 0; b < symbols[i].text.n; b++) { // a token for each byte, or one <unk> for all
-            uint32_t byte = t->byte_id[symbols[i].text.bytes[b]];
-            size_t n_found = n_tokens(e->tokens);
-            if (byte != (uint32_t)t->h.unk_id || n_found == 0 || ((uint32_t *)e->tokens.data)[n_found - 1] != byte)
-                push_token(e, byte);
+            uint32_t id = t->byte_id[symbols[i].text.bytes[b]];
+            if (id != (uint32_t)t->h.unk_id || last_token(*e->tokens) != id)
+                push_token(e->tokens, id);
         }
     }
+}
+
+// The longest token of a type that is user-defined at the start of a text that is not empty; NONE if there is none.
+static uint32_t find_user_defined(const Tokenizer *t, Text text, uint32_t type) {
+    for (size_t n = smaller(text.n, t->longest[*text.bytes]); n > 0; n--) {
+        uint32_t id = find_piece(t, (Text){text.bytes, n});
+        if (id != NONE && t->pieces[id].type == type)
+            return id;
+    }
+    return NONE;
 }
 
 // How many bytes at the start of a text are a word to the machine that starts in `state`; 0 if no word starts here.
@@ -1416,81 +1359,69 @@ static size_t word_length(const Tokenizer *t, uint32_t state, Text text) {
     return word;
 }
 
-// Cuts a text into the words of one machine and what lies between them, each of those with the next machine, and so on.
-static void encode_words(const Tokenizer *t, Encoder *e, Text text, uint32_t machine) {
-    if (machine == t->h.n_machines) {
+enum { AS_WRITTEN, NORMALISED, WORDS }; // stages of encoding
+
+// Adds the tokens of a text that is not empty, stage by stage. In the text as it is written, user-defined tokens are
+// found, the longest at each place; what lies between them is normalised and searched for the late ones; and the rest
+// is cut into words. Each machine that cuts words is a stage: its words, and what lies between them, go to the next.
+static void encode_stage(const Tokenizer *t, Encoder *e, Text text, uint32_t stage) {
+    if (stage == NORMALISED)
+        text = normalise(t, e, text);
+    // Some tokenizers, those with NO_SECOND_SPACE, add a space to what is cut into words; others before late tokens.
+    bool second = t->h.flags & NO_SECOND_SPACE;
+    if (e->add_space && stage == (second ? WORDS : NORMALISED) && !(second && *text.bytes == ' ')) {
+        text = (Text){text.bytes - 1, text.n + 1};
+        *(unsigned char *)text.bytes = ' ';
+    }
+    if (stage == WORDS + t->h.n_machines) {
         encode_word(t, e, text);
         return;
     }
-    size_t start = 0, at = 0; // from start to at there is no word
-    uint32_t number;
-    while (start < text.n) {
-        Text rest = {text.bytes + at, text.n - at};
-        size_t word = rest.n ? word_length(t, machine + 1, rest) : 0;
-        if (rest.n && word == 0) {
-            at += first_character(rest, &number).n;
-            continue;
-        }
-        size_t end = at > start ? at : at + word;
-        encode_words(t, e, (Text){text.bytes + start, end - start}, machine + 1);
-        start = at = end;
-    }
-}
-
-static size_t n_before(const Tokenizer *t) { return t->h.flags & ADD_BOS ? 1 : 0; }
-
-// A text with a space in front, if it is to have one. Some tokenizers, those with NO_SECOND_SPACE, put it in front of
-// what is cut into words; others before they look for late tokens.
-static Text with_space(const Tokenizer *t, const Encoder *e, Text text, bool late) {
-    uint32_t flags = t->h.flags, wanted = n_tokens(e->tokens) == n_before(t) ? ADD_SPACE : SPACE_ANEW;
-    bool second = flags & NO_SECOND_SPACE;
-    if (!(flags & wanted) || second != late || (second && *text.bytes == ' '))
-        return text;
-    ((unsigned char *)text.bytes)[-1] = ' ';
-    return (Text){text.bytes - 1, text.n + 1};
-}
-
-// Adds the tokens of a text. User-defined tokens are found first, the longest at each place; what lies between them is
-// normalised and cut at the late ones, and the rest into words.
-static void encode_text(const Tokenizer *t, Encoder *e, Text text, bool late) {
     for (size_t start = 0, at = 0; start < text.n; start = at) {
-        uint32_t id = NONE;
-        while (at < text.n && (id = find_user_defined(t, (Text){text.bytes + at, text.n - at}, late)) == NONE)
-            at++;
-        Text plain = {text.bytes + start, at - start};
-        if (plain.n && late)
-            encode_words(t, e, with_space(t, e, plain, true), 0);
-        if (plain.n && !late) {
-            Text normal = normalise(t, &e->pairs, plain);
-            encode_text(t, e, with_space(t, e, normal, false), true);
-            free((unsigned char *)normal.bytes - 1);
+        uint32_t token = NONE, number;
+        size_t found = 0; // bytes
+        while (at < text.n) {
+            Text rest = {text.bytes + at, text.n - at};
+            token = stage < WORDS ? find_user_defined(t, rest, stage == AS_WRITTEN ? USER_DEFINED : LATE) : NONE;
+            found = token != NONE ? t->pieces[token].text.n : stage < WORDS ? 0 : word_length(t, stage - 1, rest);
+            if (found)
+                break;
+            at += stage < WORDS ? 1 : first_character(rest, &number).n;
         }
-        if (id == NONE)
-            break;
-        push_token(e, id);
-        at += t->pieces[id].text.n;
+        if (at > start)
+            encode_stage(t, e, (Text){text.bytes + start, at - start}, stage + 1);
+        if (token != NONE) {
+            push_token(e->tokens, token);
+            e->add_space = t->h.flags & SPACE_ANEW;
+        } else if (found) {
+            encode_stage(t, e, (Text){text.bytes + at, found}, stage + 1);
+        }
+        at += found;
     }
 }
 
-// The tokens of a text, for the caller to free. No text becomes a control token: those are not in the table.
-static uint32_t *encode(const Tokenizer *t, Text text, size_t *n) {
-    Encoder e = {0};
-    if (t->h.flags & ADD_BOS)
-        push_token(&e, (uint32_t)t->h.bos_id);
-    encode_text(t, &e, text, false);
-    free(e.symbols.data);
-    free(e.pairs.items);
-    *n = n_tokens(e.tokens);
-    return e.tokens.data;
+// Appends the tokens of a text to those before it. If there are none, the tokenizer may want bos, and a space in front
+// of the text; that also after a control or user-defined token. No text becomes a control token: those are not in the
+// table.
+static void encode(const Tokenizer *t, Buffer *tokens, Text text) {
+    uint32_t last = tokens->n ? t->pieces[last_token(*tokens)].type : CONTROL;
+    uint32_t wanted = tokens->n == 0 ? ADD_SPACE : last == NORMAL || last == BYTE ? 0 : SPACE_ANEW;
+    Encoder e = {.tokens = tokens, .add_space = t->h.flags & wanted};
+    if (tokens->n == 0 && t->h.flags & ADD_BOS)
+        push_token(tokens, (uint32_t)t->h.bos_id);
+    encode_stage(t, &e, text, AS_WRITTEN);
+    void *const memory[] = {e.symbols.data, e.pairs.data, e.characters.data, e.normal.data};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
+        free(memory[i]);
 }
 
 // What the token at position `pos` prints. At the start of a text, that is without the space put there by encode.
 static Text decode(const Tokenizer *t, uint32_t token, size_t pos) {
     Text text = t->pieces[token].text;
     uint32_t type = t->pieces[token].type;
-    if (type != NORMAL && type != USER_DEFINED && type != BYTE)
+    if (type != NORMAL && type != USER_DEFINED && type != LATE && type != BYTE)
         return (Text){0};
-    bool skip = pos == n_before(t) && t->h.flags & ADD_SPACE && text.bytes[0] == ' ';
+    bool skip = pos == (t->h.flags & ADD_BOS ? 1 : 0) && t->h.flags & ADD_SPACE && text.bytes[0] == ' ';
     return (Text){text.bytes + skip, text.n - skip};
 }
 
@@ -1513,6 +1444,41 @@ typedef struct {
     bool json, probs;
 } Options;
 
+// Of a conversation.
+typedef struct {
+    Buffer said;   // bytes, by the user
+    Buffer answer; // tokens, as they were sampled: encode might find others for the same text
+} Turn;
+
+// All that the modes work with. It lives as long as the program, which never frees it.
+typedef struct {
+    Options o;
+    Model m;
+    Tokenizer t;
+    State state;
+    Sampler sampler;
+    size_t context; // in tokens
+
+    FILE *input; // the text to be read, NULL when it has ended
+    char *line;  // of it
+    size_t capacity;
+    Buffer text;   // bytes that are to follow the tokens
+    Buffer tokens; // what the model reads, and what it has said
+
+    size_t n_cached;                // so many of the tokens are in the KV cache
+    Buffer turns;                   // of a conversation
+    size_t first;                   // those before it are forgotten
+    size_t n_read, n_said, n_steps; // tokens read, tokens said, and passes for one of these
+    double reading, saying;         // seconds
+
+    bool terminal, colours; // is standard output one, and does it get colours
+    Buffer pending;         // bytes to be printed, of a character that is not complete yet
+    int colour;             // of what is pending
+    bool skip_space;        // until something else is printed
+} Session;
+
+static size_t n_turns(const Session *s) { return s->turns.n / sizeof(Turn); }
+
 static Text text_of(const char *string) { return (Text){(const unsigned char *)string, strlen(string)}; }
 
 static double seconds(void) {
@@ -1525,178 +1491,111 @@ static void flush_output(void) {
     expect(!fflush(stdout) && !ferror(stdout), "standard output: cannot write: %s", strerror(errno));
 }
 
-// Streams text without ever splitting a character: the bytes of one that is not complete yet wait in `pending`. It has
-// the colour of its first byte.
-typedef struct {
-    bool terminal;
-    bool skip_space; // until something else comes
-    unsigned char pending[4];
-    size_t n;
-    int colour, shown; // of the pending character, and on the screen; 0: none
-} Printer;
-
 static bool is_space(unsigned char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
-static bool is_control(Text c) { // U+0000 to U+001F and U+007F to U+009F
-    return *c.bytes < 0x20 || *c.bytes == 0x7f || (*c.bytes == 0xc2 && c.n > 1 && c.bytes[1] < 0xa0);
-}
+// How characters are printed: as they are; so that a terminal does not obey what a model says, with control characters
+// and bytes that are not UTF-8 as \x1b; also with \" \\ \n \t \u001b, as between quotes; and as JSON, which cannot say
+// such bytes: they become U+FFFD.
+typedef enum { PLAIN, FOR_TERMINAL, QUOTED, JSON } Style;
 
-static void paint(Printer *p, int colour) {
-    if (colour && colour != p->shown)
-        printf("\x1b[38;5;%dm", colour);
-    else if (colour != p->shown)
-        fputs("\x1b[0m", stdout);
-    p->shown = colour;
-}
-
-// Prints the characters that are complete; at the end of the text, all that is left. A terminal must not obey what a
-// model says, so it gets control characters and stray bytes as \x1b.
-static void print_pending(Printer *p, bool end) {
-    while (p->n) {
-        Text rest = {p->pending, p->n};
-        int length = utf8_length(rest);
-        if (length < 0 && !end)
-            return;
-        size_t n = length > 0 ? (size_t)length : 1;
-        bool escaped = length <= 0 || (is_control(rest) && *rest.bytes != '\n' && *rest.bytes != '\t');
-        paint(p, p->colour);
-        for (size_t i = 0; i < n; i++)
-            printf(p->terminal && escaped ? "\\x%02x" : "%c", rest.bytes[i]);
-        p->n -= n;
-        memmove(p->pending, p->pending + n, p->n);
-    }
-}
-
-static void print_text(Printer *p, Text text, int colour) {
-    for (size_t i = 0; i < text.n; i++) {
-        p->skip_space = p->skip_space && is_space(text.bytes[i]);
-        if (p->skip_space)
-            continue;
-        if (p->n == 0)
-            p->colour = colour;
-        p->pending[p->n++] = text.bytes[i];
-        print_pending(p, false);
-    }
-    paint(p, 0); // so that Ctrl-C between two tokens leaves the terminal as it was
-}
-
-static void end_text(Printer *p) {
-    print_pending(p, true);
-    paint(p, 0);
-    p->skip_space = false;
-}
-
-// In quotes, escaped as in JSON. That cannot say bytes that are not UTF-8: they become U+FFFD; people see them as \xe2.
-static void print_quoted(Text text, bool json) {
-    const char *special = "\"\\\n\t", *names = "\"\\nt", *found;
-    putchar('"');
-    for (size_t i = 0, n; i < text.n; i += n) {
-        Text rest = {text.bytes + i, text.n - i};
-        int length = utf8_length(rest);
-        n = length > 0 ? (size_t)length : 1;
-        if (*rest.bytes && (found = strchr(special, *rest.bytes)))
+static void print_text(Text text, Style style) {
+    const char *special = "\n\t\"\\", *names = "nt\"\\";
+    Text c;
+    for (size_t at = 0; at < text.n; at += c.n) {
+        uint32_t number;
+        c = first_character((Text){text.bytes + at, text.n - at}, &number);
+        const char *found = number ? strchr(special, *c.bytes) : NULL;
+        bool stray = number >= CHARACTERS, control = number < 0x20 || (number >= 0x7f && number < 0xa0);
+        if (style >= QUOTED && found)
             printf("\\%c", names[found - special]);
-        else if (length <= 0 && !json)
-            printf("\\x%02x", *rest.bytes);
-        else if (length <= 0 || is_control(rest))
-            printf("\\u%04x", length <= 0 ? 0xfffd : rest.bytes[n - 1]); // of c2 9b, the last byte is the number
+        else if (style >= QUOTED && (control || (stray && style == JSON)))
+            printf("\\u%04x", stray ? 0xfffd : number);
+        else if (style != PLAIN && (stray || (control && !found)))
+            for (size_t i = 0; i < c.n; i++)
+                printf("\\x%02x", c.bytes[i]);
         else
-            printf("%.*s", length, (const char *)rest.bytes);
+            fwrite(c.bytes, 1, c.n, stdout);
     }
+}
+
+static void print_quoted(Text text, bool json) {
+    putchar('"');
+    print_text(text, json ? JSON : QUOTED);
     putchar('"');
 }
 
-static void print_ids(const uint32_t *tokens, size_t n, const char *between) {
-    for (size_t i = 0; i < n; i++)
-        printf("%s%u", i ? between : "", tokens[i]);
+// How many bytes at the end of a text may be the start of a character.
+static size_t n_incomplete(Text text) {
+    for (size_t n = smaller(text.n, 3); n > 0; n--)
+        if (utf8_length((Text){text.bytes + text.n - n, n}) < 0)
+            return n;
+    return 0;
 }
 
-// The text of -i or -f, or an empty one, on its way to becoming tokens, a piece at a time.
-typedef struct {
-    const Tokenizer *t;
-    const char *name;
-    FILE *file;   // NULL: the text of -i
-    size_t piece; // bytes, at least
-    bool ended;
-    Buffer bytes;  // that are no tokens yet
-    Buffer tokens; // those before `at` are not needed any more
-    size_t at;
-} Source;
-
-static Source open_source(const Tokenizer *t, const Options *o, size_t piece) {
-    Source s = {.t = t, .name = o->prompt_file, .piece = piece};
-    if (o->prompt)
-        append(&s.bytes, o->prompt, strlen(o->prompt));
-    if (s.name)
-        s.file = strcmp(s.name, "-") ? fopen(s.name, "rb") : stdin;
-    expect(s.file || !s.name, "%s: cannot read the prompt: %s", s.name, strerror(errno));
-    return s;
+// Prints a text piece by piece without ever splitting a character: the bytes of one that is not complete wait for the
+// next piece, but not at the end. What is printed at a time has one colour, that of its first byte; 0: none.
+static void stream_text(Session *s, Text text, int colour, bool end) {
+    for (; s->skip_space && text.n && is_space(*text.bytes); text.n--)
+        text.bytes++;
+    s->skip_space = s->skip_space && text.n == 0 && !end;
+    s->colour = s->pending.n ? s->colour : colour;
+    append(&s->pending, text.bytes, text.n);
+    text = (Text){s->pending.data, s->pending.n};
+    text.n -= end ? 0 : n_incomplete(text);
+    bool coloured = text.n && s->colour;
+    if (coloured)
+        printf("\x1b[38;5;%dm", s->colour);
+    print_text(text, s->terminal ? FOR_TERMINAL : PLAIN);
+    fputs(coloured ? "\x1b[0m" : "", stdout); // at once, so that Ctrl-C leaves the terminal as it was
+    cut_front(&s->pending, text.n);
 }
 
-static void close_source(Source *s) {
-    if (s->file && s->file != stdin)
-        fclose(s->file);
-    free(s->bytes.data);
-    free(s->tokens.data);
+static void print_ids(Buffer tokens, const char *between) {
+    const uint32_t *ids = tokens.data;
+    for (size_t i = 0; i < n_tokens(tokens); i++)
+        printf("%s%u", i ? between : "", ids[i]);
 }
 
-// Makes tokens of a piece. It ends between a line break and what is no space: no token of the usual tokenizers lies
-// across that. If there is no such place, it is longer.
-static void read_tokens(Source *s) {
-    char part[65536];
-    size_t end = 0, n;
-    while (!s->ended && !end && s->bytes.n <= MAX_TEXT) {
-        n = s->file ? fread(part, 1, sizeof part, s->file) : 0;
-        expect(!s->file || !ferror(s->file), "%s: cannot read the prompt: %s", s->name, strerror(errno));
-        append(&s->bytes, part, n);
-        s->ended = n < sizeof part;
-        const unsigned char *bytes = s->bytes.data;
-        for (size_t i = s->bytes.n; !s->ended && !end && s->bytes.n >= s->piece && --i > s->bytes.n - n;)
-            end = bytes[i - 1] == '\n' && !is_space(bytes[i]) ? i : 0;
+// What is to be read: the text of -i or -f, or none; in a chat, the lines of -f or of standard input.
+static FILE *open_input(const Options *o) {
+    bool lines = !strcmp(o->mode, "chat");
+    const char *name = o->prompt_file ? o->prompt_file : lines ? "-" : "/dev/null";
+    FILE *file = o->prompt && *o->prompt && !lines ? fmemopen((char *)o->prompt, strlen(o->prompt), "r")
+                 : strcmp(name, "-")               ? fopen(name, "rb")
+                                                   : stdin;
+    expect(file, "%s: cannot read: %s", name, strerror(errno));
+    return file;
+}
+
+enum { PIECE = 1 << 20 }; // bytes of a text that become tokens at a time
+
+// Reads on until there are so many tokens, or SIZE_MAX: to the end of the text, at once. A piece ends between lines,
+// before what is no space: no token of the usual tokenizers lies across that. If there is no such place, it is longer.
+static void read_tokens(Session *s, size_t least) {
+    for (ssize_t n; s->input && n_tokens(s->tokens) < least;) {
+        while ((n = getline(&s->line, &s->capacity, s->input)) >= 0 && s->text.n <= MAX_TEXT &&
+               (s->text.n < PIECE || least == SIZE_MAX || is_space((unsigned char)*s->line)))
+            append(&s->text, s->line, (size_t)n);
+        expect(!ferror(s->input), "%s: cannot read the prompt: %s", s->o.prompt_file, strerror(errno));
+        encode(&s->t, &s->tokens, (Text){s->text.data, s->text.n});
+        s->text.n = 0;
+        append(&s->text, s->line, n > 0 ? (size_t)n : 0);
+        s->input = n < 0 ? NULL : s->input;
     }
-    end = end ? end : s->bytes.n;
-    Tokenizer here = *s->t;
-    if (s->tokens.data) // this is not the first piece
-        here.h.flags &= ~(uint32_t)(ADD_BOS | ADD_SPACE);
-    uint32_t *tokens = encode(&here, (Text){s->bytes.data, end}, &n);
-    cut_front(&s->bytes, end);
-    cut_front(&s->tokens, s->at * sizeof *tokens);
-    s->at = 0;
-    append(&s->tokens, tokens, n * sizeof *tokens);
-    free(tokens);
-}
-
-// How many tokens there are from `at` on: at least so many, unless the text ends before.
-static size_t look_ahead(Source *s, size_t least) {
-    while (!s->ended && n_tokens(s->tokens) - s->at < least)
-        read_tokens(s);
-    return n_tokens(s->tokens) - s->at;
-}
-
-// All tokens of the prompt, for the caller to free.
-static uint32_t *read_prompt(const Tokenizer *t, const Options *o, size_t *n) {
-    Source s = open_source(t, o, SIZE_MAX);
-    *n = look_ahead(&s, SIZE_MAX);
-    uint32_t *tokens = s.tokens.data;
-    s.tokens.data = NULL;
-    close_source(&s);
-    return tokens;
 }
 
 // The ids of the prompt on one line, as the model would receive them.
-static void tokenize(const Model *m, const Tokenizer *t, const Options *o) {
-    (void)m; // there may be none
-    size_t n;
-    uint32_t *tokens = read_prompt(t, o, &n);
-    fputs(o->json ? "{\"tokens\": [" : "", stdout);
-    print_ids(tokens, n, o->json ? ", " : " ");
-    fputs(o->json ? "], \"pieces\": [" : "", stdout);
-    for (size_t i = 0; o->json && i < n; i++) {
+static void tokenize(Session *s) {
+    read_tokens(s, SIZE_MAX);
+    const uint32_t *tokens = s->tokens.data;
+    fputs(s->o.json ? "{\"tokens\": [" : "", stdout);
+    print_ids(s->tokens, s->o.json ? ", " : " ");
+    fputs(s->o.json ? "], \"pieces\": [" : "", stdout);
+    for (size_t i = 0; s->o.json && i < n_tokens(s->tokens); i++) {
         fputs(i ? ", " : "", stdout);
-        print_quoted(t->pieces[tokens[i]].text, true);
+        print_quoted(s->t.pieces[tokens[i]].text, true);
     }
-    fputs(o->json ? "]}\n" : "\n", stdout);
-    free(tokens);
+    fputs(s->o.json ? "]}\n" : "\n", stdout);
 }
 
 // Of the 256 colours, some that can be read on black and on white, and from which probability on each is used.
@@ -1710,11 +1609,6 @@ static int colour_of(double probability) {
     while (probability < shades[i].from)
         i++;
     return shades[i].colour;
-}
-
-static bool wants_colours(const Options *o) {
-    const char *no = getenv("NO_COLOR"); // https://no-color.org
-    return o->probs && !o->json && isatty(STDOUT_FILENO) && !(no && *no);
 }
 
 static void print_legend(void) {
@@ -1732,156 +1626,124 @@ static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double log
 }
 
 // The k likeliest tokens at position pos as a JSON array.
-static void print_likeliest(const Tokenizer *t, const float *logits, size_t k, size_t pos) {
-    double total = log_sum(logits, t->h.vocab_size);
-    Item *items = likeliest(logits, t->h.vocab_size, k);
+static void print_likeliest(Session *s, size_t k, size_t pos) {
+    size_t vocab = s->m.h.vocab_size;
+    double total = log_sum(s->state.logits, vocab);
+    rank(&s->sampler.heap, s->state.logits, vocab, -INFINITY);
     putchar('[');
-    for (size_t i = 0; i < k; i++) {
+    for (size_t i = 0; i < k && i < vocab; i++) {
+        Item item = heap_pop(&s->sampler.heap);
         fputs(i ? ", " : "", stdout);
-        open_json(t, items[i].index, pos, (double)items[i].key - total);
-        printf(", \"prob\": %.6g}", exp((double)items[i].key - total));
+        open_json(&s->t, item.index, pos, (double)item.key - total);
+        printf(", \"prob\": %.6g}", exp((double)item.key - total));
     }
     putchar(']');
-    free(items);
 }
 
-typedef struct {
-    Buffer said;   // bytes, by the user
-    Buffer answer; // tokens, as they were sampled: encode might find others for the same text
-} Turn;
-
-// A prompt and what follows it, or a conversation.
-typedef struct {
-    const Model *m;
-    const Tokenizer *t;
-    const Options *o;
-    State s;
-    Sampler sampler;
-    Printer printer;
-    size_t context;
-    Buffer script;   // tokens: what the model reads, and what it has said
-    size_t n_cached; // so many of them are in the KV cache
-    Turn *turns;
-    size_t n_turns, first;          // those before `first` are forgotten
-    Buffer run;                     // bytes: text that is to follow the script
-    size_t n_read, n_said, n_steps; // tokens read, tokens said, and passes for one of these
-    double reading, saying;         // seconds
-} Talk;
-
-static Talk open_talk(const Model *m, const Tokenizer *t, const Options *o, size_t context) {
-    Talk c = {.m = m, .t = t, .o = o, .context = context, .s = open_state(m, context, o->threads)};
-    c.sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
-    c.sampler.kept = allocate(m->h.vocab_size, sizeof *c.sampler.kept, "sampling");
-    c.sampler.probabilities = allocate(m->h.vocab_size, sizeof *c.sampler.probabilities, "sampling");
-    c.printer.terminal = isatty(STDOUT_FILENO);
-    if (wants_colours(o) && isatty(STDERR_FILENO))
+// Makes ready for what is to be said.
+static void begin(Session *s) {
+    const Options *o = &s->o;
+    const char *no_color = getenv("NO_COLOR"); // https://no-color.org
+    s->state = open_state(&s->m, s->context, o->threads);
+    s->sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
+    s->sampler.kept = allocate(s->m.h.vocab_size, sizeof *s->sampler.kept, "sampling");
+    s->sampler.probabilities = allocate(s->m.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
+    s->terminal = isatty(STDOUT_FILENO);
+    s->colours = o->probs && !o->json && s->terminal && !(no_color && *no_color);
+    if (s->colours && isatty(STDERR_FILENO))
         print_legend();
-    return c;
 }
 
 // Says on standard error how fast it was.
-static void close_talk(Talk *c) {
-    fprintf(stderr, "\nprompt: %zu tokens, %.1f tok/s; then: %zu tokens, %.1f tok/s; seed %llu\n", c->n_read,
-            c->reading > 0 ? (double)c->n_read / c->reading : 0, c->n_said,
-            c->saying > 0 ? (double)c->n_steps / c->saying : 0, (unsigned long long)c->o->seed);
-    for (size_t i = 0; i < c->n_turns; i++) {
-        free(c->turns[i].said.data);
-        free(c->turns[i].answer.data);
-    }
-    free(c->turns);
-    free(c->script.data);
-    free(c->run.data);
-    free(c->sampler.heap.items);
-    free(c->sampler.kept);
-    free(c->sampler.probabilities);
-    close_state(&c->s);
+static void print_speed(const Session *s) {
+    fprintf(stderr, "\nprompt: %zu tokens, %.1f tok/s; then: %zu tokens, %.1f tok/s; seed %llu\n", s->n_read,
+            s->reading > 0 ? (double)s->n_read / s->reading : 0, s->n_said,
+            s->saying > 0 ? (double)s->n_steps / s->saying : 0, (unsigned long long)s->o.seed);
 }
 
 // Ctrl-C stops an answer of a chat; once more, before the next line is there, it leaves. The handler of a signal can
 // reach nothing but a global variable, so this is one.
 static volatile sig_atomic_t interrupts;
 
-// Reads what the cache does not hold yet of the script. Ctrl-C ends it after a batch.
-static void read_script(Talk *c) {
-    for (size_t n; c->n_cached < n_tokens(c->script) && !interrupts; c->n_cached += n) {
-        n = smaller(c->s.batch, n_tokens(c->script) - c->n_cached);
-        feed(c->m, &c->s, (uint32_t *)c->script.data + c->n_cached, n, c->n_cached);
+// Reads those tokens that the cache does not hold yet. Ctrl-C ends it after a batch.
+static void read_on(Session *s) {
+    for (size_t n; s->n_cached < n_tokens(s->tokens) && !interrupts; s->n_cached += n) {
+        n = smaller(s->state.batch, n_tokens(s->tokens) - s->n_cached);
+        feed(&s->m, &s->state, (uint32_t *)s->tokens.data + s->n_cached, n, s->n_cached);
     }
 }
 
 // Prints a token that the model has chosen: its text, in the colour of its probability; or with --json, an object.
-static void print_token(Talk *c, uint32_t token) {
-    const float *logits = c->s.logits;
-    size_t n = c->t->h.vocab_size, pos = c->n_cached;
-    double logprob = log_probability(logits, n, token);
-    if (c->o->json) {
-        open_json(c->t, token, pos, logprob);
-        fputs(c->o->probs ? ", \"top\": " : "", stdout);
-        if (c->o->probs)
-            print_likeliest(c->t, logits, smaller(c->o->top_k ? c->o->top_k : 5, n), pos);
+static void print_token(Session *s, uint32_t token) {
+    size_t pos = s->n_cached;
+    double logprob = log_probability(s->state.logits, s->t.h.vocab_size, token);
+    if (s->o.json) {
+        open_json(&s->t, token, pos, logprob);
+        fputs(s->o.probs ? ", \"top\": " : "", stdout);
+        if (s->o.probs)
+            print_likeliest(s, s->o.top_k ? s->o.top_k : 5, pos);
         puts("}");
-    } else if (!is_stop(c->t, token)) {
-        print_text(&c->printer, decode(c->t, token, pos), wants_colours(c->o) ? colour_of(exp(logprob)) : 0);
+    } else if (!is_stop(&s->t, token)) {
+        stream_text(s, decode(&s->t, token, pos), s->colours ? colour_of(exp(logprob)) : 0, false);
     }
     flush_output();
 }
 
-static bool make_room(Talk *c); // see chat
+static bool make_room(Session *s); // see chat
 
-// Goes on with the script: to a stop, to `most` tokens (0: no limit), to Ctrl-C, or until there is no room. Returns
-// whether it came to a stop. What is said becomes part of the script, and is appended to `answer`, too.
-static bool speak(Talk *c, Buffer *answer, size_t most) {
-    size_t cached = c->n_cached, made = 0;
+// Goes on after the tokens: to a stop, to `most` more (0: no limit), to Ctrl-C, or until there is no room. Returns
+// whether it came to a stop.
+static bool speak(Session *s, size_t most) {
+    Turn *turn = s->turns.n ? (Turn *)s->turns.data + n_turns(s) - 1 : NULL;
+    size_t cached = s->n_cached, made = 0;
     bool stopped = false;
     double start = seconds();
-    read_script(c);
+    read_on(s);
     double first = seconds();
-    c->n_read += c->n_cached - cached;
+    s->n_read += s->n_cached - cached;
     while (!interrupts) {
-        uint32_t token = sample(&c->sampler, c->s.logits, c->t->h.vocab_size);
-        print_token(c, token);
+        uint32_t token = sample(&s->sampler, s->state.logits, s->t.h.vocab_size);
+        print_token(s, token);
         made++;
-        stopped = is_stop(c->t, token);
+        stopped = is_stop(&s->t, token);
         if (stopped)
             break;
-        append(&c->script, &token, sizeof token);
-        append(answer, &token, sizeof token);
-        if (made == most || !make_room(c))
+        push_token(&s->tokens, token);
+        if (turn)
+            push_token(&turn->answer, token);
+        if (made == most || !make_room(s))
             break;
-        read_script(c);
-        c->n_steps++;
+        read_on(s);
+        s->n_steps++;
     }
-    c->reading += first - start;
-    c->saying += seconds() - first;
-    c->n_said += made;
-    end_text(&c->printer);
-    fputs(c->o->json ? "" : "\n", stdout);
+    s->reading += first - start;
+    s->saying += seconds() - first;
+    s->n_said += made;
+    stream_text(s, (Text){0}, 0, true);
+    fputs(s->o.json ? "" : "\n", stdout);
     flush_output();
     return stopped;
 }
 
 // Prints the prompt and what follows: to -n tokens in all, to a stop, or to the end of the context. With --json, only
 // what follows, an object a token.
-static void generate(const Model *m, const Tokenizer *t, const Options *o) {
-    size_t n, context = o->context ? o->context : m->h.max_seq_len;
-    uint32_t *prompt = read_prompt(t, o, &n), bos = (uint32_t)t->h.bos_id, *tokens = n ? prompt : &bos;
-    n = n || t->h.bos_id < 0 ? n : 1; // an empty prompt: begin as texts began in training
-    size_t limit = o->steps ? smaller(o->steps, context) : context;
-    expect(n > 0, "an empty prompt: expected text (-i or -f), as %s has no bos token", t->path);
-    expect(n <= limit, "the prompt: expected at most %zu tokens (%s), found %zu", limit,
-           limit == context ? "the context, -c" : "-n", n);
-    Talk c = open_talk(m, t, o, limit);
-    append(&c.script, tokens, n * sizeof *tokens);
-    for (size_t i = 0; i < n && !o->json; i++)
-        print_text(&c.printer, decode(t, tokens[i], i), 0);
+static void generate(Session *s) {
+    read_tokens(s, SIZE_MAX);
+    if (s->tokens.n == 0 && s->t.h.bos_id >= 0) // an empty prompt: begin as texts began in training
+        push_token(&s->tokens, (uint32_t)s->t.h.bos_id);
+    const size_t n = n_tokens(s->tokens), context = s->context;
+    s->context = s->o.steps ? smaller(s->o.steps, context) : context;
+    expect(n > 0, "an empty prompt: expected text (-i or -f), as %s has no bos token", s->t.path);
+    expect(n <= s->context, "the prompt: expected at most %zu tokens (%s), found %zu", s->context,
+           s->context == context ? "the context, -c" : "-n", n);
+    begin(s);
+    for (size_t i = 0; i < n && !s->o.json; i++)
+        stream_text(s, decode(&s->t, ((uint32_t *)s->tokens.data)[i], i), 0, false);
     flush_output();
-    Buffer said = {0};
-    bool stopped = speak(&c, &said, limit - n + 1);
-    if (!stopped && limit == context && o->steps != context)
+    bool stopped = speak(s, s->context - n + 1);
+    if (!stopped && s->context == context && s->o.steps != context)
         fprintf(stderr, "run: the context of %zu tokens is full\n", context);
-    close_talk(&c);
-    free(said.data);
-    free(prompt);
+    print_speed(s);
 }
 
 // The width of the terminal, within reason.
@@ -1896,34 +1758,33 @@ static size_t terminal_columns(void) {
 
 // A bar of `part` of so many columns, to the eighth of one.
 static void print_bar(double part, size_t columns) {
+    static const char *const blocks[] = {" ", "▏", "▎", "▍", "▌", "▋", "▊", "▉", "█"};
     size_t eighths = (size_t)(8 * (double)columns * part + 0.5);
     for (size_t i = 0; i < columns; i++) {
-        size_t filled = smaller(8, eighths);
-        eighths -= filled;
-        if (filled) // U+258F, an eighth, to U+2588, all of it
-            printf("\xe2\x96%c", (int)(0x90 - filled));
-        else
-            putchar(' ');
+        fputs(blocks[smaller(8, eighths)], stdout);
+        eighths -= smaller(8, eighths);
     }
 }
 
 // The k likeliest tokens to come, a line each. What has no certain width, the token, stands at its end.
-static void print_table(const Tokenizer *t, const float *logits, size_t k) {
-    double total = log_sum(logits, t->h.vocab_size), rest = 1;
-    size_t bar = smaller((terminal_columns() - 8) / 3, 40);
-    Item *items = likeliest(logits, t->h.vocab_size, k);
-    for (size_t i = 0; i < k; i++) {
-        const Piece *piece = &t->pieces[items[i].index];
-        double probability = exp((double)items[i].key - total);
+static void print_table(Session *s, size_t k) {
+    const float *logits = s->state.logits;
+    size_t vocab = s->m.h.vocab_size, bar = smaller((terminal_columns() - 8) / 3, 40);
+    double total = log_sum(logits, vocab), rest = 1;
+    float most = logits[argmax(logits, vocab)];
+    rank(&s->sampler.heap, logits, vocab, -INFINITY);
+    for (size_t i = 0; i < k && i < vocab; i++) {
+        Item item = heap_pop(&s->sampler.heap);
+        const Piece *piece = &s->t.pieces[item.index];
+        double probability = exp((double)item.key - total);
         rest -= probability;
         printf("%6.2f%% ", 100 * probability);
-        print_bar(exp((double)(items[i].key - items[0].key)), bar);
+        print_bar(exp((double)(item.key - most)), bar);
         putchar(' ');
         print_quoted(piece->text, false);
         puts(piece->type == CONTROL ? " (control)" : "");
     }
     printf("%6.2f%% rest\n", 100 * fmax(rest, 0));
-    free(items);
 }
 
 static void expect_text(const Options *o) {
@@ -1932,68 +1793,55 @@ static void expect_text(const Options *o) {
 }
 
 // A window on a text starts with bos too.
-static void begin_with_bos(const Tokenizer *t, uint32_t *tokens) {
-    if (t->h.flags & ADD_BOS)
-        *tokens = (uint32_t)t->h.bos_id;
+static void begin_with_bos(Session *s) {
+    if (s->t.h.flags & ADD_BOS)
+        *(uint32_t *)s->tokens.data = (uint32_t)s->t.h.bos_id;
 }
 
 // Shows what may come after the prompt, of which it takes the end if it is longer than the context.
-static void next(const Model *m, const Tokenizer *t, const Options *o) {
-    size_t all, vocab = m->h.vocab_size, k = smaller(o->top_k ? o->top_k : 10, vocab);
-    expect_text(o);
-    uint32_t *tokens = read_prompt(t, o, &all);
+static void next(Session *s) {
+    expect_text(&s->o);
+    read_tokens(s, SIZE_MAX);
+    size_t all = n_tokens(s->tokens), n = smaller(all, s->context), k = s->o.top_k ? s->o.top_k : 10;
     expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
-    size_t n = smaller(all, o->context ? o->context : m->h.max_seq_len);
     if (n < all) {
-        begin_with_bos(t, tokens + all - n);
+        cut_front(&s->tokens, (all - n) * sizeof(uint32_t));
+        begin_with_bos(s);
         fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
     }
-    State s = open_state(m, n, o->threads);
-    feed(m, &s, tokens + all - n, n, 0);
-    double total = log_sum(s.logits, vocab), entropy = 0;
-    for (size_t i = 0; i < vocab; i++)
-        entropy += exp((double)s.logits[i] - total) * (total - (double)s.logits[i]) / log(2);
-    if (o->json) {
+    s->state = open_state(&s->m, n, s->o.threads);
+    feed(&s->m, &s->state, s->tokens.data, n, 0);
+    const float *logits = s->state.logits;
+    double total = log_sum(logits, s->m.h.vocab_size), entropy = 0;
+    for (size_t i = 0; i < s->m.h.vocab_size; i++)
+        entropy += exp((double)logits[i] - total) * (total - (double)logits[i]) / log(2);
+    if (s->o.json) {
         printf("{\"tokens\": %zu, \"entropy_bits\": %.6f, \"next\": ", n, entropy);
-        print_likeliest(t, s.logits, k, all);
+        print_likeliest(s, k, all);
         puts("}");
     } else {
-        print_table(t, s.logits, k);
+        print_table(s, k);
         printf("entropy %.2f bits\n", entropy);
     }
-    free(tokens);
-    close_state(&s);
 }
 
-enum { SCORED_AT_ONCE = 32, PIECE = 1 << 20 }; // tokens whose logits are in memory; bytes of a text likewise
+enum { SCORED_AT_ONCE = 32 }; // tokens whose logits are in memory
 
-// What the tokens of a text cost, in nats.
-typedef struct {
-    size_t n, bytes;
-    double sum, squares;
-} Score;
-
-// Feeds a window of n tokens, which starts at position `begin` of the text, and scores those from the first on.
-static void score_window(const Model *m, State *s, const Tokenizer *t, float *logits, const uint32_t *tokens, size_t n,
-                         size_t first, size_t begin, Score *score) {
-    size_t vocab = m->h.vocab_size;
+// Feeds a window, the first n tokens, and works out what those from `first` on cost, in nats: cost (n).
+static void score_window(Session *s, float *logits, double *cost, size_t n, size_t first) {
+    const uint32_t *tokens = s->tokens.data;
+    size_t vocab = s->m.h.vocab_size;
     for (size_t at = 0, T; at + 1 < n; at += T) { // nothing comes after the last one
-        T = smaller(s->batch, n - 1 - at);
-        forward(m, s, tokens + at, T, at);
+        T = smaller(s->state.batch, n - 1 - at);
+        forward(&s->m, &s->state, tokens + at, T, at);
         for (size_t i = larger(at + 1, first), count; i <= at + T; i += count) {
-            double cost[SCORED_AT_ONCE];
             count = smaller(SCORED_AT_ONCE, at + T + 1 - i);
-            classify(m, s, logits, i - 1 - at, count); // a token's score is in the logits before it
-#pragma omp parallel for num_threads((int)s->threads)
+            classify(&s->m, &s->state, logits, i - 1 - at, count); // a token's score is in the logits before it
             for (size_t j = 0; j < count; j++)
-                cost[j] = -log_probability(logits + j * vocab, vocab, tokens[i + j]);
-            for (size_t j = 0; j < count; j++) {
-                check_finite(m, logits + j * vocab, i + j - 1);
-                score->n++;
-                score->bytes += decode(t, tokens[i + j], begin + i + j).n;
-                score->sum += cost[j];
-                score->squares += cost[j] * cost[j];
-            }
+                check_finite(&s->m, logits + j * vocab, i + j - 1);
+#pragma omp parallel for num_threads((int)s->state.threads)
+            for (size_t j = 0; j < count; j++)
+                cost[i + j] = -log_probability(logits + j * vocab, vocab, tokens[i + j]);
         }
     }
 }
@@ -2001,77 +1849,68 @@ static void score_window(const Model *m, State *s, const Tokenizer *t, float *lo
 // How well the model predicts a text, in windows of the context's length. Each overlaps the one before by a token, in
 // whose place is bos, if the tokenizer begins texts with it; so each token is scored once, but the text's first. With
 // --stride N, windows start N tokens apart, nothing is replaced, and each scores what the ones before have not.
-static void perplexity(const Model *m, const Tokenizer *t, const Options *o) {
-    size_t context = o->context ? o->context : m->h.max_seq_len;
+static void perplexity(Session *s) {
+    size_t context = s->context;
     if (context < 2)
         die(USAGE, "-c: perplexity expected at least 2, found %zu", context);
-    if (o->stride > context)
-        die(USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
-    expect_text(o);
-    Source text = open_source(t, o, PIECE);
-    context = smaller(context, look_ahead(&text, context));
+    if (s->o.stride > context)
+        die(USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)s->o.stride);
+    expect_text(&s->o);
+    read_tokens(s, context);
+    context = smaller(context, n_tokens(s->tokens));
     expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
-    size_t stride = smaller(o->stride ? o->stride : context - 1, context);
-    State s = open_state(m, context, o->threads);
-    float *logits = allocate(SCORED_AT_ONCE * m->h.vocab_size, sizeof *logits, "the logits");
-    Score score = {0};
-    double start = seconds();
-    size_t n = context, begin = 0, first = 1; // of a window: its tokens, its position, and the first one to score
+    size_t stride = smaller(s->o.stride ? s->o.stride : context - 1, context);
+    s->state = open_state(&s->m, context, s->o.threads);
+    float *logits = allocate(SCORED_AT_ONCE * s->m.h.vocab_size, sizeof *logits, "the logits");
+    double *cost = allocate(context, sizeof *cost, "the costs of a window");
+    double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
+    size_t n = context, begins = 0, first = 1; // of a window: its tokens, its position, and the first one to score
     while (n == context) {
-        n = smaller(context, look_ahead(&text, context));
-        uint32_t *tokens = (uint32_t *)text.tokens.data + text.at;
-        if (!o->stride && n > 0)
-            begin_with_bos(t, tokens);
-        score_window(m, &s, t, logits, tokens, n, first, begin, &score);
+        read_tokens(s, context + stride); // so that there is one left when this window is done
+        n = smaller(context, n_tokens(s->tokens));
+        if (!s->o.stride && n > 0)
+            begin_with_bos(s);
+        score_window(s, logits, cost, n, first);
+        for (size_t i = first; i < n; i++) {
+            count++;
+            sum += cost[i];
+            squares += cost[i] * cost[i];
+            bytes += (double)decode(&s->t, ((uint32_t *)s->tokens.data)[i], begins + i).n;
+        }
         if (isatty(STDERR_FILENO))
-            fprintf(stderr, "\r%zu tokens%s", begin + n, n == context ? "" : "\n");
+            fprintf(stderr, "\r%zu tokens%s", begins + n, n == context ? "" : "\n");
         first = larger(n, stride + 1) - stride; // nothing comes before a window's first token
-        text.at += n == context ? stride : 0;
-        begin += stride;
+        cut_front(&s->tokens, n == context ? stride * sizeof(uint32_t) : 0);
+        begins += stride;
     }
-    double speed = (double)score.n / (seconds() - start), count = (double)score.n, nll = score.sum / count;
-    double variance = (score.squares / count - nll * nll) * count / fmax(count - 1, 1);
+    free(logits);
+    free(cost);
+    double speed = count / (seconds() - start), nll = sum / count, bits = sum / log(2) / fmax(bytes, 1);
+    double variance = (squares / count - nll * nll) * count / fmax(count - 1, 1);
     // exp is its own slope, so (by the delta method) this times the error of nll is the error; JSON has no infinity
     double result = fmin(exp(nll), DBL_MAX), error = fmin(result * sqrt(fmax(variance, 0) / count), DBL_MAX);
-    double bits = score.sum / log(2) / (double)larger(score.bytes, 1);
-    if (o->json)
-        printf("{\"tokens\": %zu, \"nll\": %.9g, \"perplexity\": %.9g, \"stderr\": %.6g, \"bits_per_byte\": %.9g, "
-               "\"tok_s\": %.6g}\n",
-               score.n, nll, result, error, bits, speed);
-    else
-        printf("tokens         %zu\nnll            %.5f nats a token\nperplexity     %.5g +- %.2g\n"
-               "bits per byte  %.5f\nspeed          %.1f tok/s\n",
-               score.n, nll, result, error, bits, speed);
-    free(logits);
-    close_source(&text);
-    close_state(&s);
+    printf(s->o.json
+               ? "{\"tokens\": %.0f, \"nll\": %.9g, \"perplexity\": %.9g, \"stderr\": %.6g, \"bits_per_byte\": %.9g, "
+                 "\"tok_s\": %.6g}\n"
+               : "tokens         %.0f\nnll            %.5f nats a token\nperplexity     %.5g +- %.2g\n"
+                 "bits per byte  %.5f\nspeed          %.1f tok/s\n",
+           count, nll, result, error, bits, speed);
 }
 
-// Puts the run of text into the script, as tokens without bos. A run is tokenized as one, whoever wrote its parts.
-// The tokenizer may want a space in front of it at the start, or after a control token, but after an answer there is
-// none.
-static void end_run(Talk *c) {
-    size_t n = n_tokens(c->script);
-    uint32_t type = n ? c->t->pieces[((uint32_t *)c->script.data)[n - 1]].type : CONTROL;
-    uint32_t space = n == 0 ? ADD_SPACE : type == NORMAL || type == BYTE ? 0 : SPACE_ANEW;
-    Tokenizer here = *c->t;
-    here.h.flags &= ~(uint32_t)(ADD_BOS | ADD_SPACE);
-    here.h.flags |= c->t->h.flags & space ? ADD_SPACE : 0;
-    uint32_t *tokens = encode(&here, (Text){c->run.data, c->run.n}, &n);
-    append(&c->script, tokens, n * sizeof *tokens);
-    free(tokens);
-    c->run.n = 0;
+// Makes tokens of the text that is to follow them. It is tokenized as one, whoever wrote its parts.
+static void end_text(Session *s) {
+    encode(&s->t, &s->tokens, (Text){s->text.data, s->text.n});
+    s->text.n = 0;
 }
 
-static void add_template(Talk *c, size_t which) {
-    Text items = c->t->templates[which];
-    for (Reader r = {c->t->path, items.bytes, items.n, 0}; r.at < r.n;) {
-        uint32_t item = next_number(&r, "an item");
-        if (item & TEXT_ITEM) {
-            append(&c->run, next_bytes(&r, "a text", item ^ TEXT_ITEM), item ^ TEXT_ITEM);
-        } else {
-            end_run(c);
-            append(&c->script, &item, sizeof item);
+static void add_template(Session *s, size_t which) {
+    Text items = s->t.templates[which], text;
+    for (Reader r = {s->t.path, items.bytes, items.n, 0}; r.at < r.n;) {
+        uint32_t token = next_item(&r, &text);
+        append(&s->text, text.bytes, text.n);
+        if (token != NONE) {
+            end_text(s);
+            push_token(&s->tokens, token);
         }
     }
 }
@@ -2080,86 +1919,85 @@ static void add_template(Talk *c, size_t which) {
 typedef enum { SYSTEM_TEXT, FIRST_AFTER_SYSTEM, OTHER_TEXT } Speaker;
 
 // What someone says, which is only ever text.
-static void add_text(Talk *c, Text text, Speaker speaker) {
-    uint32_t flags = c->t->h.template_flags >> (2 + 2 * speaker);
+static void add_text(Session *s, Text text, Speaker speaker) {
+    uint32_t flags = s->t.h.template_flags >> (2 + 2 * speaker);
     for (; flags & 1 && text.n && is_space(*text.bytes); text.n--)
         text.bytes++;
     while (flags & 2 && text.n && is_space(text.bytes[text.n - 1]))
         text.n--;
-    append(&c->run, text.bytes, text.n);
+    append(&s->text, text.bytes, text.n);
 }
 
 // Writes the script of all turns that are not forgotten. Where it begins as before, the cache holds it still.
-static void write_script(Talk *c) {
-    const char *system = c->o->system;
-    const Buffer old = c->script;
-    c->script = (Buffer){0};
-    add_template(c, system ? BEFORE_SYSTEM : BEFORE_USER);
+static void write_script(Session *s) {
+    const char *system = s->o.system;
+    const Turn *turns = s->turns.data;
+    const Buffer old = s->tokens;
+    s->tokens = (Buffer){0};
+    add_template(s, system ? BEFORE_SYSTEM : BEFORE_USER);
     if (system) {
-        add_text(c, text_of(system), SYSTEM_TEXT);
-        add_template(c, AFTER_SYSTEM);
+        add_text(s, text_of(system), SYSTEM_TEXT);
+        add_template(s, AFTER_SYSTEM);
     }
-    for (size_t i = c->first; i < c->n_turns; i++) {
-        const Turn *turn = &c->turns[i];
-        add_text(c, (Text){turn->said.data, turn->said.n}, system && i == c->first ? FIRST_AFTER_SYSTEM : OTHER_TEXT);
-        add_template(c, AFTER_USER);
-        end_run(c);
-        append(&c->script, turn->answer.data, turn->answer.n);
-        if (i + 1 == c->n_turns)
-            break;
-        add_template(c, AFTER_ANSWER);
-        add_template(c, NEXT_USER);
+    for (size_t i = s->first; i < n_turns(s); i++) {
+        if (i > s->first) {
+            add_template(s, AFTER_ANSWER);
+            add_template(s, NEXT_USER);
+        }
+        Text said = {turns[i].said.data, turns[i].said.n};
+        add_text(s, said, system && i == s->first ? FIRST_AFTER_SYSTEM : OTHER_TEXT);
+        add_template(s, AFTER_USER);
+        end_text(s);
+        append(&s->tokens, turns[i].answer.data, turns[i].answer.n);
     }
-    expect(c->script.n, "an empty message: expected text, as the template of %s has none", c->t->path);
-    size_t same = 0, most = smaller(c->n_cached, n_tokens(c->script) - 1); // the last gives the logits
-    while (same < most && ((uint32_t *)old.data)[same] == ((uint32_t *)c->script.data)[same])
+    expect(s->tokens.n, "an empty message: expected text, as the template of %s has none", s->t.path);
+    size_t same = 0, most = smaller(s->n_cached, n_tokens(s->tokens) - 1); // the last gives the logits
+    while (same < most && ((uint32_t *)old.data)[same] == ((uint32_t *)s->tokens.data)[same])
         same++;
-    c->n_cached = same;
+    s->n_cached = same;
     free(old.data);
 }
 
 // When the script is longer than the context, forgets the oldest turns until half of it is free. Returns whether
 // there is room now; if not even the last turn fits, nothing is forgotten.
-static bool make_room(Talk *c) {
-    size_t before = c->first;
-    if (n_tokens(c->script) <= c->context)
+static bool make_room(Session *s) {
+    size_t before = s->first;
+    if (n_tokens(s->tokens) <= s->context)
         return true;
-    fprintf(stderr, "run: the context of %zu tokens is full: ", c->context);
-    while (c->first + 1 < c->n_turns && n_tokens(c->script) > c->context / 2) {
-        c->first++;
-        write_script(c);
+    fprintf(stderr, "run: the context of %zu tokens is full: ", s->context);
+    while (s->first + 1 < n_turns(s) && n_tokens(s->tokens) > s->context / 2) {
+        s->first++;
+        write_script(s);
     }
-    bool room = n_tokens(c->script) <= c->context;
+    bool room = n_tokens(s->tokens) <= s->context;
     if (room)
-        fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", c->first - before);
+        fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", s->first - before);
     else
-        fprintf(stderr, "this message and its answer alone take %zu\n", n_tokens(c->script));
-    c->first = room ? c->first : before;
+        fprintf(stderr, "this message and its answer alone take %zu\n", n_tokens(s->tokens));
+    s->first = room ? s->first : before;
     return room;
 }
 
 // Says the answer to a message: to a stop, to -n tokens, to Ctrl-C, or to the end of the context, if there is nothing
 // more to forget. With --json, that is an object with what the model reads, then one for each token.
-static void answer(Talk *c, Text message) {
-    c->turns = realloc(c->turns, (c->n_turns + 1) * sizeof *c->turns);
-    expect(c->turns, "no memory for the conversation");
-    Turn *turn = &c->turns[c->n_turns++];
-    *turn = (Turn){0};
-    append(&turn->said, message.bytes, message.n);
-    write_script(c);
-    bool room = make_room(c);
-    if (c->o->json) {
-        printf("{\"cached\": %zu, \"prompt_tokens\": [", c->n_cached);
-        print_ids(c->script.data, n_tokens(c->script), ", ");
+static void answer(Session *s, Text message) {
+    Turn turn = {0};
+    append(&turn.said, message.bytes, message.n);
+    append(&s->turns, &turn, sizeof turn);
+    write_script(s);
+    bool room = make_room(s);
+    if (s->o.json) {
+        printf("{\"cached\": %zu, \"prompt_tokens\": [", s->n_cached);
+        print_ids(s->tokens, ", ");
         puts("]}");
     }
-    c->printer.skip_space = true; // in front of an answer, it belongs to the template
+    s->skip_space = true; // in front of an answer, it belongs to the template
     if (room) {
-        speak(c, &turn->answer, c->o->steps);
+        speak(s, s->o.steps);
     } else { // the message is too long
-        fputs(c->o->json ? "" : "\n", stdout);
-        free(turn->said.data);
-        c->n_turns--;
+        fputs(s->o.json ? "" : "\n", stdout);
+        s->turns.n -= sizeof turn;
+        free(turn.said.data);
     }
 }
 
@@ -2176,47 +2014,42 @@ static void catch_interrupts(int flags) {
     sigaction(SIGINT, &action, NULL);
 }
 
-// The length of the next line, without its end; -1 at the end of the input.
-static ssize_t read_line(FILE *input, bool terminal, char **line, size_t *capacity) {
+// Reads the next line and returns its length, without its end; -1 at the end of the input.
+static ssize_t read_line(Session *s, bool terminal) {
     catch_interrupts(0);
     fputs(terminal ? "> " : "", stderr);
     errno = 0;
-    ssize_t n = getline(line, capacity, input);
+    ssize_t n = getline(&s->line, &s->capacity, s->input);
     catch_interrupts(SA_RESTART);
     if (n < 0 && errno == EINTR) {
-        clearerr(input);
+        clearerr(s->input);
         fputs(terminal ? "\n(Ctrl-C again, or Ctrl-D, leaves)\n" : "", stderr);
-        return read_line(input, terminal, line, capacity);
+        return read_line(s, terminal);
     }
-    expect(n >= 0 || feof(input), "cannot read what is said: %s", strerror(errno));
+    expect(n >= 0 || feof(s->input), "cannot read what is said: %s", strerror(errno));
     interrupts = 0;
-    while (n > 0 && ((*line)[n - 1] == '\n' || (*line)[n - 1] == '\r'))
+    while (n > 0 && (s->line[n - 1] == '\n' || s->line[n - 1] == '\r'))
         n--;
     return n;
 }
 
 // Answers -i, then each line of the terminal, of standard input, or of -f.
-static void chat(const Model *m, const Tokenizer *t, const Options *o) {
-    expect(t->h.template_flags & HAS_TEMPLATE,
+static void chat(Session *s) {
+    expect(s->t.h.template_flags & HAS_TEMPLATE,
            "%s: -m chat: expected a chat template, found none: export.py found none, or none that it can take apart",
-           t->path);
-    expect(!o->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system text", t->path);
-    FILE *input = !o->prompt_file || !strcmp(o->prompt_file, "-") ? stdin : fopen(o->prompt_file, "rb");
-    expect(input, "%s: cannot read what is said: %s", o->prompt_file, strerror(errno));
-    Talk c = open_talk(m, t, o, o->context ? o->context : m->h.max_seq_len);
-    bool terminal = isatty(fileno(input)) && isatty(STDERR_FILENO);
-    char *line = NULL;
-    size_t capacity = 0;
+           s->t.path);
+    expect(!s->o.system || s->t.h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system text",
+           s->t.path);
+    s->t.h.flags &= ~(uint32_t)ADD_BOS; // that is in the template
+    begin(s);
+    bool terminal = isatty(fileno(s->input)) && isatty(STDERR_FILENO);
     catch_interrupts(SA_RESTART);
-    if (o->prompt)
-        answer(&c, text_of(o->prompt));
-    for (ssize_t n; (n = read_line(input, terminal, &line, &capacity)) >= 0;)
+    if (s->o.prompt)
+        answer(s, text_of(s->o.prompt));
+    for (ssize_t n; (n = read_line(s, terminal)) >= 0;)
         if (n || !terminal)
-            answer(&c, (Text){(const unsigned char *)line, (size_t)n});
-    close_talk(&c);
-    if (input != stdin)
-        fclose(input);
-    free(line);
+            answer(s, (Text){(unsigned char *)s->line, (size_t)n});
+    print_speed(s);
 }
 
 // Bytes a second of a plain read of the whole weights file: generation reads nearly all of it for each token.
@@ -2357,49 +2190,23 @@ static void bench(const Model *m, const Tokenizer *t, const Options *o) {
 // ------------------------------------------------------------------------------------------------
 // 7 The command line
 
-static const char usage[] = "usage: run [MODEL] [options]          MODEL: a weights file (" DEFAULT_MODEL ")\n"
-                            "  -m MODE   generate (default): go on with the prompt; chat: answer each line;\n"
-                            "            next: what may come next; perplexity: rate a text;\n"
-                            "            bench: measure the speed; tokenize: print token ids\n"
-                            "  -i TEXT   the prompt                   -f FILE  or from a file (-: from stdin)\n"
-                            "  -y TEXT   chat: the system text, which says how to answer\n"
-                            "  -n N      stop after N tokens, with the prompt (256; 0: at the context's end);\n"
-                            "            chat: N tokens of an answer (0: when the model stops)\n"
-                            "  --probs   colour each token by its probability; with --json: the top K (5)\n"
-                            "  --json    JSON: an object a token, or one for all        -h, --help, --version\n"
-                            "sampling\n"
-                            "  -t T      temperature (1.0; 0: always the likeliest token)\n"
-                            "  -p P      top-p: from the likeliest tokens that have P together (0.9; 1: off)\n"
-                            "  -k K      top-k: from the K likeliest (0: off); next: that many lines (10)\n"
-                            "  -s SEED   the same seed gives the same text (the time)\n"
-                            "the machine\n"
-                            "  -c N      context, in tokens (the model's)      -j N  threads (physical cores)\n"
-                            "  -z FILE   tokenizer (MODEL.tokenizer.bin, or tokenizer.bin beside it, or here)\n"
-                            "  --stride N  perplexity: windows N tokens apart, each rates its last N\n"
-                            "  --prefill N (512), --decode N (64), --repeat N (5): of bench\n"
-                            "examples\n"
-                            "  run model.bin -i \"Once upon a time\" -t 0.8 -s 42\n"
-                            "  run model.bin -m chat -y \"Answer briefly.\"\n";
-
 // Hyper-threads of a core share its arithmetic and its path to memory, so one thread a core is best.
 static unsigned physical_cores(void) {
 #ifdef __linux__
-    cpu_set_t allowed;
+    cpu_set_t allowed, cores; // a core goes by the number of its first hyper-thread
+    CPU_ZERO(&cores);
     if (sched_getaffinity(0, sizeof allowed, &allowed))
         return 1;
-    unsigned cores = 0;
-    for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    for (size_t cpu = 0, first; cpu < CPU_SETSIZE; cpu++) {
         char path[96];
-        size_t sibling = cpu; // the first hyper-thread of its core
         snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
         FILE *file = CPU_ISSET(cpu, &allowed) ? fopen(path, "r") : NULL;
-        if (file && fscanf(file, "%zu", &sibling) != 1)
-            sibling = cpu;
+        if (CPU_ISSET(cpu, &allowed))
+            CPU_SET(file && fscanf(file, "%zu", &first) == 1 ? first : cpu, &cores);
         if (file)
             fclose(file);
-        cores += CPU_ISSET(cpu, &allowed) && (sibling == cpu || !CPU_ISSET(sibling, &allowed));
     }
-    return cores > 0 ? cores : 1;
+    return (unsigned)CPU_COUNT(&cores);
 #else
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     return cores > 0 ? (unsigned)cores : 1;
@@ -2408,12 +2215,14 @@ static unsigned physical_cores(void) {
 
 typedef struct {
     const char *name;
-    void (*run)(const Model *m, const Tokenizer *t, const Options *o);
+    void (*run)(Session *s);
 } Mode;
+
+static void run_bench(Session *s) { bench(&s->m, &s->t, &s->o); }
 
 static const Mode *find_mode(const char *name) {
     static const Mode modes[] = {{"generate", generate},     {"chat", chat},         {"next", next},
-                                 {"perplexity", perplexity}, {"tokenize", tokenize}, {"bench", bench}};
+                                 {"perplexity", perplexity}, {"tokenize", tokenize}, {"bench", run_bench}};
     for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
         if (!strcmp(name, modes[i].name))
             return &modes[i];
@@ -2425,6 +2234,7 @@ typedef struct {
     enum { TEXT, NUMBER, INTEGER, SWITCH } kind;
     void *target; // const char *, float, uint64_t, bool
     long long min, max;
+    const char *value, *help;
 } Option;
 
 static void set_option(const Option *option, const char *text) {
@@ -2446,59 +2256,68 @@ static void set_option(const Option *option, const char *text) {
             option->kind == INTEGER ? "whole number" : "number", option->min, option->max, text);
 }
 
+#define NEXT_LINE "\n              " // in what --help says of a flag
+
 static Options parse_options(int argc, char **argv) {
-    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX};
-    o.repeat = 5;
+    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX, .repeat = 5};
     o.threads = physical_cores();
     o.seed = (uint64_t)time(NULL);
     bool help = false, version = false;
     const Option options[] = {
-        {"-m", TEXT, &o.mode, 0, 0},
-        {"-i", TEXT, &o.prompt, 0, 0},
-        {"-f", TEXT, &o.prompt_file, 0, 0},
-        {"-y", TEXT, &o.system, 0, 0},
-        {"-z", TEXT, &o.tokenizer, 0, 0},
-        {"-t", NUMBER, &o.temperature, 0, 1000000},
-        {"-p", NUMBER, &o.top_p, 0, 1},
-        {"-k", INTEGER, &o.top_k, 0, INT32_MAX},
-        {"-n", INTEGER, &o.steps, 0, INT32_MAX},
-        {"-s", INTEGER, &o.seed, 0, INT64_MAX},
-        {"-c", INTEGER, &o.context, 1, INT32_MAX},
-        {"-j", INTEGER, &o.threads, 1, 1024},
-        {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX},
-        {"--decode", INTEGER, &o.decode, 1, INT32_MAX},
-        {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT},
-        {"--stride", INTEGER, &o.stride, 1, INT32_MAX},
-        {"--probs", SWITCH, &o.probs, 0, 0},
-        {"--json", SWITCH, &o.json, 0, 0},
-        {"-h", SWITCH, &help, 0, 0},
-        {"--help", SWITCH, &help, 0, 0},
-        {"--version", SWITCH, &version, 0, 0},
+        {"-m", TEXT, &o.mode, 0, 0, "MODE",
+         "generate (default): go on with the prompt; chat: answer each line;" NEXT_LINE
+         "next: what may come next; perplexity: rate a text;" NEXT_LINE
+         "bench: measure the speed; tokenize: print token ids"},
+        {"-i", TEXT, &o.prompt, 0, 0, "TEXT", "the prompt"},
+        {"-f", TEXT, &o.prompt_file, 0, 0, "FILE", "the prompt from a file; -: from standard input"},
+        {"-y", TEXT, &o.system, 0, 0, "TEXT", "chat: the system text, which says how to answer"},
+        {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
+         "stop after N tokens, the prompt too (256; 0: the context's end);" NEXT_LINE
+         "chat: N tokens of an answer (0: when the model stops)"},
+        {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (1.0; 0: always the likeliest token)"},
+        {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p: from the likeliest that have P together (0.9; 1: off)"},
+        {"-k", INTEGER, &o.top_k, 0, INT32_MAX, "K", "top-k: from the K likeliest (0: off); next: that many (10)"},
+        {"-s", INTEGER, &o.seed, 0, INT64_MAX, "SEED", "the same seed gives the same text (the time)"},
+        {"-c", INTEGER, &o.context, 1, INT32_MAX, "N", "context, in tokens (the model's)"},
+        {"-j", INTEGER, &o.threads, 1, 1024, "N", "threads (physical cores)"},
+        {"-z", TEXT, &o.tokenizer, 0, 0, "FILE", "tokenizer (MODEL.tokenizer.bin, tokenizer.bin beside it or here)"},
+        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour each token by its probability; with --json: the top K (5)"},
+        {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object a token, or one for all"},
+        {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N", "perplexity: windows N apart, each rates its last N"},
+        {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX, "N", "bench: tokens of a prompt (512)"},
+        {"--decode", INTEGER, &o.decode, 1, INT32_MAX, "N", "bench: tokens generated (64)"},
+        {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT, "N", "bench: how often (5)"},
+        {"-h", SWITCH, &help, 0, 0, "", NULL},
+        {"--help", SWITCH, &help, 0, 0, "", "this, as -h; --version: the version"},
+        {"--version", SWITCH, &version, 0, 0, "", NULL},
     };
+    const Option *end = options + sizeof options / sizeof *options;
     for (int i = 1; i < argc; i++) {
-        const char *flag = argv[i];
-        const Option *option = options, *end = options + sizeof options / sizeof *options;
-        while (option < end && strcmp(flag, option->flag))
+        const Option *option = options;
+        while (option < end && strcmp(argv[i], option->flag))
             option++;
-        if (*flag != '-') {
+        if (*argv[i] != '-') {
             if (o.model)
-                die(USAGE, "expected one MODEL, found '%s' and '%s'", o.model, flag);
-            o.model = flag;
+                die(USAGE, "expected one MODEL, found '%s' and '%s'", o.model, argv[i]);
+            o.model = argv[i];
         } else if (option == end) {
-            die(USAGE, "unknown flag '%s'", flag);
+            die(USAGE, "unknown flag '%s'", argv[i]);
         } else if (option->kind == SWITCH) {
             *(bool *)option->target = true;
         } else if (++i == argc) {
-            die(USAGE, "%s: expected a value, found the end of the command line", flag);
+            die(USAGE, "%s: expected a value, found the end of the command line", option->flag);
         } else {
             set_option(option, argv[i]);
         }
     }
+    if (help)
+        puts("usage: run [MODEL] [options]     MODEL: a weights file (" DEFAULT_MODEL ")");
+    for (const Option *option = options; help && option < end; option++)
+        if (option->help)
+            printf("  %s %-*s %s\n", option->flag, 10 - (int)strlen(option->flag), option->value, option->help);
+    if (version && !help)
+        printf("twofiles %s (%s)\n", VERSION, isa());
     if (help || version) {
-        if (help)
-            fputs(usage, stdout);
-        else
-            printf("twofiles %s (%s)\n", VERSION, isa());
         flush_output();
         exit(0);
     }
@@ -2510,10 +2329,9 @@ static Options parse_options(int argc, char **argv) {
 }
 
 // The tokenizer file: -z FILE, else MODEL.tokenizer.bin beside MODEL.bin, else tokenizer.bin beside it, else here.
-// For the caller to free.
-static char *tokenizer_path(const Options *o) {
+static const char *tokenizer_path(const Options *o) {
     if (o->tokenizer)
-        return strdup(o->tokenizer);
+        return o->tokenizer;
     const char *slash = strrchr(o->model, '/');
     size_t length = strlen(o->model), folder = slash ? (size_t)(slash - o->model) + 1 : 0;
     size_t stem = length > 4 && !strcmp(o->model + length - 4, ".bin") ? length - 4 : length;
@@ -2868,27 +2686,24 @@ static void spin_briefly(char **argv) {
 
 int main(int argc, char **argv) {
     spin_briefly(argv);
-    Options o = parse_options(argc, argv);
-    const Mode *mode = find_mode(o.mode);
+    Session s = {.o = parse_options(argc, argv)};
+    const Mode *mode = find_mode(s.o.mode);
     bool only_tokens = mode->run == tokenize;
-    if (!o.model && !(only_tokens && o.tokenizer))
-        o.model = DEFAULT_MODEL;
-    Model m = {0};
-    if (o.model) {
-        m = open_model(o.model);
-        if (o.context > m.h.max_seq_len)
-            die(USAGE, "-c: expected at most %u, the context of %s, found %zu", m.h.max_seq_len, m.path, o.context);
-        o.threads = smaller(o.threads, useful_threads(&m));
+    if (!s.o.model && !(only_tokens && s.o.tokenizer))
+        s.o.model = DEFAULT_MODEL;
+    if (s.o.model) {
+        s.m = open_model(s.o.model);
+        s.context = s.o.context ? s.o.context : s.m.h.max_seq_len;
+        if (s.context > s.m.h.max_seq_len)
+            die(USAGE, "-c: expected at most %u, the context of %s, found %zu", s.m.h.max_seq_len, s.m.path, s.context);
+        s.o.threads = smaller(s.o.threads, useful_threads(&s.m));
     }
-    char *path = tokenizer_path(&o);
-    Tokenizer t = open_tokenizer(path);
-    if (o.model)
-        check_pair(&m, &t);
-    mode->run(&m, &t, &o);
+    s.t = open_tokenizer(tokenizer_path(&s.o));
+    if (s.o.model)
+        check_pair(&s.m, &s.t);
+    s.input = open_input(&s.o);
+    mode->run(&s);
     flush_output();
-    free(m.layers);
-    close_tokenizer(&t);
-    free(path);
-    return 0;
+    exit(0); // no return: to the end, what s points to is in use, and so is no leak
 }
 #endif

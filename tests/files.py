@@ -438,6 +438,8 @@ def patch(data: bytes, **fields: Any) -> bytes:
 
 def end_of_tokens(data: bytes) -> int:
     """Where the vocabulary of a tokenizer file ends, as far as one can tell of a damaged one."""
+    if len(data) < TOKENS_START:
+        return len(data)
     at = TOKENS_START
     for _ in range(min(struct.unpack_from("<I", data, 20)[0], len(data))):
         if at + 12 > len(data):

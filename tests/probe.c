@@ -17,32 +17,29 @@
 
 static size_t number(const char *name, const char *text, long long min, long long max) {
     uint64_t value;
-    set_option(&(Option){name, INTEGER, &value, min, max}, text);
+    set_option(&(Option){name, INTEGER, &value, min, max, "", NULL}, text);
     return value;
 }
 
-static void print_tokens(const char *path) {
+static _Noreturn void print_tokens(const char *path) {
     Tokenizer t = open_tokenizer(path);
     for (uint32_t length; fread(&length, sizeof length, 1, stdin) == 1;) {
         unsigned char *bytes = allocate(length, 1, "a text");
         expect(fread(bytes, 1, length, stdin) == length, "standard input: expected %u bytes", length);
-        size_t n;
-        uint32_t *tokens = encode(&t, (Text){bytes, length}, &n);
-        for (size_t i = 0; i < n; i++)
-            printf("%s%u", i ? " " : "", tokens[i]);
+        Buffer tokens = {0};
+        encode(&t, &tokens, (Text){bytes, length});
+        print_ids(tokens, " ");
         puts("");
         flush_output();
-        free(tokens);
+        free(tokens.data);
         free(bytes);
     }
-    close_tokenizer(&t);
+    exit(0); // no return: the tokenizer is in use to the end, and so is no leak
 }
 
 int main(int argc, char **argv) {
-    if (argc == 3 && !strcmp(argv[1], "tokens")) {
+    if (argc == 3 && !strcmp(argv[1], "tokens"))
         print_tokens(argv[2]);
-        return 0;
-    }
     if (argc == 2 && !strcmp(argv[1], "isa")) {
         puts(isa());
         return 0;

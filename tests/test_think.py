@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from files import (
     QK_NORM,
     QKV_BIAS,
     ROOT,
+    SPACE_ANEW,
     TIED,
+    USER_DEFINED,
     Floats,
     Model,
+    Piece,
     Program,
     chain_model,
     default_vocabulary,
@@ -534,5 +538,18 @@ def test_a_line_longer_than_a_piece(run: Program, tmp_path: Path) -> None:
     path, file = tmp_path / "m.bin", tmp_path / "text"
     calm_model(path, dim=8, hidden_dim=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, max_seq_len=512)
     file.write_text("once \n " * 150_000 + "\n" + "tea at ten. " * 10)
+    found = perplexity(run, path, "-f", file)
+    assert found["tokens"] == len(ids_of(run, path, "-f", file)) - 1
+
+
+def test_a_space_anew_at_the_start_of_a_piece(run: Program, tmp_path: Path) -> None:
+    """Where a piece ends with a user-defined token, the next one begins as the whole text goes on."""
+    base = default_vocabulary()
+    line_break = Piece(b"\n", USER_DEFINED)
+    vocabulary = replace(base, pieces=(*base.pieces, line_break), flags=ADD_BOS | ADD_SPACE | SPACE_ANEW)
+    path, file = tmp_path / "m.bin", tmp_path / "text"
+    dims = {"dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 8}
+    calm_model(path, max_seq_len=512, vocabulary=vocabulary, **dims)
+    file.write_text("zzzz\n" * 220_000)  # no token is " z", so that the space is one more
     found = perplexity(run, path, "-f", file)
     assert found["tokens"] == len(ids_of(run, path, "-f", file)) - 1

@@ -357,7 +357,7 @@ static void test_random_numbers(void) { // splitmix64's published first numbers 
 static void test_heap(void) {
     Heap heap = {0};
     for (uint32_t i = 0; i < 1000; i++)
-        heap_push(&heap, (Item){(float)(int)(20 * uniform()), i, 0});
+        heap_push(&heap, (Item){.key = (float)(int)(20 * uniform()), .index = i});
     Item last = heap_pop(&heap);
     while (heap.n) {
         Item next = heap_pop(&heap);
