@@ -1576,7 +1576,7 @@ static void read_tokens(Session *s, size_t least) {
         while ((n = getline(&s->line, &s->capacity, s->input)) >= 0 && s->text.n <= MAX_TEXT &&
                (s->text.n < PIECE || least == SIZE_MAX || is_space((unsigned char)*s->line)))
             append(&s->text, s->line, (size_t)n);
-        expect(!ferror(s->input), "%s: cannot read the prompt: %s", s->o.prompt_file, strerror(errno));
+        expect(n >= 0 || feof(s->input), "%s: cannot read the prompt: %s", s->o.prompt_file, strerror(errno));
         encode(&s->t, &s->tokens, (Text){s->text.data, s->text.n});
         s->text.n = 0;
         append(&s->text, s->line, n > 0 ? (size_t)n : 0);
@@ -2489,28 +2489,29 @@ INLINE void add4(float *out, vec a, vec b, vec c, vec d) {
     memcpy(out, &sums, sizeof sums);
 }
 
-// Part of multiply for one chunk of columns, TILE_ROWS rows of w and `tokens` of x. The types and that number are known
-// when it is compiled, so that all sums are registers; gcc sees it in parameters of their own, not in a Tensor.
+// Part of multiply for one chunk of columns, TILE_ROWS rows of w and GROUP of x; of the sums, those of `tokens` rows are
+// kept. The types are known when it is compiled, so that all sums are registers; gcc sees them in parameters of their
+// own, not in a Tensor.
 INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens) {
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     vec sums[GROUP][TILE_ROWS];
     for (size_t j = 0; j < chains; j++) {
         vec chain[GROUP][TILE_ROWS];
-        for (size_t t = 0; t < tokens; t++)
+        for (size_t t = 0; t < GROUP; t++)
             for (size_t r = 0; r < TILE_ROWS; r++)
                 chain[t][r] = fill(0);
         for (size_t i = j * step; i < x.cols; i += chains * step) {
             vec row[TILE_ROWS];
             for (size_t r = 0; r < TILE_ROWS; r++)
                 row[r] = load(w.data, w_type, pairs, r * w.stride + i);
-            for (size_t t = 0; t < tokens; t++) {
-                vec token = in_register(load(x.data, x_type, pairs, t * x.stride + i));
+            for (size_t t = 0; t < GROUP; t++) {
+                vec token = in_register(load(x.data, x_type, pairs, smaller(t, tokens - 1) * x.stride + i));
                 for (size_t r = 0; r < TILE_ROWS; r++)
                     chain[t][r] = accumulate(row[r], token, chain[t][r], pairs);
             }
         }
-        for (size_t t = 0; t < tokens; t++)
+        for (size_t t = 0; t < GROUP; t++)
             for (size_t r = 0; r < TILE_ROWS; r++)
                 sums[t][r] = j == 0 ? chain[t][r] : (vec)(sums[t][r] + chain[t][r]);
     }
@@ -2568,8 +2569,8 @@ INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Te
                     __builtin_prefetch(ahead, 0, 2); // 2: not into the innermost cache, which is full
                 for (; t + GROUP <= end; t += GROUP)
                     tile(out + t * stride + r, stride, rows, w_type, part(x, t, GROUP, c, n), x_type, GROUP);
-                for (; t < end; t++)
-                    tile(out + t * stride + r, stride, rows, w_type, part(x, t, 1, c, n), x_type, 1);
+                if (t < end)
+                    tile(out + t * stride + r, stride, rows, w_type, part(x, t, end - t, c, n), x_type, end - t);
             }
     }
     // One token, or what is left of the rows: two rows at a time, the one from the first half and the other from the
