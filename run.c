@@ -696,13 +696,6 @@ static State open_state(const Model *m, size_t context, size_t threads) {
     return s;
 }
 
-static void close_state(State *s) {
-    void *const memory[] = {s->k,      s->x,      s->norm,   s->qkv,  s->attended, s->gate_up,
-                            s->hidden, s->logits, s->cosine, s->sine, s->input,    s->wide};
-    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
-        free(memory[i]);
-}
-
 // The Transformer, for T <= batch tokens at positions pos, pos + 1, ... Their keys and values join the cache;
 // what the last layer makes of each token is left in s->x (T, D).
 static void forward(const Model *m, State *s, const uint32_t *tokens, size_t T, size_t pos) {
@@ -2112,79 +2105,69 @@ static void print_measurement(Measurement *r, size_t n, bool json) {
     for (size_t i = 0; i < 3; i++)
         qsort(samples[i], n, sizeof(double), ascending);
     bool reads = r->limit_of == read_speed;
-    double speed = r->speed[n / 2], min = r->speed[0], max = r->speed[n - 1], limit = r->limit[n / 2] / 1e9;
-    if (json)
-        printf(", \"%s\": {\"tokens\": %zu, \"position\": %zu, \"tok_s\": %.6g, \"tok_s_min\": %.6g, "
-               "\"tok_s_max\": %.6g, \"%s\": %.6g, \"%s\": %.6g, \"ratio\": %.4f}",
-               r->name, r->tokens, r->pos, speed, min, max, reads ? "gb_s" : "gflops", speed * r->work / 1e9,
-               reads ? "read_gb_s" : "peak_gflops", limit, r->share[n / 2]);
-    else
-        printf("| %-13s | %6zu | %8zu | %9.2f | %9.2f | %9.2f | %7.1f %-6s | %7.1f %-6s | %5.2f |\n", r->name,
-               r->tokens, r->pos, speed, min, max, speed * r->work / 1e9, reads ? "GB/s" : "GFLOPS", limit,
-               reads ? "GB/s" : "GFLOPS", r->share[n / 2]);
+    const char *rate = json ? reads ? "gb_s" : "gflops" : reads ? "GB/s" : "GFLOPS";
+    const char *limit = json ? reads ? "read_gb_s" : "peak_gflops" : rate;
+    double speed = r->speed[n / 2];
+    printf(json ? ", \"%s\": {\"tokens\": %zu, \"position\": %zu, \"tok_s\": %.6g, \"tok_s_min\": %.6g, "
+                  "\"tok_s_max\": %.6g, \"%s\": %.6g, \"%s\": %.6g, \"ratio\": %.4f}"
+                : "| %-13s | %6zu | %8zu | %9.2f | %9.2f | %9.2f | %-6s %7.1f | %-6s %7.1f | %5.2f |\n",
+           r->name, r->tokens, r->pos, speed, r->speed[0], r->speed[n - 1], rate, speed * r->work / 1e9, limit,
+           r->limit[n / 2] / 1e9, r->share[n / 2]);
 }
 
 // Measures a prompt, and generation at the start and at the end of the context.
-static void bench(const Model *m, const Tokenizer *t, const Options *o) {
-    (void)t; // the tokens are random
+static void bench(Session *s) {
+    const Model *m = &s->m;
     const Header *h = &m->h;
-    size_t context = o->context ? o->context : smaller(h->max_seq_len, 4096), n = o->repeat;
-    size_t prefill = o->prefill ? o->prefill : smaller(512, context);
-    size_t decode = o->decode ? o->decode : smaller(64, context), tail = context - decode;
+    size_t context = s->o.context ? s->context : smaller(s->context, 4096), n = s->o.repeat;
+    size_t prefill = s->o.prefill ? s->o.prefill : smaller(512, context);
+    size_t decode = s->o.decode ? s->o.decode : smaller(64, context), tail = context - decode;
     if (larger(prefill, decode) > context)
         die(USAGE, "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
             larger(prefill, decode));
-    State s = open_state(m, context, o->threads);
+    s->state = open_state(m, context, s->o.threads);
     uint64_t random = 0;
-    for (uint16_t *kv = s.k; kv < s.v + (s.v - s.k); kv++) // as if there had been tokens at all positions
-        *kv = f32_to_f16((float)random_number(&random) - 0.5f);
-    uint32_t *tokens = allocate(context, sizeof *tokens, "the prompt");
+    for (uint16_t *kv = s->state.k; kv < s->state.v + (s->state.v - s->state.k); kv++)
+        *kv = f32_to_f16((float)random_number(&random) - 0.5f); // as if there had been tokens at all positions
     for (size_t i = 0; i < context; i++)
-        tokens[i] = (uint32_t)(random_number(&random) * h->vocab_size);
+        push_token(&s->tokens, (uint32_t)(random_number(&random) * h->vocab_size));
 
     // A product of n weights takes 2n operations. Attention multiplies each query with the keys, and the scores with
     // the values, of the positions so far.
-    double T = (double)prefill, layers = h->n_layers;
-    double embedding = (double)h->vocab_size * h->dim, parameters = (double)(m->size - HEADER_SPACE) / 2;
+    double T = (double)prefill, layers = h->n_layers, embedding = (double)h->vocab_size * h->dim;
     double operations =
         2 * layers * (double)layer_weights(m) + 2 * embedding / T + layers * 4 * (double)m->q_dim * (T + 1) / 2;
     double weights = (double)m->size - (h->flags & TIED ? 0 : 2 * embedding);
-    double cached = 2 * cache_bytes(m, context) / (double)s.context; // for a position
-    double average = ((double)decode + 1) / 2;
+    double cached = 2 * cache_bytes(m, context) / (double)s->state.context; // for a position
+    double first = weights + cached * ((double)decode + 1) / 2, last = first + cached * (double)tail;
     Measurement all[] = {
         {.name = "prefill", .tokens = prefill, .step = prefill, .work = operations, .limit_of = multiply_speed},
-        {.name = "decode", .tokens = decode, .step = 1, .work = weights + cached * average, .limit_of = read_speed},
-        {.name = "decode_at_end", .tokens = decode, .pos = tail, .step = 1, .limit_of = read_speed},
+        {.name = "decode", .tokens = decode, .step = 1, .work = first, .limit_of = read_speed},
+        {.name = "decode_at_end", .tokens = decode, .pos = tail, .step = 1, .work = last, .limit_of = read_speed},
     };
-    all[2].work = all[1].work + cached * (double)tail;
     enum { KINDS = sizeof all / sizeof *all };
-    read_speed(m, s.threads); // the pages that are not in memory yet
-    feed(m, &s, tokens, smaller(prefill, 16), 0);
+    read_speed(m, s->o.threads); // the pages that are not in memory yet
+    feed(m, &s->state, s->tokens.data, smaller(prefill, 16), 0);
     for (size_t i = 0; i < n; i++)
         for (size_t kind = 0; kind < KINDS; kind++)
-            measure(m, &s, tokens, &all[kind], i);
+            measure(m, &s->state, s->tokens.data, &all[kind], i);
 
-    const char *dtype = h->dtype == BF16 ? "bf16" : "f16";
-    uint64_t hash = hash_of((Text){(const unsigned char *)s.logits, h->vocab_size * sizeof(float)});
-    if (o->json) {
-        fputs("{\"model\": ", stdout);
-        print_quoted(text_of(m->path), true);
-        printf(", \"dtype\": \"%s\", \"params\": %.0f, \"file_bytes\": %zu, \"threads\": %zu, \"isa\": \"%s\", "
-               "\"context\": %zu, \"repeat\": %zu, \"logits_hash\": \"%016llx\"",
-               dtype, parameters, m->size, s.threads, isa(), context, n, (unsigned long long)hash);
-    } else {
-        printf("%s: %.4g million parameters in %s, %.4g GB; %s, %zu threads; median of %zu; logits %016llx\n\n",
-               m->path, parameters / 1e6, dtype, (double)m->size / 1e9, isa(), s.threads, n, (unsigned long long)hash);
-        puts("| work          | tokens | position |     tok/s |       min |       max |           rate |"
-             "          limit | share |\n"
-             "|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|"
-             "---------------:|------:|");
-    }
+    Text logits = {(const unsigned char *)s->state.logits, h->vocab_size * sizeof(float)};
+    fputs(s->o.json ? "{\"model\": " : "", stdout);
+    print_quoted(text_of(m->path), true);
+    printf(s->o.json ? ", \"params\": %zu, \"dtype\": \"%s\", \"file_bytes\": %zu, \"isa\": \"%s\", \"threads\": %zu, "
+                       "\"context\": %zu, \"repeat\": %zu, \"logits_hash\": \"%016llx\""
+                     : ": %zu parameters in %s, %zu bytes; %s; threads: %zu; context: %zu; median of %zu; logits "
+                       "%016llx\n\n"
+                       "| work          | tokens | position |     tok/s |       min |       max |           rate |"
+                       "          limit | share |\n"
+                       "|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|"
+                       "---------------:|------:|\n",
+           (m->size - HEADER_SPACE) / 2, h->dtype == BF16 ? "bf16" : "f16", m->size, isa(), (size_t)s->o.threads,
+           context, n, (unsigned long long)hash_of(logits));
     for (size_t kind = 0; kind < KINDS; kind++)
-        print_measurement(&all[kind], n, o->json);
-    fputs(o->json ? "}\n" : "", stdout);
-    free(tokens);
-    close_state(&s);
+        print_measurement(&all[kind], n, s->o.json);
+    fputs(s->o.json ? "}\n" : "", stdout);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2218,11 +2201,9 @@ typedef struct {
     void (*run)(Session *s);
 } Mode;
 
-static void run_bench(Session *s) { bench(&s->m, &s->t, &s->o); }
-
 static const Mode *find_mode(const char *name) {
     static const Mode modes[] = {{"generate", generate},     {"chat", chat},         {"next", next},
-                                 {"perplexity", perplexity}, {"tokenize", tokenize}, {"bench", run_bench}};
+                                 {"perplexity", perplexity}, {"tokenize", tokenize}, {"bench", bench}};
     for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
         if (!strcmp(name, modes[i].name))
             return &modes[i];

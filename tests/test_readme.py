@@ -264,7 +264,7 @@ def test_flags(run: Program) -> None:
 
 
 def test_modes(run: Program) -> None:
-    modes = re.findall(r'\{"(\w+)", (?:run_)?\1\}', SOURCE)
+    modes = re.findall(r'\{"(\w+)", \1\}', SOURCE)
     assert len(modes) > 5
     row = re.search(r"^\| `-m MODE` .*", README, re.MULTILINE)
     assert row and set(re.findall(r"`([a-z]+)`", row[0])) == set(modes)
