@@ -646,7 +646,7 @@ static void swiglu(float *hidden, const float *gate_up, size_t T, size_t F) {
 // ------------------------------------------------------------------------------------------------
 // 3 The forward pass
 
-enum { MAX_BATCH = 512, BATCH_BYTES = 32 << 20 }; // tokens in one pass, and what their activations may take
+enum { MAX_BATCH = 512, BATCH_BYTES = 48 << 20 }; // tokens in one pass, and what their activations may take
 
 // The bytes of the keys, or the values, of `context` positions. May be more than memory can address.
 static double cache_bytes(const Model *m, size_t context) {
