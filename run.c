@@ -700,24 +700,31 @@ static State open_state(const Model *m, size_t context, size_t threads) {
 // what the last layer makes of each token is left in s->x (T, D).
 static void forward(const Model *m, State *s, const uint32_t *tokens, size_t T, size_t pos) {
     const float eps = m->h.norm_eps;
-#pragma omp parallel num_threads((int)s->threads)
-    {
-        embed(s->x, m->embedding, tokens, T);
-        rope_table(&m->h, s, pos, T);
-        for (size_t i = 0; i < m->h.n_layers; i++) {
-            const Layer *l = &m->layers[i];
-            rmsnorm(s->norm, s->x, l->attn_norm, T, eps);
-            matmul(s->qkv, s->norm, l->wqkv, T, false, s);
-            prepare_qkv(m, s, i, pos, T);
-            attention(m, s, i, pos, T);
-            matmul(s->x, s->attended, l->wo, T, true, s); // x += wo . attended
+    embed(s->x, m->embedding, tokens, T);
+    rope_table(&m->h, s, pos, T);
+    for (size_t i = 0; i < m->h.n_layers; i++) {
+        const Layer *l = &m->layers[i];
+        rmsnorm(s->norm, s->x, l->attn_norm, T, eps);
+        matmul(s->qkv, s->norm, l->wqkv, T, false, s);
+        prepare_qkv(m, s, i, pos, T);
+        attention(m, s, i, pos, T);
+        matmul(s->x, s->attended, l->wo, T, true, s); // x += wo . attended
 
-            rmsnorm(s->norm, s->x, l->ffn_norm, T, eps);
-            matmul(s->gate_up, s->norm, l->w_gate_up, T, false, s);
-            swiglu(s->hidden, s->gate_up, T, m->h.hidden_dim);
-            matmul(s->x, s->hidden, l->w_down, T, true, s); // x += w_down . hidden
-        }
+        rmsnorm(s->norm, s->x, l->ffn_norm, T, eps);
+        matmul(s->gate_up, s->norm, l->w_gate_up, T, false, s);
+        swiglu(s->hidden, s->gate_up, T, m->h.hidden_dim);
+        matmul(s->x, s->hidden, l->w_down, T, true, s); // x += w_down . hidden
     }
+}
+
+// The same by all threads; by one without OpenMP, which would make a call of the kernel after each loop to wake nobody.
+static void feed_batch(const Model *m, State *s, const uint32_t *tokens, size_t T, size_t pos) {
+    if (s->threads == 1) {
+        forward(m, s, tokens, T, pos);
+        return;
+    }
+#pragma omp parallel num_threads((int)s->threads)
+    forward(m, s, tokens, T, pos);
 }
 
 // The score of each token of the vocabulary to come after token t of the last batch, and after the n - 1 tokens that
@@ -742,7 +749,7 @@ static void check_finite(const Model *m, const float *logits, size_t pos) {
 // Feeds n > 0 tokens, batch by batch, and leaves the logits for the one to come after them.
 static void feed(const Model *m, State *s, const uint32_t *tokens, size_t n, size_t pos) {
     for (size_t done = 0; done < n; done += s->batch)
-        forward(m, s, tokens + done, smaller(s->batch, n - done), pos + done);
+        feed_batch(m, s, tokens + done, smaller(s->batch, n - done), pos + done);
     classify(m, s, s->logits, (n - 1) % s->batch, 1);
     check_finite(m, s->logits, pos + n - 1);
 }
@@ -1669,7 +1676,8 @@ static void read_on(Session *s) {
 // Prints a token that the model has chosen: its text, in the colour of its probability; or with --json, an object.
 static void print_token(Session *s, uint32_t token) {
     size_t pos = s->n_cached;
-    double logprob = log_probability(s->state.logits, s->t.h.vocab_size, token);
+    bool asked = s->o.json || s->colours; // it costs as much as a layer of a small model
+    double logprob = asked ? log_probability(s->state.logits, s->t.h.vocab_size, token) : 0;
     if (s->o.json) {
         open_json(&s->t, token, pos, logprob);
         fputs(s->o.probs ? ", \"top\": " : "", stdout);
@@ -1826,7 +1834,7 @@ static void score_window(Session *s, float *logits, double *cost, size_t n, size
     size_t vocab = s->m.h.vocab_size;
     for (size_t at = 0, T; at + 1 < n; at += T) { // nothing comes after the last one
         T = smaller(s->state.batch, n - 1 - at);
-        forward(&s->m, &s->state, tokens + at, T, at);
+        feed_batch(&s->m, &s->state, tokens + at, T, at);
         for (size_t i = larger(at + 1, first), count; i <= at + T; i += count) {
             count = smaller(SCORED_AT_ONCE, at + T + 1 - i);
             classify(&s->m, &s->state, logits, i - 1 - at, count); // a token's score is in the logits before it

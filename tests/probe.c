@@ -65,7 +65,7 @@ int main(int argc, char **argv) {
     float *logits = allocate(T * V, sizeof *logits, "logits");
     for (size_t pos = 0; pos < T; pos += chunk) {
         size_t n = smaller(chunk, T - pos);
-        forward(&m, &s, tokens + pos, n, pos);
+        feed_batch(&m, &s, tokens + pos, n, pos);
         memcpy(x + pos * D, s.x, n * D * sizeof *x);
         memcpy(qkv + pos * width, s.qkv, n * width * sizeof *x);
         memcpy(attended + pos * Q, s.attended, n * Q * sizeof *x);
