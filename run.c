@@ -407,7 +407,7 @@ typedef struct {
     float *logits;   // (V)
     float *cosine;   // (T, d/2)     RoPE's rotations at the positions of the batch
     float *sine;     // (T, d/2)
-    float *input;    // (T, max(D, Q, F) + INPUT_PAD) f32 or bf16   a product's input, as tiles wants it
+    float *input;    // (T, max(D, Q, F) + INPUT_PAD) f32 or bf16   a product's input, as tile wants it
     float *wide;     // (threads, wide_size)     a block of weights as f32
     size_t wide_size;
 } State;
@@ -2522,7 +2522,7 @@ INLINE void dots(float *out, Tensor w, size_t rows, size_t apart, Tensor x) {
             vec token = in_register(load(x.data, x.dtype, pairs, at));
             for (size_t r = 0; r < rows; r++) {
                 size_t weight = r * apart * w.stride + at;
-                if (W < 16) // many instructions a byte: the processor does not look far ahead
+                if (W < 16 || !pairs) // many instructions a byte: the processor does not look far ahead
                     __builtin_prefetch((const char *)address(w.data, w.dtype, weight) + 4096);
                 chain[r][j] = accumulate(load(w.data, w.dtype, pairs, weight), token, chain[r][j], pairs);
             }
