@@ -18,11 +18,13 @@ Shape letters: V vocabulary, D dim, F hidden_dim, L layers, H head_dim.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import operator
 import os
 import pickle
+import pickletools
 import re
 import struct
 import sys
@@ -573,7 +575,12 @@ class TensorUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, pickled: str) -> None:
-        super().__init__(archive.open(pickled))
+        data = archive.read(pickled)
+        super().__init__(io.BytesIO(data))
+        for code, argument, _ in pickletools.genops(data):
+            # an object is kept under a number, and memory taken for all numbers below
+            if code.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
+                raise ValueError(f"object number {argument} in a pickle of {len(data)} bytes")
         self.path, self.archive, self.folder = path, archive, pickled.removesuffix("data.pkl")
 
     def find_class(self, module: str, name: str) -> Any:

@@ -474,6 +474,16 @@ def test_a_pickle_with_wrong_bytes(tmp_path: Path, originals: Path, wrong: list[
         assert tensor.rows(0, tensor.shape[0] if tensor.shape else 1).size == np.prod(tensor.shape)
 
 
+@pytest.mark.parametrize("put", [b"r" + (1 << 26).to_bytes(4, "little"), b"p67108864\n"])
+def test_a_pickle_that_would_take_all_memory(tmp_path: Path, originals: Path, put: bytes) -> None:
+    """It keeps its one object under a number of which Python takes memory for all below."""
+    path = tmp_path / "m.bin"
+    shutil.copy(originals / "bin" / "pytorch_model.bin", path)
+    rewritten(path, lambda name, data: b"\x80\x02}" + put + b"." if name.endswith("data.pkl") else data)
+    with pytest.raises(export.ExportError, match="object number 67108864"):
+        export.read_torch(path)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Meta
 
