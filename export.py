@@ -579,7 +579,7 @@ class TensorUnpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
         for code, argument, _ in pickletools.genops(data):
             # an object is kept under a number, and memory taken for all numbers below
-            if code.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
+            if code.name in ("PUT", "LONG_BINPUT") and not 0 <= int(str(argument)) <= len(data):
                 raise ValueError(f"object number {argument} in a pickle of {len(data)} bytes")
         self.path, self.archive, self.folder = path, archive, pickled.removesuffix("data.pkl")
 
