@@ -1572,15 +1572,19 @@ enum { PIECE = 1 << 20 }; // bytes of a text that become tokens at a time
 // Reads on until there are so many tokens, or SIZE_MAX: to the end of the text, at once. A piece ends between lines,
 // before what is no space: no token of the usual tokenizers lies across that. If there is no such place, it is longer.
 static void read_tokens(Session *s, size_t least) {
-    for (ssize_t n; s->input && n_tokens(s->tokens) < least;) {
-        while ((n = getline(&s->line, &s->capacity, s->input)) >= 0 && s->text.n <= MAX_TEXT &&
-               (s->text.n < PIECE || least == SIZE_MAX || is_space((unsigned char)*s->line)))
-            append(&s->text, s->line, (size_t)n);
-        expect(n >= 0 || feof(s->input), "%s: cannot read the prompt: %s", s->o.prompt_file, strerror(errno));
+    while (s->input && n_tokens(s->tokens) < least) {
+        bool ended = false;
+        for (int c; !ended && (c = getc_unlocked(s->input)) != EOF;) {
+            const char byte = (char)c;
+            append(&s->text, &byte, 1);
+            expect(s->text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
+            if (c == '\n' && s->text.n >= PIECE && least != SIZE_MAX)
+                ended = !is_space((unsigned char)ungetc(getc(s->input), s->input));
+        }
+        expect(!ferror(s->input), "%s: cannot read the prompt: %s", s->o.prompt_file, strerror(errno));
         encode(&s->t, &s->tokens, (Text){s->text.data, s->text.n});
         s->text.n = 0;
-        append(&s->text, s->line, n > 0 ? (size_t)n : 0);
-        s->input = n < 0 ? NULL : s->input;
+        s->input = ended ? s->input : NULL;
     }
 }
 

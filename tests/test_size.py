@@ -113,3 +113,7 @@ def test_a_prompt_of_100000_tokens(run: Program, tmp_path: Path) -> None:
     fed = re.search(r"prompt: (\d+) tokens", done.stderr)
     assert fed and int(fed[1]) > 0.9 * n
     assert all(math.isfinite(json.loads(line)["logprob"]) for line in done.stdout.splitlines())
+
+
+def test_a_text_that_never_ends(run: Program) -> None:
+    run.fails(1, "-z", TOKENIZER, "-m", "tokenize", "-f", "/dev/zero", says=["1073741824 bytes, found more"])
