@@ -555,7 +555,9 @@ static void prepare_qkv(const Model *m, State *s, size_t layer, size_t pos, size
 // The softmax of one block of scores, when the blocks before it had the maximum `max` and the sum `sum`. Returns the
 // factor for what was added up under the old maximum.       (online softmax: Milakov and Gimelshein 2018)
 static float soften(float score[KEYS], size_t visible, float scale, float *max, float *sum) {
-    float fold[KEYS]; // halved until one is left: vectors can do that, one running maximum or sum they cannot
+    // Halved until one is left: vectors can do that, one running maximum or sum they cannot. Unrolled, as in a loop of
+    // unknown length each half would go by way of memory.
+    float fold[KEYS];
     for (size_t j = 0; j < KEYS; j++)
         fold[j] = score[j] = j < visible ? score[j] * scale : -INFINITY;
 #pragma GCC unroll 6
@@ -1573,18 +1575,20 @@ enum { PIECE = 1 << 20 }; // bytes of a text that become tokens at a time
 // before what is no space: no token of the usual tokenizers lies across that. If there is no such place, it is longer.
 static void read_tokens(Session *s, size_t least) {
     while (s->input && n_tokens(s->tokens) < least) {
-        bool ended = false;
-        for (int c; !ended && (c = getc_unlocked(s->input)) != EOF;) {
+        bool complete = false; // the piece, and there is more
+        for (int c; !complete && (c = getc_unlocked(s->input)) != EOF;) {
             const char byte = (char)c;
             append(&s->text, &byte, 1);
             expect(s->text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
-            if (c == '\n' && s->text.n >= PIECE && least != SIZE_MAX)
-                ended = !is_space((unsigned char)ungetc(getc(s->input), s->input));
+            if (c == '\n' && s->text.n >= PIECE && least != SIZE_MAX) {
+                int next = ungetc(getc(s->input), s->input); // a look at it
+                complete = next != EOF && !is_space((unsigned char)next);
+            }
         }
         expect(!ferror(s->input), "%s: cannot read the prompt: %s", s->o.prompt_file, strerror(errno));
         encode(&s->t, &s->tokens, (Text){s->text.data, s->text.n});
         s->text.n = 0;
-        s->input = ended ? s->input : NULL;
+        s->input = complete ? s->input : NULL;
     }
 }
 
@@ -2483,8 +2487,8 @@ INLINE void add4(float *out, vec a, vec b, vec c, vec d) {
 }
 
 // Part of multiply for one chunk of columns, TILE_ROWS rows of w and GROUP of x; of the sums, those of `tokens` rows are
-// kept. The types are known when it is compiled, so that all sums are registers; gcc sees them in parameters of their
-// own, not in a Tensor.
+// kept, and the last of those rows stands in for the rest. The types are known when it is compiled, so that all sums are
+// registers; gcc sees them in parameters of their own, not in a Tensor.
 INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens) {
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;

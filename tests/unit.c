@@ -477,7 +477,7 @@ int main(int argc, char **argv) {
         {"bf16", test_bf16},
         {"exp", test_exp},
         {"dot", test_dot},
-        {"tile_has_the_bits_of_dot", test_multiply_has_the_bits_of_dot},
+        {"multiply_has_the_bits_of_dot", test_multiply_has_the_bits_of_dot},
         {"widen", test_widen},
         {"weigh", test_weigh},
         {"matmul", test_matmul},
