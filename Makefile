@@ -2,6 +2,7 @@
 
 CC ?= cc
 CFLAGS ?= -O3
+ARCH = -march=native
 WARNINGS = -Wall -Wextra -Wshadow -Wconversion -Wno-unknown-pragmas
 # No -ffast-math: sums keep the order that run.c gives them, and a * b + c is fused only where run.c says so.
 RULES = -std=c11 -ffp-contract=off -fno-math-errno $(WARNINGS)
@@ -12,7 +13,7 @@ PYTHON = .venv/bin/python
 
 run: run.c Makefile ## the program, for this machine's CPU, with OpenMP where the compiler has it
 	$(if $(OPENMP),,@echo "$(CC) has no OpenMP: run will use one thread")
-	$(CC) $(CFLAGS) $(RULES) -march=native $(OPENMP) run.c -o $(OUT) -lm
+	$(CC) $(CFLAGS) $(RULES) $(ARCH) $(OPENMP) run.c -o $(OUT) -lm
 
 
 .PHONY: demo portable debug smollm2 test check bench peers scaling lint clean help

@@ -12,7 +12,7 @@
  *   5 The tokenizer       from text to tokens and back
  *   6 Modes               generate, chat, next, perplexity, tokenize, bench
  *   7 The command line
- *   8 Appendix: SIMD      three inner loops again, for AVX-512, AVX2, NEON
+ *   8 Appendix: SIMD      three inner loops again, for AVX-512, AVX2, NEON; and AMX
  *
  * Shapes are written (rows, columns), the last one contiguous, with these letters:
  *
@@ -77,6 +77,8 @@ static void *allocate(size_t count, size_t size, const char *what) {
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+static size_t multiple_of(size_t step, size_t n) { return (n + step - 1) / step * step; } // rounded up
 
 // Memory that grows with what is appended.
 typedef struct {
@@ -287,6 +289,8 @@ enum {
     QUERIES = 64,       // queries that pass by one block of keys
     QUERY_TILE = 4,     // queries that share each key and value loaded
     INPUT_PAD = 32,     // elements between rows of State.input
+    PANEL = 512,        // columns of weights that AMX handles at a time, and
+    SQUARE = 32,        // rows, and tokens
 };
 
 static inline float float_of(uint32_t bits) {
@@ -368,6 +372,27 @@ static inline float exp_negative(float x) {
     return x < -87.0f ? 0.0f : p * float_of((bits_of(shifted) + 127) << 23);
 }
 
+// The memory of one run: the KV cache and the activations of one batch.
+typedef struct {
+    size_t threads;
+    size_t context;  // C, a multiple of KEYS
+    size_t batch;    // the largest T
+    uint16_t *k;     // (layers, G, C/KEYS, d, KEYS) f16   each block of KEYS keys is transposed
+    uint16_t *v;     // (layers, G, C, d) f16
+    float *x;        // (T, D)       the residual stream
+    float *norm;     // (T, D)       x, normalised; shares its memory with attended and hidden
+    float *qkv;      // (T, Q + 2K)  queries, keys, values
+    float *attended; // (T, Q)       what each head found
+    float *gate_up;  // (T, 2F)
+    float *hidden;   // (T, F)       silu(gate) * up
+    float *logits;   // (V)
+    float *cosine;   // (T, d/2)     RoPE's rotations at the positions of the batch
+    float *sine;     // (T, d/2)
+    void *input;     // (T, max(D, Q, F) + INPUT_PAD) f32 or bf16   a product's input, as its kernel wants it
+    float *wide;     // (threads, wide_size)     a block of weights as f32, or as tiles
+    size_t wide_size;
+} State;
+
 // The inner loops of all that follows, as plain C: what is computed. Their SIMD forms in the appendix do the
 // same sums in a vector's order, use these for what is left over, and are compared with them by the tests.
 
@@ -386,31 +411,13 @@ static void multiply(float *out, size_t stride, Tensor w, Tensor x);
 static void weigh(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n);
 // An array of any type as f32.
 static void widen(float *out, const void *array, Dtype dtype, size_t n);
+// matmul, below, with the instructions for whole tiles of bf16 that some processors have; false if this one has none.
+static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool add, State *s);
 // Only multiplications of what is in registers, as f32 or in pairs of bf16; returns the number of operations.
 static double multiply_only(bool pairs, size_t rounds);
 static bool has_bf16_dot(void);
+static void ask_for_tiles(void);
 static const char *isa(void);
-
-// The memory of one run: the KV cache and the activations of one batch.
-typedef struct {
-    size_t threads;
-    size_t context;  // C, a multiple of KEYS
-    size_t batch;    // the largest T
-    uint16_t *k;     // (layers, G, C/KEYS, d, KEYS) f16   each block of KEYS keys is transposed
-    uint16_t *v;     // (layers, G, C, d) f16
-    float *x;        // (T, D)       the residual stream
-    float *norm;     // (T, D)       x, normalised
-    float *qkv;      // (T, Q + 2K)  queries, keys, values
-    float *attended; // (T, Q)       what each head found
-    float *gate_up;  // (T, 2F)
-    float *hidden;   // (T, F)       silu(gate) * up
-    float *logits;   // (V)
-    float *cosine;   // (T, d/2)     RoPE's rotations at the positions of the batch
-    float *sine;     // (T, d/2)
-    float *input;    // (T, max(D, Q, F) + INPUT_PAD) f32 or bf16   a product's input, as tile wants it
-    float *wide;     // (threads, wide_size)     a block of weights as f32
-    size_t wide_size;
-} State;
 
 static size_t thread_number(void) {
 #ifdef _OPENMP
@@ -423,6 +430,8 @@ static size_t thread_number(void) {
 // out[t][r] = sum_c w[r][c] x[t][c] for x (T, cols), w (rows, cols), out (T, rows); or out += it, with `add`.
 // The rows are dealt out among the threads, and no thread shares a sum with another.
 static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
+    if (matmul_by_tiles(out, x, w, T, add, s))
+        return;
     Tensor in = {x, F32, T, w.cols, w.cols};
     bool narrow = w.dtype == BF16 && has_bf16_dot(); // the instruction takes both sides in bf16
     if (narrow || T > 1) {
@@ -434,7 +443,7 @@ static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, Sta
                 for (size_t c = 0; c < w.cols; c++)
                     ((uint16_t *)s->input)[t * in.stride + c] = f32_to_bf16(x[t * w.cols + c]);
             else
-                memcpy(s->input + t * in.stride, x + t * w.cols, w.cols * sizeof *x);
+                memcpy((float *)s->input + t * in.stride, x + t * w.cols, w.cols * sizeof *x);
     }
     bool widened = !narrow && T >= TILE_TOKENS;            // for many tokens, it pays off to convert the weights once
     size_t share = (w.rows + s->threads - 1) / s->threads; // one token: each thread reads two long runs
@@ -652,7 +661,7 @@ enum { MAX_BATCH = 512, BATCH_BYTES = 48 << 20 }; // tokens in one pass, and wha
 
 // The bytes of the keys, or the values, of `context` positions. May be more than memory can address.
 static double cache_bytes(const Model *m, size_t context) {
-    double positions = (double)((context + KEYS - 1) / KEYS * KEYS);
+    double positions = (double)multiple_of(KEYS, context);
     return (double)m->h.n_layers * (double)m->kv_dim * positions * sizeof(uint16_t);
 }
 
@@ -668,11 +677,13 @@ static size_t useful_threads(const Model *m) { return larger(1, layer_weights(m)
 
 static State open_state(const Model *m, size_t context, size_t threads) {
     size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
-    size_t widest = larger(larger(D, Q), F);
-    size_t per_token = (2 * D + 2 * Q + 2 * K + 3 * F + d + widest + INPUT_PAD) * sizeof(float);
-    State s = {.threads = threads, .context = (context + KEYS - 1) / KEYS * KEYS};
+    size_t widest = larger(larger(D, Q), F), input_cols = multiple_of(PANEL, widest) + INPUT_PAD;
+    size_t input_bytes = input_cols * size_of(m->h.dtype == BF16 && has_bf16_dot() ? BF16 : F32);
+    size_t per_token = (D + Q + 2 * K + 2 * F + d + widest) * sizeof(float) + input_bytes;
+    ask_for_tiles();
+    State s = {.threads = threads, .context = multiple_of(KEYS, context)};
     s.batch = smaller(smaller(larger(BATCH_BYTES / per_token, 1), MAX_BATCH), context);
-    s.wide_size = larger(BLOCK_ROWS * 2048, TILE_ROWS * widest);
+    s.wide_size = larger(BLOCK_ROWS * 2048, SQUARE * multiple_of(PANEL, widest) / 2);
 
     double bytes = 2 * cache_bytes(m, context);
     s.k = bytes < 0x1p62 ? aligned_alloc(64, (size_t)bytes + 64) : NULL; // weigh reads a little more
@@ -682,19 +693,13 @@ static State open_state(const Model *m, size_t context, size_t threads) {
     const struct {
         float **array;
         size_t size;
-    } arrays[] = {{&s.x, s.batch * D},
-                  {&s.norm, s.batch * D},
-                  {&s.qkv, s.batch * (Q + 2 * K)},
-                  {&s.attended, s.batch * Q},
-                  {&s.gate_up, s.batch * 2 * F},
-                  {&s.hidden, s.batch * F},
-                  {&s.logits, m->h.vocab_size},
-                  {&s.cosine, s.batch * d / 2},
-                  {&s.sine, s.batch * d / 2},
-                  {&s.input, s.batch * (widest + INPUT_PAD)},
-                  {&s.wide, threads * s.wide_size}};
+    } arrays[] = {{&s.x, s.batch * D},           {&s.norm, s.batch * widest},     {&s.qkv, s.batch * (Q + 2 * K)},
+                  {&s.gate_up, s.batch * 2 * F}, {&s.logits, m->h.vocab_size},    {&s.cosine, s.batch * d / 2},
+                  {&s.sine, s.batch * d / 2},    {&s.wide, threads * s.wide_size}};
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
+    s.attended = s.hidden = s.norm; // only one of them is in use at a time
+    s.input = allocate(multiple_of(SQUARE, s.batch), input_bytes, "the activations");
     return s;
 }
 
@@ -2377,8 +2382,13 @@ INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AMX_BF16__) && defined(__linux__)
+#define TILES
+#define BF16_DOT "AMX BF16"
+#elif defined(__AVX512BF16__)
 #define BF16_DOT "AVX-512 BF16"
+#endif
+#ifdef __AVX512BF16__
 INLINE vec multiply_add_pairs(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 #endif
 
@@ -2649,6 +2659,193 @@ static void widen(float *out, const void *array, Dtype dtype, size_t n) {
         out[i] = element(array, dtype, i);
 }
 
+#ifdef TILES
+
+#include <sys/syscall.h>
+
+// AMX has registers for tiles of 16 rows of 64 bytes. One instruction takes 16 pairs of columns of 16 tokens and of 16 rows
+// of weights, and adds to 16 x 16 sums: the products of the first elements of the pairs, one after the other; apart from
+// them those of the second elements; then both together. A vector can make the very same sums, as 16 tiles at a time:
+// lane i takes pair i of each of 16 vectors, a PANEL of columns, as tile i does. So a single token goes by vectors, which
+// read memory faster, and its bits are those of many tokens.
+
+static void ask_for_tiles(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+    expect(
+        syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0,
+        "the system does not let this program use AMX: %s; make ARCH='-march=native -mno-amx-tile' builds one without",
+        strerror(errno));
+}
+
+static void shape_tiles(void) {
+    static const struct {
+        uint8_t palette, reserved[15];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } shapes = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {W, W, W, W, W, W, W, W}};
+    _tile_loadconfig(&shapes);
+}
+
+// Turns rows of 16 floats, or pairs, into columns: in four steps, each of which swaps blocks of `size` x `size`.
+INLINE void transpose(vec rows[W]) {
+#pragma GCC unroll 4
+    for (uint32_t size = 1; size < W; size *= 2) {
+        vec_u32 low, high;
+        for (uint32_t i = 0; i < W; i++) {
+            low[i] = i & size ? W + i - size : i;
+            high[i] = i & size ? W + i : i + size;
+        }
+#pragma GCC unroll 16
+        for (uint32_t i = 0; i < W; i++)
+            if (!(i & size)) {
+                vec a = rows[i], b = rows[i + size];
+                rows[i] = _mm512_permutex2var_ps(a, (__m512i)low, b);
+                rows[i + size] = _mm512_permutex2var_ps(a, (__m512i)high, b);
+            }
+    }
+}
+
+// 16 pairs of bf16, of which `left` elements, or all, are there; the others are 0.
+INLINE vec load_pairs(const uint16_t *p, size_t left) {
+    return left >= 2 * W ? load_f32(p) : (vec)_mm512_maskz_loadu_epi16((1u << left) - 1, p);
+}
+
+INLINE vec load_some(const float *p, size_t left) {
+    return left >= W ? load_f32(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), p);
+}
+
+// out (cols, rounded up to panels) = x (cols) as bf16, then 0; each panel as tiles want it, or as it is
+static void round_token(uint16_t *out, const float *x, size_t cols, bool as_tiles) {
+    for (size_t c = 0; c < cols; c += PANEL) {
+        vec pairs[W];
+        for (size_t j = 0; j < W; j++) {
+            size_t low = smaller(c + j * 2 * W, cols), high = smaller(low + W, cols);
+            pairs[j] = (vec)_mm512_cvtne2ps_pbh(load_some(x + high, cols - high), load_some(x + low, cols - low));
+        }
+        if (as_tiles)
+            transpose(pairs);
+        memcpy(out + c, pairs, sizeof pairs);
+    }
+}
+
+// out: for each 16 rows of w, for each 16 pairs of their columns, a tile (pairs, rows); the last row stands in for
+// those that are missing in the last SQUARE
+static void pack(uint16_t *out, Tensor w) {
+    const uint16_t *weights = w.data;
+    for (size_t r = 0; r < multiple_of(SQUARE, w.rows); r += W)
+        for (size_t c = 0; c < w.cols; c += PANEL, out += W * PANEL)
+            for (size_t j = 0; j < W; j++) {
+                vec pairs[W];
+                size_t at = smaller(c + j * 2 * W, w.cols);
+                for (size_t i = 0; i < W; i++)
+                    pairs[i] = load_pairs(weights + smaller(r + i, w.rows - 1) * w.stride + at, w.cols - at);
+                transpose(pairs);
+                for (size_t i = 0; i < W; i++) // of tile i, row j
+                    memcpy(out + (i * W + j) * 2 * W, &pairs[i], sizeof pairs[i]);
+            }
+}
+
+// out[t][r] = sum_c w[r][c] x[t][c], or += it, for w (rows, cols) from `pack` and x (T, cols) from `round_token`
+static void multiply_tiles(float *out, size_t stride, const uint16_t *w, size_t rows, const uint16_t *x, size_t T,
+                           size_t cols, bool add) {
+    const long x_stride = (long)(cols + INPUT_PAD) * 2, row = SQUARE * sizeof(float);
+    for (size_t t = 0; t < T; t += SQUARE)
+        for (size_t r = 0; r < rows; r += SQUARE) {
+            const uint16_t *upper = x + t * (cols + INPUT_PAD), *lower = upper + W * (cols + INPUT_PAD);
+            const uint16_t *left = w + r * cols, *right = left + W * cols;
+            float sums[SQUARE][SQUARE];
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (size_t c = 0; c < cols; c += 2 * W) {
+                _tile_loadd(4, upper + c, x_stride);
+                _tile_loadd(6, left + c * W, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, right + c * W, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, lower + c, x_stride);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, sums[0], row);
+            _tile_stored(1, sums[0] + W, row);
+            _tile_stored(2, sums[W], row);
+            _tile_stored(3, sums[W] + W, row);
+            for (size_t i = 0; i < smaller(SQUARE, T - t); i++)
+                for (size_t j = 0; j < smaller(SQUARE, rows - r); j++) {
+                    float *y = out + (t + i) * stride + r + j;
+                    *y = add ? *y + sums[i][j] : sums[i][j];
+                }
+        }
+}
+
+INLINE vec first_of(vec pairs) { return (vec)((vec_u32)pairs << 16); }
+
+INLINE vec second_of(vec pairs) { return (vec)((vec_u32)pairs & 0xffff0000); }
+
+// The same for one row of weights and one token, as they are.
+static float multiply_row(const uint16_t *w, const uint16_t *x, size_t cols) {
+    float sum = 0, lanes[W];
+    for (size_t c = 0; c < cols; c += PANEL) {
+        vec first = fill(0), second = fill(0);
+        for (size_t i = c; i < smaller(c + PANEL, cols); i += 2 * W) {
+            vec weights = load_pairs(w + i, cols - i), token = load_f32(x + i);
+            __builtin_prefetch((const char *)(w + i) + 4096, 0, 2);
+            first = multiply_add(first_of(weights), first_of(token), first);
+            second = multiply_add(second_of(weights), second_of(token), second);
+        }
+        store(lanes, first + second);
+        for (size_t i = 0; i < W; i++)
+            sum += lanes[i];
+    }
+    return sum;
+}
+
+static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
+    if (w.dtype != BF16)
+        return false;
+    const uint16_t *weights = w.data;
+    uint16_t *in = s->input;
+    size_t cols = multiple_of(PANEL, w.cols), stride = cols + INPUT_PAD;
+    unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040); // numbers below 2^-126 are 0: tiles know no other way
+#pragma omp for
+    for (size_t t = 0; t < T; t++)
+        round_token(in + t * stride, x + t * w.cols, w.cols, T > 1);
+    if (T == 1) {
+#pragma omp for schedule(static)
+        for (size_t r = 0; r < w.rows; r++) {
+            float sum = multiply_row(weights + r * w.stride, in, w.cols);
+            out[r] = add ? out[r] + sum : sum;
+        }
+    } else {
+        shape_tiles();
+        // The packed rows of a block stay in the second-level cache while all tokens pass. All threads get as many.
+        size_t most = s->wide_size * 2 / cols / SQUARE * SQUARE, share = (w.rows + s->threads - 1) / s->threads;
+        size_t blocks = (share + most - 1) / most, block = multiple_of(SQUARE, (share + blocks - 1) / blocks);
+        uint16_t *packed = (uint16_t *)(s->wide + thread_number() * s->wide_size);
+#pragma omp for schedule(static)
+        for (size_t r = 0; r < w.rows; r += block) {
+            Tensor rows = part(w, r, smaller(block, w.rows - r), 0, w.cols);
+            pack(packed, rows);
+            multiply_tiles(out + r, w.rows, packed, rows.rows, in, T, cols, add);
+        }
+        _tile_release();
+    }
+    _mm_setcsr(mode);
+    return true;
+}
+
+#else
+static void ask_for_tiles(void) {}
+
+static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
+    (void)out, (void)x, (void)w, (void)T, (void)add, (void)s;
+    return false;
+}
+#endif
+
 INLINE double multiply_only_typed(bool pairs, size_t rounds) {
     vec sums[GROUP][TILE_ROWS], factor = in_register(fill(0)); // as many sums as tile has
     for (size_t t = 0; t < GROUP; t++)
@@ -2667,6 +2864,19 @@ INLINE double multiply_only_typed(bool pairs, size_t rounds) {
 }
 
 static double multiply_only(bool pairs, size_t rounds) {
+#ifdef TILES
+    if (pairs) {
+        shape_tiles();
+        for (size_t i = 0; i < rounds; i++) {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_release();
+        return (double)rounds * 4 * W * W * 4 * W;
+    }
+#endif
     return pairs ? multiply_only_typed(true, rounds) : multiply_only_typed(false, rounds);
 }
 
