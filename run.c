@@ -2541,7 +2541,7 @@ INLINE void dots(float *out, Tensor w, size_t rows, size_t apart, Tensor x) {
             for (size_t r = 0; r < rows; r++) {
                 size_t weight = r * apart * w.stride + at;
                 if (W < 16 || !pairs) // many instructions a byte: the processor does not look far ahead
-                    __builtin_prefetch((const char *)address(w.data, w.dtype, weight) + 4096);
+                    __builtin_prefetch((const char *)address(w.data, w.dtype, weight) + 3072, 0, 2);
                 chain[r][j] = accumulate(load(w.data, w.dtype, pairs, weight), token, chain[r][j], pairs);
             }
         }
