@@ -289,8 +289,10 @@ enum {
     QUERIES = 64,       // queries that pass by one block of keys
     QUERY_TILE = 4,     // queries that share each key and value loaded
     INPUT_PAD = 32,     // elements between rows of State.input
-    PANEL = 512,        // columns of weights that AMX handles at a time, and
-    SQUARE = 32,        // rows, and tokens
+    PANEL = 512,        // AMX: columns that a vector's lanes deal out among tiles,
+    SQUARE = 32,        // rows and tokens that are multiplied at a time,
+    TILE_BLOCK = 256,   // rows, and
+    TILE_COLUMNS = 2048 // columns of them, that stay in the cache while all tokens pass
 };
 
 static inline float float_of(uint32_t bits) {
@@ -683,7 +685,7 @@ static State open_state(const Model *m, size_t context, size_t threads) {
     ask_for_tiles();
     State s = {.threads = threads, .context = multiple_of(KEYS, context)};
     s.batch = smaller(smaller(larger(BATCH_BYTES / per_token, 1), MAX_BATCH), context);
-    s.wide_size = larger(BLOCK_ROWS * 2048, SQUARE * multiple_of(PANEL, widest) / 2);
+    s.wide_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, TILE_ROWS * widest);
 
     double bytes = 2 * cache_bytes(m, context);
     s.k = bytes < 0x1p62 ? aligned_alloc(64, (size_t)bytes + 64) : NULL; // weigh reads a little more
@@ -2728,8 +2730,8 @@ static void round_token(uint16_t *out, const float *x, size_t cols, bool as_tile
     }
 }
 
-// out: for each 16 rows of w, for each 16 pairs of their columns, a tile (pairs, rows); the last row stands in for
-// those that are missing in the last SQUARE
+// out: for each 16 rows of w, for each 16 pairs of their columns, a tile (pairs, rows). To whole panels, and SQUARE rows:
+// columns that are missing are 0, and the last row stands in for others.
 static void pack(uint16_t *out, Tensor w) {
     const uint16_t *weights = w.data;
     for (size_t r = 0; r < multiple_of(SQUARE, w.rows); r += W)
@@ -2740,25 +2742,24 @@ static void pack(uint16_t *out, Tensor w) {
                 for (size_t i = 0; i < W; i++)
                     pairs[i] = load_pairs(weights + smaller(r + i, w.rows - 1) * w.stride + at, w.cols - at);
                 transpose(pairs);
-                for (size_t i = 0; i < W; i++) // of tile i, row j
+                for (size_t i = 0; i < W; i++) // row j of tile i
                     memcpy(out + (i * W + j) * 2 * W, &pairs[i], sizeof pairs[i]);
             }
 }
 
-// out[t][r] = sum_c w[r][c] x[t][c], or += it, for w (rows, cols) from `pack` and x (T, cols) from `round_token`
-static void multiply_tiles(float *out, size_t stride, const uint16_t *w, size_t rows, const uint16_t *x, size_t T,
-                           size_t cols, bool add) {
-    const long x_stride = (long)(cols + INPUT_PAD) * 2, row = SQUARE * sizeof(float);
-    for (size_t t = 0; t < T; t += SQUARE)
+// out[t][r] += sum_c w[r][c] x[t][c] for w (rows, cols) from `pack` and x (T, cols) from `round_token`
+static void multiply_tiles(float *out, size_t stride, const uint16_t *w, size_t rows, Tensor x, bool add) {
+    const long x_stride = (long)(x.stride * sizeof(uint16_t)), row = SQUARE * sizeof(float);
+    for (size_t t = 0; t < x.rows; t += SQUARE)
         for (size_t r = 0; r < rows; r += SQUARE) {
-            const uint16_t *upper = x + t * (cols + INPUT_PAD), *lower = upper + W * (cols + INPUT_PAD);
-            const uint16_t *left = w + r * cols, *right = left + W * cols;
+            const uint16_t *upper = address(x.data, BF16, t * x.stride), *lower = upper + W * x.stride;
+            const uint16_t *left = w + r * x.cols, *right = left + W * x.cols;
             float sums[SQUARE][SQUARE];
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
             _tile_zero(3);
-            for (size_t c = 0; c < cols; c += 2 * W) {
+            for (size_t c = 0; c < x.cols; c += 2 * W) {
                 _tile_loadd(4, upper + c, x_stride);
                 _tile_loadd(6, left + c * W, 64);
                 _tile_dpbf16ps(0, 4, 6);
@@ -2772,11 +2773,9 @@ static void multiply_tiles(float *out, size_t stride, const uint16_t *w, size_t 
             _tile_stored(1, sums[0] + W, row);
             _tile_stored(2, sums[W], row);
             _tile_stored(3, sums[W] + W, row);
-            for (size_t i = 0; i < smaller(SQUARE, T - t); i++)
-                for (size_t j = 0; j < smaller(SQUARE, rows - r); j++) {
-                    float *y = out + (t + i) * stride + r + j;
-                    *y = add ? *y + sums[i][j] : sums[i][j];
-                }
+            for (size_t i = 0; i < smaller(SQUARE, x.rows - t); i++)
+                for (size_t j = 0; j < smaller(SQUARE, rows - r); j++)
+                    out[(t + i) * stride + r + j] = (add ? out[(t + i) * stride + r + j] : 0) + sums[i][j];
         }
 }
 
@@ -2784,7 +2783,7 @@ INLINE vec first_of(vec pairs) { return (vec)((vec_u32)pairs << 16); }
 
 INLINE vec second_of(vec pairs) { return (vec)((vec_u32)pairs & 0xffff0000); }
 
-// The same for one row of weights and one token, as they are.
+// The same sum for one row of weights and one token, as they are.
 static float multiply_row(const uint16_t *w, const uint16_t *x, size_t cols) {
     float sum = 0, lanes[W];
     for (size_t c = 0; c < cols; c += PANEL) {
@@ -2805,34 +2804,34 @@ static float multiply_row(const uint16_t *w, const uint16_t *x, size_t cols) {
 static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
     if (w.dtype != BF16)
         return false;
-    const uint16_t *weights = w.data;
-    uint16_t *in = s->input;
-    size_t cols = multiple_of(PANEL, w.cols), stride = cols + INPUT_PAD;
+    size_t stride = multiple_of(PANEL, w.cols) + INPUT_PAD, n;
     unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040); // numbers below 2^-126 are 0: tiles know no other way
+    _mm_setcsr(mode | 0x8040); // numbers below 2^-126 count as 0: tiles have it so
 #pragma omp for
     for (size_t t = 0; t < T; t++)
-        round_token(in + t * stride, x + t * w.cols, w.cols, T > 1);
-    if (T == 1) {
+        round_token((uint16_t *)s->input + t * stride, x + t * w.cols, w.cols, T > 1);
+    // The packed weights of a block stay in the second-level cache while all tokens pass.
+    uint16_t *packed = (uint16_t *)(s->wide + thread_number() * s->wide_size);
+    size_t share = (w.rows + s->threads - 1) / s->threads, blocks = (share + TILE_BLOCK - 1) / TILE_BLOCK;
+    size_t block = multiple_of(SQUARE, (share + blocks - 1) / blocks); // as many for each thread
+    shape_tiles();
 #pragma omp for schedule(static)
-        for (size_t r = 0; r < w.rows; r++) {
-            float sum = multiply_row(weights + r * w.stride, in, w.cols);
-            out[r] = add ? out[r] + sum : sum;
+    for (size_t r = 0; r < w.rows; r += block) {
+        Tensor rows = part(w, r, smaller(block, w.rows - r), 0, w.cols);
+        for (size_t c = 0; c < w.cols && T > 1; c += n) {
+            n = smaller(TILE_COLUMNS, w.cols - c);
+            pack(packed, part(rows, 0, rows.rows, c, n));
+            Tensor in = {(uint16_t *)s->input + c, BF16, T, multiple_of(PANEL, n), stride};
+            multiply_tiles(out + r, w.rows, packed, rows.rows, in, add || c);
         }
-    } else {
-        shape_tiles();
-        // The packed rows of a block stay in the second-level cache while all tokens pass. All threads get as many.
-        size_t most = s->wide_size * 2 / cols / SQUARE * SQUARE, share = (w.rows + s->threads - 1) / s->threads;
-        size_t blocks = (share + most - 1) / most, block = multiple_of(SQUARE, (share + blocks - 1) / blocks);
-        uint16_t *packed = (uint16_t *)(s->wide + thread_number() * s->wide_size);
-#pragma omp for schedule(static)
-        for (size_t r = 0; r < w.rows; r += block) {
-            Tensor rows = part(w, r, smaller(block, w.rows - r), 0, w.cols);
-            pack(packed, rows);
-            multiply_tiles(out + r, w.rows, packed, rows.rows, in, T, cols, add);
-        }
-        _tile_release();
+        for (size_t i = 0; i < rows.rows && T == 1; i++)
+            for (size_t c = 0; c < w.cols; c += n) {
+                n = smaller(TILE_COLUMNS, w.cols - c);
+                const uint16_t *row = address(rows.data, BF16, i * w.stride + c);
+                out[r + i] = (add || c ? out[r + i] : 0) + multiply_row(row, (uint16_t *)s->input + c, n);
+            }
     }
+    _tile_release();
     _mm_setcsr(mode);
     return true;
 }

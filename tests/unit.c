@@ -209,7 +209,7 @@ static void test_weigh(void) {
 
 // What matmul needs for T tokens of so many columns, with as little room for blocks of weights as there may be.
 static State workspace(size_t T, size_t cols) {
-    State s = {.threads = 1, .wide_size = SQUARE * multiple_of(PANEL, cols) / 2};
+    State s = {.threads = 1, .wide_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, TILE_ROWS * cols)};
     s.input = allocate(multiple_of(SQUARE, T) * (multiple_of(PANEL, cols) + INPUT_PAD), sizeof(float), "a test");
     s.wide = allocate(s.wide_size, sizeof *s.wide, "a test");
     return s;
