@@ -2665,17 +2665,17 @@ static void widen(float *out, const void *array, Dtype dtype, size_t n) {
 
 #include <sys/syscall.h>
 
-// AMX has registers for tiles of 16 rows of 64 bytes. One instruction takes 16 pairs of columns of 16 tokens and of 16 rows
-// of weights, and adds to 16 x 16 sums: the products of the first elements of the pairs, one after the other; apart from
-// them those of the second elements; then both together. A vector can make the very same sums, as 16 tiles at a time:
-// lane i takes pair i of each of 16 vectors, a PANEL of columns, as tile i does. So a single token goes by vectors, which
-// read memory faster, and its bits are those of many tokens.
+// AMX has registers for tiles of 16 rows of 64 bytes. One instruction takes 16 pairs of columns, of 16 tokens and of 16
+// rows of weights, and adds to 16 x 16 sums: it adds up the products of the pairs' first elements, one after the other,
+// those of the second elements apart from them, and both to the sum. Vectors can do just that for one token, a PANEL of 16
+// vectors of 16 pairs at a time, if the tiles share the panel as the lanes do: tile i takes the pairs that are number i of
+// their vectors. So prompts go by tiles, single tokens by vectors, which read memory faster, and the bits are the same.
 
 static void ask_for_tiles(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
     expect(
         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0,
-        "the system does not let this program use AMX: %s; make ARCH='-march=native -mno-amx-tile' builds one without",
+        "the system does not let this program use AMX: %s; make ARCH='-march=native -mno-amx-bf16' builds one without",
         strerror(errno));
 }
 
@@ -2688,7 +2688,7 @@ static void shape_tiles(void) {
     _tile_loadconfig(&shapes);
 }
 
-// Turns rows of 16 floats, or pairs, into columns: in four steps, each of which swaps blocks of `size` x `size`.
+// Rows of 16 floats, or pairs, become columns: in four steps, each of which swaps blocks of `size` x `size`.
 INLINE void transpose(vec rows[W]) {
 #pragma GCC unroll 4
     for (uint32_t size = 1; size < W; size *= 2) {
@@ -2712,6 +2712,7 @@ INLINE vec load_pairs(const uint16_t *p, size_t left) {
     return left >= 2 * W ? load_f32(p) : (vec)_mm512_maskz_loadu_epi16((1u << left) - 1, p);
 }
 
+// The same for 16 floats.
 INLINE vec load_some(const float *p, size_t left) {
     return left >= W ? load_f32(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), p);
 }
@@ -2747,7 +2748,7 @@ static void pack(uint16_t *out, Tensor w) {
             }
 }
 
-// out[t][r] += sum_c w[r][c] x[t][c] for w (rows, cols) from `pack` and x (T, cols) from `round_token`
+// out[t][r] = sum_c w[r][c] x[t][c], or += it, for w (rows, cols) from `pack` and x (T, cols) from `round_token`
 static void multiply_tiles(float *out, size_t stride, const uint16_t *w, size_t rows, Tensor x, bool add) {
     const long x_stride = (long)(x.stride * sizeof(uint16_t)), row = SQUARE * sizeof(float);
     for (size_t t = 0; t < x.rows; t += SQUARE)
@@ -2783,8 +2784,8 @@ INLINE vec first_of(vec pairs) { return (vec)((vec_u32)pairs << 16); }
 
 INLINE vec second_of(vec pairs) { return (vec)((vec_u32)pairs & 0xffff0000); }
 
-// The same sum for one row of weights and one token, as they are.
-static float multiply_row(const uint16_t *w, const uint16_t *x, size_t cols) {
+// y + sum_c w[c] x[c] for one row of weights and one token, as they are: the same additions
+static float multiply_row(float y, const uint16_t *w, const uint16_t *x, size_t cols) {
     float sum = 0, lanes[W];
     for (size_t c = 0; c < cols; c += PANEL) {
         vec first = fill(0), second = fill(0);
@@ -2794,42 +2795,42 @@ static float multiply_row(const uint16_t *w, const uint16_t *x, size_t cols) {
             first = multiply_add(first_of(weights), first_of(token), first);
             second = multiply_add(second_of(weights), second_of(token), second);
         }
-        store(lanes, first + second);
+        store(lanes, first + second); // what 16 tiles add
         for (size_t i = 0; i < W; i++)
             sum += lanes[i];
+        if ((c + PANEL) % TILE_COLUMNS == 0 || c + PANEL >= cols) {
+            y += sum;
+            sum = 0;
+        }
     }
-    return sum;
+    return y;
 }
 
 static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
-    if (w.dtype != BF16)
+    if (w.dtype != BF16 || w.cols < PANEL / 2) // narrower panels would be mostly padding
         return false;
+    uint16_t *input = s->input, *packed = (uint16_t *)(s->wide + thread_number() * s->wide_size);
     size_t stride = multiple_of(PANEL, w.cols) + INPUT_PAD, n;
     unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040); // numbers below 2^-126 count as 0: tiles have it so
 #pragma omp for
     for (size_t t = 0; t < T; t++)
-        round_token((uint16_t *)s->input + t * stride, x + t * w.cols, w.cols, T > 1);
-    // The packed weights of a block stay in the second-level cache while all tokens pass.
-    uint16_t *packed = (uint16_t *)(s->wide + thread_number() * s->wide_size);
-    size_t share = (w.rows + s->threads - 1) / s->threads, blocks = (share + TILE_BLOCK - 1) / TILE_BLOCK;
-    size_t block = multiple_of(SQUARE, (share + blocks - 1) / blocks); // as many for each thread
+        round_token(input + t * stride, x + t * w.cols, w.cols, T > 1);
     shape_tiles();
+    // As many blocks for each thread, of rows that stay in the second-level cache, packed, while all tokens pass.
+    size_t share = (w.rows + s->threads - 1) / s->threads, blocks = (share + TILE_BLOCK - 1) / TILE_BLOCK;
+    size_t block = multiple_of(SQUARE, (share + blocks - 1) / blocks);
 #pragma omp for schedule(static)
     for (size_t r = 0; r < w.rows; r += block) {
-        Tensor rows = part(w, r, smaller(block, w.rows - r), 0, w.cols);
+        size_t rows = smaller(block, w.rows - r);
+        for (size_t i = r; i < r + rows && T == 1; i++)
+            out[i] = multiply_row(add ? out[i] : 0, address(w.data, BF16, i * w.stride), input, w.cols);
         for (size_t c = 0; c < w.cols && T > 1; c += n) {
             n = smaller(TILE_COLUMNS, w.cols - c);
-            pack(packed, part(rows, 0, rows.rows, c, n));
-            Tensor in = {(uint16_t *)s->input + c, BF16, T, multiple_of(PANEL, n), stride};
-            multiply_tiles(out + r, w.rows, packed, rows.rows, in, add || c);
+            pack(packed, part(w, r, rows, c, n));
+            Tensor in = {input + c, BF16, T, multiple_of(PANEL, n), stride};
+            multiply_tiles(out + r, w.rows, packed, rows, in, add || c);
         }
-        for (size_t i = 0; i < rows.rows && T == 1; i++)
-            for (size_t c = 0; c < w.cols; c += n) {
-                n = smaller(TILE_COLUMNS, w.cols - c);
-                const uint16_t *row = address(rows.data, BF16, i * w.stride + c);
-                out[r + i] = (add || c ? out[r + i] : 0) + multiply_row(row, (uint16_t *)s->input + c, n);
-            }
     }
     _tile_release();
     _mm_setcsr(mode);

@@ -217,7 +217,7 @@ static State workspace(size_t T, size_t cols) {
 
 static void test_matmul(void) {
     for (size_t p = 1; p < 3; p++) // weights in bf16, f16
-        for (size_t cols = 1; cols < 200; cols += 1 + cols / 2)
+        for (size_t cols = 1; cols < 700; cols += 1 + cols / 2)
             for (size_t rows = 1; rows < 150; rows += 1 + rows / 2)
                 for (size_t T = 1; T < 20; T += T < 8 ? 1 : 5) {
                     Dtype dtype = PAIRS[p][0];
