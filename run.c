@@ -382,7 +382,7 @@ typedef struct {
     uint16_t *k;     // (layers, G, C/KEYS, d, KEYS) f16   each block of KEYS keys is transposed
     uint16_t *v;     // (layers, G, C, d) f16
     float *x;        // (T, D)       the residual stream
-    float *norm;     // (T, D)       x, normalised; shares its memory with attended and hidden
+    float *norm;     // (T, D)       x, normalised
     float *qkv;      // (T, Q + 2K)  queries, keys, values
     float *attended; // (T, Q)       what each head found
     float *gate_up;  // (T, 2F)
@@ -681,7 +681,8 @@ static State open_state(const Model *m, size_t context, size_t threads) {
     size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
     size_t widest = larger(larger(D, Q), F), input_cols = multiple_of(PANEL, widest) + INPUT_PAD;
     size_t input_bytes = input_cols * size_of(m->h.dtype == BF16 && has_bf16_dot() ? BF16 : F32);
-    size_t per_token = (D + Q + 2 * K + 2 * F + d + widest) * sizeof(float) + input_bytes;
+    size_t outputs = larger(Q + 2 * K, 2 * F); // of a token's product
+    size_t per_token = (D + outputs + d + widest) * sizeof(float) + input_bytes;
     ask_for_tiles();
     State s = {.threads = threads, .context = multiple_of(KEYS, context)};
     s.batch = smaller(smaller(larger(BATCH_BYTES / per_token, 1), MAX_BATCH), context);
@@ -695,12 +696,19 @@ static State open_state(const Model *m, size_t context, size_t threads) {
     const struct {
         float **array;
         size_t size;
-    } arrays[] = {{&s.x, s.batch * D},           {&s.norm, s.batch * widest},     {&s.qkv, s.batch * (Q + 2 * K)},
-                  {&s.gate_up, s.batch * 2 * F}, {&s.logits, m->h.vocab_size},    {&s.cosine, s.batch * d / 2},
-                  {&s.sine, s.batch * d / 2},    {&s.wide, threads * s.wide_size}};
+    } arrays[] = {
+        {&s.x, s.batch * D},
+        {&s.norm, s.batch * widest},
+        {&s.gate_up, s.batch * outputs},
+        {&s.logits, m->h.vocab_size},
+        {&s.cosine, s.batch * d / 2},
+        {&s.sine, s.batch * d / 2},
+        {&s.wide, threads * s.wide_size},
+    };
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
-    s.attended = s.hidden = s.norm; // only one of them is in use at a time
+    s.attended = s.hidden = s.norm; // of these, only one is in use at a time, and of the next two
+    s.qkv = s.gate_up;
     s.input = allocate(multiple_of(SQUARE, s.batch), input_bytes, "the activations");
     return s;
 }
