@@ -2759,6 +2759,8 @@ static void pack(uint16_t *out, Tensor w) {
 // out[t][r] = sum_c w[r][c] x[t][c], or += it, for w (rows, cols) from `pack` and x (T, cols) from `round_token`
 static void multiply_tiles(float *out, size_t stride, const uint16_t *w, size_t rows, Tensor x, bool add) {
     const long x_stride = (long)(x.stride * sizeof(uint16_t)), row = SQUARE * sizeof(float);
+    __asm__ volatile("" ::
+                         : "memory"); // gcc does not know that tiles are loaded from memory, so let it be written first
     for (size_t t = 0; t < x.rows; t += SQUARE)
         for (size_t r = 0; r < rows; r += SQUARE) {
             const uint16_t *upper = address(x.data, BF16, t * x.stride), *lower = upper + W * x.stride;
