@@ -2633,6 +2633,8 @@ INLINE void weigh_fixed(float *const *y, const float *const *a, size_t queries, 
         vec row[COLUMNS];
         for (size_t c = 0; c < columns; c++)
             row[c] = load_f16(x + j * n + first + c * W);
+        for (size_t c = 0; c < columns; c += 32 / W) // a line of the block of keys or values that follows
+            __builtin_prefetch(x + (m + j) * n + first + c * W, 0, 2);
         for (size_t q = 0; q < queries; q++) {
             vec weight = fill(a[q][j]);
             for (size_t c = 0; c < columns; c++)
