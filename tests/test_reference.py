@@ -39,6 +39,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {"hidden_size": 42, "intermediate_size": 61, "num_attention_heads": 3, "num_key_value_heads": 3},
     ),
+    "wide": (  # wide enough for AMX, whole panels and parts of one
+        "Llama",
+        {
+            "hidden_size": 520,
+            "intermediate_size": 2113,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "num_hidden_layers": 1,
+        },
+    ),
     "big_head": ("Llama", {"head_dim": 128, "num_key_value_heads": 2, "num_hidden_layers": 1}),
     "llama3_rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "linear_rope": (
@@ -207,7 +217,7 @@ def test_agrees_with_transformers(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-@pytest.mark.parametrize("name", ["mha", "gqa", "odd", "head_dim", "bias"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "odd", "wide", "head_dim", "bias"])
 def test_bits_do_not_depend_on_threads_or_batches(
     probe: list[str], name: str, dtype: str, tmp_path: Path
 ) -> None:
