@@ -237,7 +237,7 @@ static void check_header(const Model *m) {
 
 // The next tensor of the file. `at` is where the one before it ended.
 static Tensor take(const Model *m, size_t *at, const char *name, size_t rows, size_t cols) {
-    size_t start = (*at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    size_t start = multiple_of(ALIGNMENT, *at);
     *at = start + rows * cols * sizeof(uint16_t);
     expect(*at <= m->size, "%s: %s: expected bytes %zu to %zu, found only %zu", m->path, name, start, *at, m->size);
     return (Tensor){m->map + start, (Dtype)m->h.dtype, rows, cols, cols};
@@ -390,7 +390,8 @@ typedef struct {
     float *logits;   // (V)
     float *cosine;   // (T, d/2)     RoPE's rotations at the positions of the batch
     float *sine;     // (T, d/2)
-    void *input;     // (T, max(D, Q, F) + INPUT_PAD) f32 or bf16   a product's input, as its kernel wants it
+    void *input;     // (T, max(D, Q, F) + INPUT_PAD) f32 or bf16   a product's input, as its kernel wants it; there is
+                     // room for T a multiple of SQUARE and max(D, Q, F) one of PANEL
     float *wide;     // (threads, wide_size)     a block of weights as f32, or as tiles
     size_t wide_size;
 } State;
@@ -686,7 +687,7 @@ static State open_state(const Model *m, size_t context, size_t threads) {
     ask_for_tiles();
     State s = {.threads = threads, .context = multiple_of(KEYS, context)};
     s.batch = smaller(smaller(larger(BATCH_BYTES / per_token, 1), MAX_BATCH), context);
-    s.wide_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, TILE_ROWS * widest);
+    s.wide_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, TILE_ROWS * widest); // in floats; bf16 takes half
 
     double bytes = 2 * cache_bytes(m, context);
     s.k = bytes < 0x1p62 ? aligned_alloc(64, (size_t)bytes + 64) : NULL; // weigh reads a little more
@@ -2671,6 +2672,23 @@ static void widen(float *out, const void *array, Dtype dtype, size_t n) {
         out[i] = element(array, dtype, i);
 }
 
+INLINE double multiply_only_typed(bool pairs, size_t rounds) {
+    vec sums[GROUP][TILE_ROWS], factor = in_register(fill(0)); // as many sums as tile has
+    for (size_t t = 0; t < GROUP; t++)
+        for (size_t r = 0; r < TILE_ROWS; r++)
+            sums[t][r] = in_register(fill(0));
+    for (size_t i = 0; i < rounds; i++)
+        for (size_t t = 0; t < GROUP; t++)
+            for (size_t r = 0; r < TILE_ROWS; r++)
+                sums[t][r] = accumulate(factor, factor, sums[t][r], pairs);
+    volatile vec used; // or the compiler would leave out the loop
+    for (size_t t = 0; t < GROUP; t++)
+        for (size_t r = 0; r < TILE_ROWS; r++)
+            used = sums[t][r];
+    (void)used;
+    return (double)rounds * GROUP * TILE_ROWS * W * (pairs ? 4 : 2);
+}
+
 #ifdef TILES
 
 #include <sys/syscall.h>
@@ -2681,6 +2699,7 @@ static void widen(float *out, const void *array, Dtype dtype, size_t n) {
 // vectors of 16 pairs at a time, if the tiles share the panel as the lanes do: tile i takes the pairs that are number i of
 // their vectors. So prompts go by tiles, single tokens by vectors, which read memory faster, and the bits are the same.
 
+// Linux gives the registers for tiles only to programs that ask for them.
 static void ask_for_tiles(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
     expect(
@@ -2689,6 +2708,7 @@ static void ask_for_tiles(void) {
         strerror(errno));
 }
 
+// All eight tiles of this thread are 16 rows of 64 bytes, and 0.
 static void shape_tiles(void) {
     static const struct {
         uint8_t palette, reserved[15];
@@ -2727,7 +2747,8 @@ INLINE vec load_some(const float *p, size_t left) {
     return left >= W ? load_f32(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), p);
 }
 
-// out (cols, rounded up to panels) = x (cols) as bf16, then 0; each panel as tiles want it, or as it is
+// out (cols, rounded up to panels) = x (cols) as bf16, then 0. As tiles want it, the 16 pairs of a panel that go into one tile
+// stand together; else in their order.
 static void round_token(uint16_t *out, const float *x, size_t cols, bool as_tiles) {
     for (size_t c = 0; c < cols; c += PANEL) {
         vec pairs[W];
@@ -2761,8 +2782,8 @@ static void pack(uint16_t *out, Tensor w) {
 // out[t][r] = sum_c w[r][c] x[t][c], or += it, for w (rows, cols) from `pack` and x (T, cols) from `round_token`
 static void multiply_tiles(float *out, size_t stride, const uint16_t *w, size_t rows, Tensor x, bool add) {
     const long x_stride = (long)(x.stride * sizeof(uint16_t)), row = SQUARE * sizeof(float);
-    __asm__ volatile("" ::
-                         : "memory"); // gcc does not know that tiles are loaded from memory, so let it be written first
+    // gcc does not know that tiles are loaded from memory: what is to be loaded has to be written before this.
+    __asm__ volatile("" : : : "memory");
     for (size_t t = 0; t < x.rows; t += SQUARE)
         for (size_t r = 0; r < rows; r += SQUARE) {
             const uint16_t *upper = address(x.data, BF16, t * x.stride), *lower = upper + W * x.stride;
@@ -2792,8 +2813,8 @@ static void multiply_tiles(float *out, size_t stride, const uint16_t *w, size_t 
         }
 }
 
+// The first, or the second, of each pair of bf16, as f32.
 INLINE vec first_of(vec pairs) { return (vec)((vec_u32)pairs << 16); }
-
 INLINE vec second_of(vec pairs) { return (vec)((vec_u32)pairs & 0xffff0000); }
 
 // y + sum_c w[c] x[c] for one row of weights and one token, as they are: the same additions
@@ -2810,7 +2831,7 @@ static float multiply_row(float y, const uint16_t *w, const uint16_t *x, size_t 
         store(lanes, first + second); // what 16 tiles add
         for (size_t i = 0; i < W; i++)
             sum += lanes[i];
-        if ((c + PANEL) % TILE_COLUMNS == 0 || c + PANEL >= cols) {
+        if ((c + PANEL) % TILE_COLUMNS == 0 || c + PANEL >= cols) { // where a product by tiles ends, too
             y += sum;
             sum = 0;
         }
@@ -2824,7 +2845,7 @@ static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool
     uint16_t *input = s->input, *packed = (uint16_t *)(s->wide + thread_number() * s->wide_size);
     size_t stride = multiple_of(PANEL, w.cols) + INPUT_PAD, n;
     unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040); // numbers below 2^-126 count as 0: tiles have it so
+    _mm_setcsr(mode | 0x8040); // what is below 2^-126 counts as 0, read (0x40) or made (0x8000), as with tiles
 #pragma omp for
     for (size_t t = 0; t < T; t++)
         round_token(input + t * stride, x + t * w.cols, w.cols, T > 1);
@@ -2835,18 +2856,34 @@ static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool
 #pragma omp for schedule(static)
     for (size_t r = 0; r < w.rows; r += block) {
         size_t rows = smaller(block, w.rows - r);
-        for (size_t i = r; i < r + rows && T == 1; i++)
-            out[i] = multiply_row(add ? out[i] : 0, address(w.data, BF16, i * w.stride), input, w.cols);
-        for (size_t c = 0; c < w.cols && T > 1; c += n) {
-            n = smaller(TILE_COLUMNS, w.cols - c);
-            pack(packed, part(w, r, rows, c, n));
-            Tensor in = {input + c, BF16, T, multiple_of(PANEL, n), stride};
-            multiply_tiles(out + r, w.rows, packed, rows, in, add || c);
-        }
+        if (T == 1)
+            for (size_t i = r; i < r + rows; i++)
+                out[i] = multiply_row(add ? out[i] : 0, address(w.data, BF16, i * w.stride), input, w.cols);
+        else
+            for (size_t c = 0; c < w.cols; c += n) {
+                n = smaller(TILE_COLUMNS, w.cols - c);
+                pack(packed, part(w, r, rows, c, n));
+                Tensor in = {input + c, BF16, T, multiple_of(PANEL, n), stride};
+                multiply_tiles(out + r, w.rows, packed, rows, in, add || c);
+            }
     }
     _tile_release();
     _mm_setcsr(mode);
     return true;
+}
+
+static double multiply_only(bool pairs, size_t rounds) {
+    if (!pairs)
+        return multiply_only_typed(false, rounds);
+    shape_tiles();
+    for (size_t i = 0; i < rounds; i++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_release();
+    return (double)rounds * 4 * W * W * 4 * W; // four tiles of 16 x 16 sums, each of 16 pairs of products
 }
 
 #else
@@ -2856,41 +2893,11 @@ static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool
     (void)out, (void)x, (void)w, (void)T, (void)add, (void)s;
     return false;
 }
-#endif
-
-INLINE double multiply_only_typed(bool pairs, size_t rounds) {
-    vec sums[GROUP][TILE_ROWS], factor = in_register(fill(0)); // as many sums as tile has
-    for (size_t t = 0; t < GROUP; t++)
-        for (size_t r = 0; r < TILE_ROWS; r++)
-            sums[t][r] = in_register(fill(0));
-    for (size_t i = 0; i < rounds; i++)
-        for (size_t t = 0; t < GROUP; t++)
-            for (size_t r = 0; r < TILE_ROWS; r++)
-                sums[t][r] = accumulate(factor, factor, sums[t][r], pairs);
-    volatile vec used; // or the compiler would leave out the loop
-    for (size_t t = 0; t < GROUP; t++)
-        for (size_t r = 0; r < TILE_ROWS; r++)
-            used = sums[t][r];
-    (void)used;
-    return (double)rounds * GROUP * TILE_ROWS * W * (pairs ? 4 : 2);
-}
 
 static double multiply_only(bool pairs, size_t rounds) {
-#ifdef TILES
-    if (pairs) {
-        shape_tiles();
-        for (size_t i = 0; i < rounds; i++) {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_release();
-        return (double)rounds * 4 * W * W * 4 * W;
-    }
-#endif
     return pairs ? multiply_only_typed(true, rounds) : multiply_only_typed(false, rounds);
 }
+#endif
 
 #ifndef NO_MAIN // the tests include this file and have a main of their own
 // OpenMP's threads wait for each other by spinning, by default for many milliseconds. Where another program has one of

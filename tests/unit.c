@@ -207,9 +207,10 @@ static void test_weigh(void) {
         }
 }
 
-// What matmul needs for T tokens of so many columns, with as little room for blocks of weights as there may be.
-static State workspace(size_t T, size_t cols) {
-    State s = {.threads = 1, .wide_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, TILE_ROWS * cols)};
+// What matmul needs for T tokens and such weights, with as little room for blocks of f16 as there may be.
+static State workspace(Dtype dtype, size_t T, size_t cols) {
+    State s = {.threads = 1};
+    s.wide_size = dtype == F16 ? larger(cols < 1000 ? 700 : 0, TILE_ROWS * cols) : TILE_BLOCK * TILE_COLUMNS / 2;
     s.input = allocate(multiple_of(SQUARE, T) * (multiple_of(PANEL, cols) + INPUT_PAD), sizeof(float), "a test");
     s.wide = allocate(s.wide_size, sizeof *s.wide, "a test");
     return s;
@@ -225,7 +226,7 @@ static void test_matmul(void) {
                     float *x = random_array(F32, T * cols, 0), *out = random_array(F32, T * rows + 1, 0);
                     float *before = allocate(T * rows + 1, sizeof *out, "a test");
                     memcpy(before, out, (T * rows + 1) * sizeof *out);
-                    State s = workspace(T, cols);
+                    State s = workspace(PAIRS[p][0], T, cols);
                     bool add = T % 2;
                     matmul(out, x, w, T, add, &s);
                     for (size_t t = 0; t < T; t++)
@@ -256,7 +257,7 @@ static void test_matmul_has_the_same_bits_in_any_batch(void) {
                 float *x = random_array(F32, T * cols, 0), *out = random_array(F32, T * ROWS, 0), one[ROWS];
                 for (size_t j = 0; j < T * cols && i % 4 == 2; j++)
                     x[j] *= 0x1p-124f;
-                State s = workspace(T, cols);
+                State s = workspace(PAIRS[p][0], T, cols);
                 bool add = T % 2;
                 float *before = allocate(T * ROWS, sizeof *out, "a test");
                 memcpy(before, out, T * ROWS * sizeof *out);
