@@ -407,8 +407,8 @@ static float dot_ref(const void *a, Dtype a_type, const void *b, Dtype b_type, s
     return sum;
 }
 
-// out[t][r] += sum_c w[r][c] x[t][c] for x (T, cols), w (rows, cols); rows of out are `stride` apart
-static void multiply(float *out, size_t stride, Tensor w, Tensor x);
+// out[t][r] = sum_c w[r][c] x[t][c], or += it, with `add`, for x (T, cols), w (rows, cols); rows of out are `stride` apart
+static void multiply(float *out, size_t stride, Tensor w, Tensor x, bool add);
 // The weighted sum of rows that attention is made of: y[c] += sum_j a[j] x[j][c], x (m, n) f16, for one or QUERY_TILE
 // vectors y, a at a time. Reads up to a vector behind the end of x.
 static void weigh(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n);
@@ -462,9 +462,7 @@ static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, Sta
             rows.data = wide;
             rows.dtype = F32;
         }
-        for (size_t t = 0; t < T && !add; t++)
-            memset(out + t * w.rows + r, 0, rows.rows * sizeof *out);
-        multiply(out + r, w.rows, rows, in);
+        multiply(out + r, w.rows, rows, in, add);
     }
 }
 
@@ -472,8 +470,8 @@ static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, Sta
 static void rmsnorm_one(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
     Tensor vector = {x, F32, 1, n, n};
-    float squares = 0;
-    multiply(&squares, 1, vector, vector);
+    float squares;
+    multiply(&squares, 1, vector, vector, false);
     float scale = 1.0f / sqrtf(squares / (float)n + eps);
     for (size_t i = 0; i < n; i++)
         out[i] = x[i] * scale * element(weight.data, weight.dtype, i);
@@ -2499,18 +2497,20 @@ INLINE vec accumulate(vec a, vec b, vec sum, bool pairs) {
 
 _Static_assert(TILE_ROWS == 4, "sum4 adds up the four rows of a tile");
 
-// out[0 to 3] += the sums over the lanes of four vectors
-INLINE void add4(float *out, vec a, vec b, vec c, vec d) {
-    float4 sums;
-    memcpy(&sums, out, sizeof sums);
-    sums += (float4)sum4(a, b, c, d);
+// out[0 to 3] = the sums over the lanes of four vectors, or += them
+INLINE void put4(float *out, vec a, vec b, vec c, vec d, bool add) {
+    float4 sums = (float4)sum4(a, b, c, d), before = {0};
+    if (add)
+        memcpy(&before, out, sizeof before);
+    sums += before;
     memcpy(out, &sums, sizeof sums);
 }
 
 // Part of multiply for one chunk of columns, TILE_ROWS rows of w and GROUP of x; of the sums, those of `tokens` rows are
 // kept, and the last of those rows stands in for the rest. The types are known when it is compiled, so that all sums are
 // registers; gcc sees them in parameters of their own, not in a Tensor.
-INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens) {
+INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens,
+                 bool add) {
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     vec sums[GROUP][TILE_ROWS];
@@ -2534,11 +2534,11 @@ INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dt
                 sums[t][r] = j == 0 ? chain[t][r] : (vec)(sums[t][r] + chain[t][r]);
     }
     for (size_t t = 0; t < tokens; t++)
-        add4(out + t * stride, sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+        put4(out + t * stride, sums[t][0], sums[t][1], sums[t][2], sums[t][3], add);
 }
 
 // The same for one or two rows of w, which are `apart` from each other, and one token: all chains at a time.
-INLINE void dots(float *out, Tensor w, size_t rows, size_t apart, Tensor x) {
+INLINE void dots(float *out, Tensor w, size_t rows, size_t apart, Tensor x, bool add) {
     const bool pairs = w.dtype == BF16 && x.dtype == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     vec chain[2][CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
@@ -2559,13 +2559,13 @@ INLINE void dots(float *out, Tensor w, size_t rows, size_t apart, Tensor x) {
     for (size_t r = 0; r < rows; r++)
         for (size_t j = 1; j < chains; j++)
             chain[r][0] += chain[r][j];
-    float sums[4] = {0};
-    add4(sums, chain[0][0], rows > 1 ? chain[1][0] : fill(0), fill(0), fill(0));
+    float sums[4];
+    put4(sums, chain[0][0], rows > 1 ? chain[1][0] : fill(0), fill(0), fill(0), false);
     for (size_t r = 0; r < rows; r++)
-        out[r * apart] += sums[r];
+        out[r * apart] = (add ? out[r * apart] : 0) + sums[r];
 }
 
-INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type) {
+INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, bool add) {
     w.dtype = w_type;
     x.dtype = x_type;
     size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, cols = x.cols / step * step;
@@ -2586,9 +2586,10 @@ INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Te
                 for (size_t i = 0; i < lines; i++, ahead += 64)
                     __builtin_prefetch(ahead, 0, 2); // 2: not into the innermost cache, which is full
                 for (; t + GROUP <= end; t += GROUP)
-                    tile(out + t * stride + r, stride, rows, w_type, part(x, t, GROUP, c, n), x_type, GROUP);
+                    tile(out + t * stride + r, stride, rows, w_type, part(x, t, GROUP, c, n), x_type, GROUP, add || c);
                 if (t < end)
-                    tile(out + t * stride + r, stride, rows, w_type, part(x, t, end - t, c, n), x_type, end - t);
+                    tile(out + t * stride + r, stride, rows, w_type, part(x, t, end - t, c, n), x_type, end - t,
+                         add || c);
             }
     }
     // One token, or what is left of the rows: two rows at a time, the one from the first half and the other from the
@@ -2600,27 +2601,27 @@ INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Te
             for (size_t c = 0; c < cols; c += n) {
                 n = smaller(chunk, cols - c);
                 if (i < half)
-                    dots(out + t * stride + r, part(w, r, 1, c, n), 2, half, part(x, t, 1, c, n));
+                    dots(out + t * stride + r, part(w, r, 1, c, n), 2, half, part(x, t, 1, c, n), add || c);
                 else
-                    dots(out + t * stride + r, part(w, r, 1, c, n), 1, 1, part(x, t, 1, c, n));
+                    dots(out + t * stride + r, part(w, r, 1, c, n), 1, 1, part(x, t, 1, c, n), add || c);
             }
         }
     // the last columns, which are less than a vector
     for (size_t t = 0; t < x.rows && cols < x.cols; t++)
         for (size_t r = 0; r < w.rows; r++)
-            out[t * stride + r] += dot_ref(address(w.data, w_type, r * w.stride + cols), w_type,
+            out[t * stride + r] = (add || cols ? out[t * stride + r] : 0) + dot_ref(address(w.data, w_type, r * w.stride + cols), w_type,
                                            address(x.data, x_type, t * x.stride + cols), x_type, x.cols - cols);
 }
 
-static void multiply(float *out, size_t stride, Tensor w, Tensor x) {
+static void multiply(float *out, size_t stride, Tensor w, Tensor x, bool add) {
     if (x.dtype == BF16)
-        multiply_typed(out, stride, w, BF16, x, BF16);
+        multiply_typed(out, stride, w, BF16, x, BF16, add);
     else if (w.dtype == F32)
-        multiply_typed(out, stride, w, F32, x, F32);
+        multiply_typed(out, stride, w, F32, x, F32, add);
     else if (w.dtype == BF16)
-        multiply_typed(out, stride, w, BF16, x, F32);
+        multiply_typed(out, stride, w, BF16, x, F32, add);
     else
-        multiply_typed(out, stride, w, F16, x, F32);
+        multiply_typed(out, stride, w, F16, x, F32, add);
 }
 
 // weigh for `columns` vectors of columns from column `first` on; the numbers of both are known when it is compiled
