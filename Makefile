@@ -37,13 +37,14 @@ build/%-v4: FLAGS = -O2 -march=x86-64-v4
 build/%-sanitized: FLAGS = -march=native $(SANITIZE)
 build/%-clang: CC = clang
 build/%-clang: FLAGS = -O2 -march=native
+build/%-amx: FLAGS = -O3 -march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -include tests/amx.h $(OPENMP)
 build/%-neon build/%-neon-bf16: CC = aarch64-linux-gnu-gcc
 build/%-neon: FLAGS = -O2 -static
 build/%-neon-bf16: FLAGS = -O2 -static -march=armv8.6-a+bf16
 COMPILE = @mkdir -p build && $(CC) $(RULES) -Wno-unused-function $(FLAGS) $< -o $@ -lm
-build/unit-%: tests/unit.c run.c Makefile
+build/unit-%: tests/unit.c tests/amx.h run.c Makefile
 	$(COMPILE)
-build/probe-%: tests/probe.c run.c Makefile
+build/probe-%: tests/probe.c tests/amx.h run.c Makefile
 	$(COMPILE)
 
 .venv/installed: requirements.txt tests/requirements.txt
@@ -68,6 +69,7 @@ check: build/run-debug run .venv/installed lint ## more: sanitizers, other compi
 	VARIANTS=sanitized $(PYTHON) -m pytest -q -rs -n 2 tests/test_bytelevel.py
 	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py
 	VARIANTS=v3,portable $(PYTHON) -m pytest -q -rs -n 2 tests/test_reference.py
+	VARIANTS=amx $(PYTHON) -m pytest -q -rs tests/test_reference.py -k 'wide and transformers'
 	$(PYTHON) tests/fuzz.py --run build/run-debug --seconds 30
 
 bench: run .venv/installed ## tokens a second for 15M to 70B parameters; needs up to 30 GB of disk for a while

@@ -288,7 +288,7 @@ enum {
     KEYS = 64,          // keys and values that attention handles at a time
     QUERIES = 64,       // queries that pass by one block of keys
     QUERY_TILE = 4,     // queries that share each key and value loaded
-    INPUT_PAD = 32,     // elements between rows of State.input
+    INPUT_PAD = 32,     // elements between rows of State.input, at least
     PANEL = 512,        // AMX: columns that a vector's lanes deal out among tiles,
     SQUARE = 32,        // rows and tokens that are multiplied at a time,
     TILE_BLOCK = 256,   // rows, and
@@ -328,13 +328,11 @@ static inline float f16_to_f32(uint16_t h) {
 static inline uint16_t f32_to_f16(float value) {
     uint32_t sign = bits_of(value) >> 16 & 0x8000;
     uint32_t bits = bits_of(value) & 0x7fffffff;
-    uint32_t half = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
-    if (bits > 0x7f800000)
-        half = 0x7e00; // NaN
-    else if (bits >= 0x477ff000)
-        half = 0x7c00;          // rounds to 65,536 or more
-    else if (bits < 0x38800000) // below 2^-14: the last bits of this sum are the subnormal, rounded
-        half = bits_of(float_of(bits) + 0.5f) - 0x3f000000;
+    uint32_t normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+    uint32_t subnormal = bits_of(float_of(bits) + 0.5f) - 0x3f000000; // the last bits of the sum, which rounds
+    uint32_t half = bits < 0x38800000 ? subnormal : normal;           // below 2^-14
+    half = bits >= 0x477ff000 ? 0x7c00 : half;                        // what rounds to 65,536 or more: infinity
+    half = bits > 0x7f800000 ? 0x7e00 : half;                         // NaN
     return (uint16_t)(half | sign);
 }
 
@@ -377,22 +375,19 @@ static inline float exp_negative(float x) {
 // The memory of one run: the KV cache and the activations of one batch.
 typedef struct {
     size_t threads;
-    size_t context;  // C, a multiple of KEYS
-    size_t batch;    // the largest T
-    uint16_t *k;     // (layers, G, C/KEYS, d, KEYS) f16   each block of KEYS keys is transposed
-    uint16_t *v;     // (layers, G, C, d) f16
-    float *x;        // (T, D)       the residual stream
-    float *norm;     // (T, D)       x, normalised
-    float *qkv;      // (T, Q + 2K)  queries, keys, values
-    float *attended; // (T, Q)       what each head found
-    float *gate_up;  // (T, 2F)
-    float *hidden;   // (T, F)       silu(gate) * up
-    float *logits;   // (V)
-    float *cosine;   // (T, d/2)     RoPE's rotations at the positions of the batch
-    float *sine;     // (T, d/2)
-    void *input;     // (T, max(D, Q, F) + INPUT_PAD) f32 or bf16   a product's input, as its kernel wants it; there is
-                     // room for T a multiple of SQUARE and max(D, Q, F) one of PANEL
-    float *wide;     // (threads, wide_size)     a block of weights as f32, or as tiles
+    size_t context; // C, a multiple of KEYS
+    size_t batch;   // the largest T
+    uint16_t *k;    // (layers, G, C/KEYS, d, KEYS) f16   each block of KEYS keys is transposed
+    uint16_t *v;    // (layers, G, C, d) f16
+    float *x;       // (T, D)       the residual stream
+    float *qkv;     // (T, Q + 2K)  queries, keys, values
+    float *gate_up; // (T, 2F)      in the same memory: not in use at the same time
+    float *logits;  // (V)
+    float *cosine;  // (T, d/2)     RoPE's rotations at the positions of the batch
+    float *sine;    // (T, d/2)
+    void *input;    // (T, D or Q or F)  of the next product, as its kernel takes it: f32 or bf16; see input_stride
+    Dtype input_type;
+    float *wide; // (threads, wide_size)  a block of weights as f32, or as tiles; or some rows of numbers
     size_t wide_size;
 } State;
 
@@ -415,7 +410,7 @@ static void weigh(float *const *y, const float *const *a, size_t queries, const 
 // An array of any type as f32.
 static void widen(float *out, const void *array, Dtype dtype, size_t n);
 // matmul, below, with the instructions for whole tiles of bf16 that some processors have; false if this one has none.
-static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool add, State *s);
+static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s);
 // Only multiplications of what is in registers, as f32 or in pairs of bf16; returns the number of operations.
 static double multiply_only(bool pairs, size_t rounds);
 static bool has_bf16_dot(void);
@@ -430,25 +425,30 @@ static size_t thread_number(void) {
 #endif
 }
 
-// out[t][r] = sum_c w[r][c] x[t][c] for x (T, cols), w (rows, cols), out (T, rows); or out += it, with `add`.
+// Memory of this thread, wide_size floats.
+static float *scratch(const State *s) { return s->wide + thread_number() * s->wide_size; }
+
+// The elements from one row of State.input to the next, if they have so many columns: whole panels, and no power of two,
+// as such rows would compete for the same places in the cache.
+static size_t input_stride(size_t cols) { return multiple_of(PANEL, cols) + INPUT_PAD; }
+
+// Puts n values into row t of the next product's input (T, cols), from column c on.
+static void put_input(State *s, size_t cols, size_t t, size_t c, const float *values, size_t n) {
+    size_t at = t * input_stride(cols) + c;
+    if (s->input_type == F32)
+        memcpy((float *)s->input + at, values, n * sizeof *values);
+    else
+        for (size_t i = 0; i < n; i++)
+            ((uint16_t *)s->input)[at + i] = f32_to_bf16(values[i]);
+}
+
+// out[t][r] = sum_c w[r][c] input[t][c] for w (rows, cols), input (T, cols), out (T, rows); or out += it, with `add`.
 // The rows are dealt out among the threads, and no thread shares a sum with another.
-static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
-    if (matmul_by_tiles(out, x, w, T, add, s))
+static void matmul(float *out, Tensor w, size_t T, bool add, State *s) {
+    if (matmul_by_tiles(out, w, T, add, s))
         return;
-    Tensor in = {x, F32, T, w.cols, w.cols};
-    bool narrow = w.dtype == BF16 && has_bf16_dot(); // the instruction takes both sides in bf16
-    if (narrow || T > 1) {
-        // In a copy, with rows apart by no power of two: those would compete for the same places in the cache.
-        in = (Tensor){s->input, narrow ? BF16 : F32, T, w.cols, w.cols + INPUT_PAD};
-#pragma omp for
-        for (size_t t = 0; t < T; t++)
-            if (narrow)
-                for (size_t c = 0; c < w.cols; c++)
-                    ((uint16_t *)s->input)[t * in.stride + c] = f32_to_bf16(x[t * w.cols + c]);
-            else
-                memcpy((float *)s->input + t * in.stride, x + t * w.cols, w.cols * sizeof *x);
-    }
-    bool widened = !narrow && T >= TILE_TOKENS;            // for many tokens, it pays off to convert the weights once
+    Tensor in = {s->input, s->input_type, T, w.cols, input_stride(w.cols)};
+    bool widened = in.dtype == F32 && T >= TILE_TOKENS;    // for many tokens, it pays off to convert the weights once
     size_t share = (w.rows + s->threads - 1) / s->threads; // one token: each thread reads two long runs
     size_t block = T == 1 ? share : T < TILE_TOKENS ? TILE_ROWS : BLOCK_ROWS;
     if (widened)
@@ -457,7 +457,7 @@ static void matmul(float *out, const float *x, Tensor w, size_t T, bool add, Sta
     for (size_t r = 0; r < w.rows; r += block) {
         Tensor rows = part(w, r, smaller(block, w.rows - r), 0, w.cols);
         if (widened) {
-            float *wide = s->wide + thread_number() * s->wide_size;
+            float *wide = scratch(s);
             widen(wide, rows.data, w.dtype, rows.rows * w.cols);
             rows.data = wide;
             rows.dtype = F32;
@@ -477,11 +477,14 @@ static void rmsnorm_one(float *out, const float *x, Tensor weight, float eps) {
         out[i] = x[i] * scale * element(weight.data, weight.dtype, i);
 }
 
-// out, x (T, D)
-static void rmsnorm(float *out, const float *x, Tensor weight, size_t T, float eps) {
+// input (T, D) = x (T, D), normalised
+static void rmsnorm(State *s, const float *x, Tensor weight, size_t T, float eps) {
 #pragma omp for
-    for (size_t t = 0; t < T; t++)
-        rmsnorm_one(out + t * weight.cols, x + t * weight.cols, weight, eps);
+    for (size_t t = 0; t < T; t++) {
+        float *row = scratch(s);
+        rmsnorm_one(row, x + t * weight.cols, weight, eps);
+        put_input(s, weight.cols, t, 0, row, weight.cols);
+    }
 }
 
 // x (T, D): the rows of the embedding that the tokens name
@@ -542,24 +545,25 @@ static void prepare_qkv(const Model *m, State *s, size_t layer, size_t pos, size
     const Layer *l = &m->layers[layer];
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
 #pragma omp for
-    for (size_t t = 0; t < T; t++) {
-        float *q = s->qkv + t * (m->q_dim + 2 * m->kv_dim), *k = q + m->q_dim, *v = k + m->kv_dim;
-        for (size_t i = 0; i < l->bqkv.cols; i++)
-            q[i] += element(l->bqkv.data, l->bqkv.dtype, i);
-        for (size_t head = 0; head < H + G; head++) { // of the queries, then of the keys
-            if (m->h.flags & QK_NORM)
-                rmsnorm_one(q + head * d, q + head * d, head < H ? l->q_norm : l->k_norm, m->h.norm_eps);
-            rope(q + head * d, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
+    for (size_t t = 0; t < T; t++)
+        for (size_t head = 0; head < H + 2 * G; head++) { // of queries, then of keys, then of values
+            float *x = s->qkv + (t * (H + 2 * G) + head) * d;
+            for (size_t i = 0; i < d && l->bqkv.cols; i++)
+                x[i] += element(l->bqkv.data, l->bqkv.dtype, head * d + i);
+            if (head < H + G && m->h.flags & QK_NORM)
+                rmsnorm_one(x, x, head < H ? l->q_norm : l->k_norm, m->h.norm_eps);
+            if (head < H + G)
+                rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
+            if (head < H)
+                continue;
+            size_t slot = (pos + t) % KEYS, block = cache_block(m, s, layer, (head - H) % G, pos + t - slot);
+            if (head < H + G)
+                for (size_t i = 0; i < d; i++)
+                    s->k[block + i * KEYS + slot] = f32_to_f16(x[i]);
+            else
+                for (size_t i = 0; i < d; i++)
+                    s->v[block + slot * d + i] = f32_to_f16(x[i]);
         }
-        size_t slot = (pos + t) % KEYS;
-        for (size_t g = 0; g < G; g++) {
-            size_t block = cache_block(m, s, layer, g, pos + t - slot);
-            for (size_t i = 0; i < d; i++) {
-                s->k[block + i * KEYS + slot] = f32_to_f16(k[g * d + i]);
-                s->v[block + slot * d + i] = f32_to_f16(v[g * d + i]);
-            }
-        }
-    }
 }
 
 // The softmax of one block of scores, when the blocks before it had the maximum `max` and the sum `sum`. Returns the
@@ -593,13 +597,13 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
     size_t d = m->h.head_dim, group = m->h.n_heads / m->h.n_kv_heads;
     float scale = 1.0f / sqrtf((float)d);
     const float *q[QUERIES]; // (d)
-    float *out[QUERIES];     // (d)
+    float *out[QUERIES];     // (d)  what each has found
     size_t sees[QUERIES];    // positions
     float max[QUERIES], sum[QUERIES];
     for (size_t i = 0; i < count; i++) {
         size_t t = (first + i) / group, head = g * group + (first + i) % group;
         q[i] = s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d;
-        out[i] = s->attended + t * m->q_dim + head * d;
+        out[i] = scratch(s) + i * d;
         memset(out[i], 0, d * sizeof(float));
         sees[i] = pos + t + 1;
         max[i] = -INFINITY;
@@ -628,12 +632,14 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
             weigh(out + i, weight, queries, s->v + block, visible, d);
         }
     }
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < count; i++) {
         for (size_t c = 0; c < d; c++)
             out[i][c] /= sum[i];
+        put_input(s, m->q_dim, (first + i) / group, (g * group + (first + i) % group) * d, out[i], d);
+    }
 }
 
-// attended (T, Q): each token's queries against the keys and values of all positions up to its own
+// input (T, Q): each token's queries against the keys and values of all positions up to its own
 static void attention(const Model *m, State *s, size_t layer, size_t pos, size_t T) {
     size_t queries = T * (m->h.n_heads / m->h.n_kv_heads); // for each head of keys
 #pragma omp for collapse(2) schedule(dynamic)
@@ -642,16 +648,18 @@ static void attention(const Model *m, State *s, size_t layer, size_t pos, size_t
             attend(m, s, layer, g, first, smaller(QUERIES, queries - first), pos);
 }
 
-// hidden (T, F) = silu(gate) * up, where silu(x) = x / (1 + e^-x)                              (Shazeer 2020)
-static void swiglu(float *hidden, const float *gate_up, size_t T, size_t F) {
+// input (T, F) = silu(gate) * up, where silu(x) = x / (1 + e^-x)                               (Shazeer 2020)
+static void swiglu(State *s, size_t T, size_t F) {
 #pragma omp for
     for (size_t t = 0; t < T; t++) {
-        const float *gate = gate_up + t * 2 * F, *up = gate + F;
+        const float *gate = s->gate_up + t * 2 * F, *up = gate + F;
+        float *hidden = scratch(s);
         for (size_t i = 0; i < F; i++) {
             float e = exp_negative(-fabsf(gate[i]));
             float sigmoid = (gate[i] < 0 ? e : 1.0f) / (1.0f + e);
-            hidden[t * F + i] = gate[i] * sigmoid * up[i];
+            hidden[i] = gate[i] * sigmoid * up[i];
         }
+        put_input(s, F, t, 0, hidden, F);
     }
 }
 
@@ -678,12 +686,11 @@ static size_t useful_threads(const Model *m) { return larger(1, layer_weights(m)
 
 static State open_state(const Model *m, size_t context, size_t threads) {
     size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
-    size_t widest = larger(larger(D, Q), F), input_cols = multiple_of(PANEL, widest) + INPUT_PAD;
-    size_t input_bytes = input_cols * size_of(m->h.dtype == BF16 && has_bf16_dot() ? BF16 : F32);
-    size_t outputs = larger(Q + 2 * K, 2 * F); // of a token's product
-    size_t per_token = (D + outputs + d + widest) * sizeof(float) + input_bytes;
-    ask_for_tiles();
+    size_t widest = larger(larger(D, Q), F), outputs = larger(Q + 2 * K, 2 * F); // of a token in a product
     State s = {.threads = threads, .context = multiple_of(KEYS, context)};
+    s.input_type = m->h.dtype == BF16 && has_bf16_dot() ? BF16 : F32; // the instruction takes both sides in bf16
+    size_t per_token = (D + outputs + d) * sizeof(float) + input_stride(widest) * size_of(s.input_type);
+    ask_for_tiles();
     s.batch = smaller(smaller(larger(BATCH_BYTES / per_token, 1), MAX_BATCH), context);
     s.wide_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, TILE_ROWS * widest); // in floats; bf16 takes half
 
@@ -696,19 +703,13 @@ static State open_state(const Model *m, size_t context, size_t threads) {
         float **array;
         size_t size;
     } arrays[] = {
-        {&s.x, s.batch * D},
-        {&s.norm, s.batch * widest},
-        {&s.gate_up, s.batch * outputs},
-        {&s.logits, m->h.vocab_size},
-        {&s.cosine, s.batch * d / 2},
-        {&s.sine, s.batch * d / 2},
-        {&s.wide, threads * s.wide_size},
+        {&s.x, s.batch * D},          {&s.gate_up, s.batch * outputs}, {&s.logits, m->h.vocab_size},
+        {&s.cosine, s.batch * d / 2}, {&s.sine, s.batch * d / 2},      {&s.wide, threads * s.wide_size},
     };
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
-    s.attended = s.hidden = s.norm; // of these, only one is in use at a time, and of the next two
     s.qkv = s.gate_up;
-    s.input = allocate(multiple_of(SQUARE, s.batch), input_bytes, "the activations");
+    s.input = allocate(multiple_of(SQUARE, s.batch) * input_stride(widest), size_of(s.input_type), "the activations");
     return s;
 }
 
@@ -720,16 +721,16 @@ static void forward(const Model *m, State *s, const uint32_t *tokens, size_t T, 
     rope_table(&m->h, s, pos, T);
     for (size_t i = 0; i < m->h.n_layers; i++) {
         const Layer *l = &m->layers[i];
-        rmsnorm(s->norm, s->x, l->attn_norm, T, eps);
-        matmul(s->qkv, s->norm, l->wqkv, T, false, s);
+        rmsnorm(s, s->x, l->attn_norm, T, eps); // input = x, normalised
+        matmul(s->qkv, l->wqkv, T, false, s);   // qkv = wqkv . input
         prepare_qkv(m, s, i, pos, T);
-        attention(m, s, i, pos, T);
-        matmul(s->x, s->attended, l->wo, T, true, s); // x += wo . attended
+        attention(m, s, i, pos, T);      // input = what the heads found
+        matmul(s->x, l->wo, T, true, s); // x += wo . input
 
-        rmsnorm(s->norm, s->x, l->ffn_norm, T, eps);
-        matmul(s->gate_up, s->norm, l->w_gate_up, T, false, s);
-        swiglu(s->hidden, s->gate_up, T, m->h.hidden_dim);
-        matmul(s->x, s->hidden, l->w_down, T, true, s); // x += w_down . hidden
+        rmsnorm(s, s->x, l->ffn_norm, T, eps);
+        matmul(s->gate_up, l->w_gate_up, T, false, s);
+        swiglu(s, T, m->h.hidden_dim); // input = silu(gate) * up
+        matmul(s->x, l->w_down, T, true, s);
     }
 }
 
@@ -748,8 +749,8 @@ static void feed_batch(const Model *m, State *s, const uint32_t *tokens, size_t 
 static void classify(const Model *m, State *s, float *logits, size_t t, size_t n) {
 #pragma omp parallel num_threads((int)s->threads)
     {
-        rmsnorm(s->norm, s->x + t * m->h.dim, m->final_norm, n, m->h.norm_eps);
-        matmul(logits, s->norm, m->classifier, n, false, s);
+        rmsnorm(s, s->x + t * m->h.dim, m->final_norm, n, m->h.norm_eps);
+        matmul(logits, m->classifier, n, false, s);
     }
 }
 
@@ -2509,8 +2510,7 @@ INLINE void put4(float *out, vec a, vec b, vec c, vec d, bool add) {
 // Part of multiply for one chunk of columns, TILE_ROWS rows of w and GROUP of x; of the sums, those of `tokens` rows are
 // kept, and the last of those rows stands in for the rest. The types are known when it is compiled, so that all sums are
 // registers; gcc sees them in parameters of their own, not in a Tensor.
-INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens,
-                 bool add) {
+INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens, bool add) {
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     vec sums[GROUP][TILE_ROWS];
@@ -2609,8 +2609,9 @@ INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Te
     // the last columns, which are less than a vector
     for (size_t t = 0; t < x.rows && cols < x.cols; t++)
         for (size_t r = 0; r < w.rows; r++)
-            out[t * stride + r] = (add || cols ? out[t * stride + r] : 0) + dot_ref(address(w.data, w_type, r * w.stride + cols), w_type,
-                                           address(x.data, x_type, t * x.stride + cols), x_type, x.cols - cols);
+            out[t * stride + r] = (add || cols ? out[t * stride + r] : 0) +
+                                  dot_ref(address(w.data, w_type, r * w.stride + cols), w_type,
+                                          address(x.data, x_type, t * x.stride + cols), x_type, x.cols - cols);
 }
 
 static void multiply(float *out, size_t stride, Tensor w, Tensor x, bool add) {
@@ -2743,23 +2744,16 @@ INLINE vec load_pairs(const uint16_t *p, size_t left) {
     return left >= 2 * W ? load_f32(p) : (vec)_mm512_maskz_loadu_epi16((1u << left) - 1, p);
 }
 
-// The same for 16 floats.
-INLINE vec load_some(const float *p, size_t left) {
-    return left >= W ? load_f32(p) : _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), p);
-}
-
-// out (cols, rounded up to panels) = x (cols) as bf16, then 0. As tiles want it, the 16 pairs of a panel that go into one tile
-// stand together; else in their order.
-static void round_token(uint16_t *out, const float *x, size_t cols, bool as_tiles) {
+// x (cols), then 0 up to a whole panel: within each, the 16 pairs that go into one tile come to stand together.
+static void deal_out(uint16_t *x, size_t cols) {
     for (size_t c = 0; c < cols; c += PANEL) {
         vec pairs[W];
         for (size_t j = 0; j < W; j++) {
-            size_t low = smaller(c + j * 2 * W, cols), high = smaller(low + W, cols);
-            pairs[j] = (vec)_mm512_cvtne2ps_pbh(load_some(x + high, cols - high), load_some(x + low, cols - low));
+            size_t at = smaller(c + j * 2 * W, cols);
+            pairs[j] = load_pairs(x + at, cols - at);
         }
-        if (as_tiles)
-            transpose(pairs);
-        memcpy(out + c, pairs, sizeof pairs);
+        transpose(pairs);
+        memcpy(x + c, pairs, sizeof pairs);
     }
 }
 
@@ -2780,7 +2774,7 @@ static void pack(uint16_t *out, Tensor w) {
             }
 }
 
-// out[t][r] = sum_c w[r][c] x[t][c], or += it, for w (rows, cols) from `pack` and x (T, cols) from `round_token`
+// out[t][r] = sum_c w[r][c] x[t][c], or += it, for w (rows, cols) from `pack` and x (T, cols) from `deal_out`
 static void multiply_tiles(float *out, size_t stride, const uint16_t *w, size_t rows, Tensor x, bool add) {
     const long x_stride = (long)(x.stride * sizeof(uint16_t)), row = SQUARE * sizeof(float);
     // gcc does not know that tiles are loaded from memory: what is to be loaded has to be written before this.
@@ -2840,16 +2834,18 @@ static float multiply_row(float y, const uint16_t *w, const uint16_t *x, size_t 
     return y;
 }
 
-static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
+static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s) {
     if (w.dtype != BF16 || w.cols < PANEL / 2) // narrower panels would be mostly padding
         return false;
-    uint16_t *input = s->input, *packed = (uint16_t *)(s->wide + thread_number() * s->wide_size);
-    size_t stride = multiple_of(PANEL, w.cols) + INPUT_PAD, n;
+    uint16_t *input = s->input, *packed = (uint16_t *)scratch(s);
+    size_t stride = input_stride(w.cols), n;
     unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040); // what is below 2^-126 counts as 0, read (0x40) or made (0x8000), as with tiles
+    if (T > 1) {
 #pragma omp for
-    for (size_t t = 0; t < T; t++)
-        round_token(input + t * stride, x + t * w.cols, w.cols, T > 1);
+        for (size_t t = 0; t < T; t++)
+            deal_out(input + t * stride, w.cols);
+    }
     shape_tiles();
     // As many blocks for each thread, of rows that stay in the second-level cache, packed, while all tokens pass.
     size_t share = (w.rows + s->threads - 1) / s->threads, blocks = (share + TILE_BLOCK - 1) / TILE_BLOCK;
@@ -2890,8 +2886,8 @@ static double multiply_only(bool pairs, size_t rounds) {
 #else
 static void ask_for_tiles(void) {}
 
-static bool matmul_by_tiles(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
-    (void)out, (void)x, (void)w, (void)T, (void)add, (void)s;
+static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s) {
+    (void)out, (void)w, (void)T, (void)add, (void)s;
     return false;
 }
 

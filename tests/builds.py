@@ -22,6 +22,7 @@ NEEDS: dict[str, list[str]] = {
     "sanitized": [],
     "v3": ["avx2", "fma", "f16c"],
     "v4": ["avx512f", "avx512bw", "avx512dq", "avx512vl"],
+    "amx": ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"],  # tiles in plain C: tests/amx.h
     "clang": ["clang"],
     "neon": ["aarch64-linux-gnu-gcc", "qemu-aarch64"],
     "neon-bf16": ["aarch64-linux-gnu-gcc", "qemu-aarch64"],

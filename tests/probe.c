@@ -8,8 +8,8 @@
  * feeds the tokens in batches of CHUNK through the first LAYERS layers (0: all of them) and writes to OUT, as f32:
  *   x         (T, D)       after the last of these layers
  *   qkv       (T, Q + 2K)  of the last layer, queries and keys rotated
- *   attended  (T, Q)       of the last layer
- *   hidden    (T, F)       of the last layer
+ *   attended  (T, Q)       of the last layer, as the product with wo takes it: in bf16, if isa says so and weights are
+ *   hidden    (T, F)       of the last layer, as the product with w_down takes it
  *   logits    (T, V)       from x
  */
 #define NO_MAIN
@@ -35,6 +35,12 @@ static _Noreturn void print_tokens(const char *path) {
         free(bytes);
     }
     exit(0); // no return: the tokenizer is in use to the end, and so is no leak
+}
+
+// The input of a product (T, cols) as f32.
+static void copy_input(const State *s, float *out, size_t T, size_t cols) {
+    for (size_t t = 0; t < T; t++)
+        widen(out + t * cols, address(s->input, s->input_type, t * input_stride(cols)), s->input_type, cols);
 }
 
 int main(int argc, char **argv) {
@@ -69,10 +75,12 @@ int main(int argc, char **argv) {
         memcpy(x + pos * D, s.x, n * D * sizeof *x);
         State apart = s; // once more, with arrays that share no memory: they must not get into each other's way
         apart.qkv = qkv + pos * width;
-        apart.attended = attended + pos * Q;
-        apart.hidden = hidden + pos * F;
         feed_batch(&m, &apart, tokens + pos, n, pos);
         expect(!memcmp(x + pos * D, s.x, n * D * sizeof *x), "arrays that share their memory overlap in time");
+        attention(&m, &apart, m.h.n_layers - 1, pos, n); // so the inputs of both products are there again
+        copy_input(&s, attended + pos * Q, n, Q);
+        swiglu(&apart, n, F);
+        copy_input(&s, hidden + pos * F, n, F);
         for (size_t t = 0; t < n; t++)
             classify(&m, &s, logits + (pos + t) * V, t, 1);
     }

@@ -12,7 +12,7 @@ from builds import ROOT, build, variants
 NAMES = re.findall(r'\{"(\w+)", test_\w+\}', (ROOT / "tests" / "unit.c").read_text())
 
 
-@pytest.fixture(scope="session", params=variants("native,portable,v3,v4"))
+@pytest.fixture(scope="session", params=variants("native,portable,v3,v4,amx"))
 def unit(request: pytest.FixtureRequest) -> list[str]:
     return build("unit", request.param)
 

@@ -109,7 +109,7 @@ static void test_exp(void) {
 
 // start + a . b
 static float dot(float start, const void *a, Dtype ta, const void *b, Dtype tb, size_t n) {
-    multiply(&start, 1, (Tensor){a, ta, 1, n, n}, (Tensor){b, tb, 1, n, n});
+    multiply(&start, 1, (Tensor){a, ta, 1, n, n}, (Tensor){b, tb, 1, n, n}, true);
     return start;
 }
 
@@ -139,13 +139,14 @@ static void test_multiply_has_the_bits_of_dot(void) {
                 float out[TILE_TOKENS + 2][STRIDE];
                 for (size_t i = 0; i < sizeof out / sizeof out[0][0]; i++)
                     out[i / STRIDE][i % STRIDE] = 0.75f;
-                multiply(out[0], STRIDE, w, x);
+                bool add = n % 2;
+                multiply(out[0], STRIDE, w, x, add);
                 for (size_t t = 0; t < TILE_TOKENS + 2; t++)
                     for (size_t r = 0; r < STRIDE; r++) {
                         float expected = 0.75f;
                         if (t < tokens && r < rows)
-                            expected =
-                                dot(0.75f, part(w, r, 1, 0, n).data, w_type, part(x, t, 1, 0, n).data, x_type, n);
+                            expected = dot(add ? 0.75f : 0, part(w, r, 1, 0, n).data, w_type, part(x, t, 1, 0, n).data,
+                                           x_type, n);
                         CHECK(bits_of(out[t][r]) == bits_of(expected), "n %zu, row %zu, token %zu: %g, not %g", n, r, t,
                               (double)out[t][r], (double)expected);
                     }
@@ -209,11 +210,18 @@ static void test_weigh(void) {
 
 // What matmul needs for T tokens and such weights, with as little room for blocks of f16 as there may be.
 static State workspace(Dtype dtype, size_t T, size_t cols) {
-    State s = {.threads = 1};
+    State s = {.threads = 1, .input_type = dtype == BF16 && has_bf16_dot() ? BF16 : F32};
     s.wide_size = dtype == F16 ? larger(cols < 1000 ? 700 : 0, TILE_ROWS * cols) : TILE_BLOCK * TILE_COLUMNS / 2;
-    s.input = allocate(multiple_of(SQUARE, T) * (multiple_of(PANEL, cols) + INPUT_PAD), sizeof(float), "a test");
+    s.input = allocate(multiple_of(SQUARE, T) * input_stride(cols), sizeof(float), "a test");
     s.wide = allocate(s.wide_size, sizeof *s.wide, "a test");
     return s;
+}
+
+// out (T, rows) = w . x, or += it, for x (T, cols)
+static void product(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
+    for (size_t t = 0; t < T; t++)
+        put_input(s, w.cols, t, 0, x + t * w.cols, w.cols);
+    matmul(out, w, T, add, s);
 }
 
 static void test_matmul(void) {
@@ -228,7 +236,7 @@ static void test_matmul(void) {
                     memcpy(before, out, (T * rows + 1) * sizeof *out);
                     State s = workspace(PAIRS[p][0], T, cols);
                     bool add = T % 2;
-                    matmul(out, x, w, T, add, &s);
+                    product(out, x, w, T, add, &s);
                     for (size_t t = 0; t < T; t++)
                         for (size_t r = 0; r < rows; r++) {
                             const void *row = address(w.data, dtype, r * cols);
@@ -261,10 +269,10 @@ static void test_matmul_has_the_same_bits_in_any_batch(void) {
                 bool add = T % 2;
                 float *before = allocate(T * ROWS, sizeof *out, "a test");
                 memcpy(before, out, T * ROWS * sizeof *out);
-                matmul(out, x, w, T, add, &s);
+                product(out, x, w, T, add, &s);
                 for (size_t t = 0; t < T; t++) {
                     memcpy(one, before + t * ROWS, sizeof one);
-                    matmul(one, x + t * cols, w, 1, add, &s);
+                    product(one, x + t * cols, w, 1, add, &s);
                     CHECK(!memcmp(one, out + t * ROWS, sizeof one), "%zu columns, token %zu of %zu", cols, t, T);
                 }
                 free(s.input);
@@ -275,9 +283,11 @@ static void test_matmul_has_the_same_bits_in_any_batch(void) {
 
 static void test_rmsnorm(void) {
     for (size_t n = 1; n < 100; n++) {
-        float *x = random_array(F32, n, 1), out[100];
+        float *x = random_array(F32, n, 1);
         Tensor weight = {random_array(BF16, n, 0), BF16, 1, n, n};
-        rmsnorm(out, x, weight, 1, 0.01f);
+        State s = workspace(F16, 1, n);
+        rmsnorm(&s, x, weight, 1, 0.01f);
+        const float *out = s.input;
         double mean = exact_dot(x, F32, x, F32, n) / (double)n;
         for (size_t i = 0; i < n; i++) {
             double expected = (double)x[i] / sqrt(mean + 0.01) * (double)element(weight.data, BF16, i);
@@ -288,13 +298,16 @@ static void test_rmsnorm(void) {
 
 static void test_swiglu(void) {
     enum { F = 37 };
-    float in[2 * F], out[F];
+    float in[2 * F];
     for (size_t i = 0; i < 2 * F; i++)
         in[i] = 20 * uniform();
     in[0] = 200;
     in[1] = -200;
     in[2] = 0;
-    swiglu(out, in, 1, F);
+    State s = workspace(F16, 1, F);
+    s.gate_up = in;
+    swiglu(&s, 1, F);
+    const float *out = s.input;
     for (size_t i = 0; i < F; i++) {
         double g = (double)in[i], expected = g / (1 + exp(-g)) * (double)in[F + i];
         CHECK(fabs((double)out[i] - expected) <= 1e-6 * (1 + fabs(expected)), "silu(%g)", g);
