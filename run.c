@@ -124,7 +124,7 @@ typedef enum { F32, BF16, F16 } Dtype; // how numbers are stored; in files only 
 
 enum { TIED = 1, QKV_BIAS = 2, QK_NORM = 4, ALL_FLAGS = 7 }; // Header.flags
 enum { ROPE_PLAIN, ROPE_LINEAR, ROPE_LLAMA3 };               // Header.rope_scaling
-enum { HEADER_SPACE = 4096, ALIGNMENT = 64 };
+enum { HEADER_SPACE = 4096, ALIGNMENT = 64, MAX_HEAD = 1024 };
 
 // The start of a weights file, byte for byte; zeros fill it up to HEADER_SPACE.
 typedef struct {
@@ -216,7 +216,7 @@ static void check_header(const Model *m) {
     check(m->path, "n_kv_heads", h->n_kv_heads, 1, h->n_heads);
     expect(h->n_heads % h->n_kv_heads == 0, "%s: n_kv_heads: expected a divisor of n_heads %u, found %u", m->path,
            h->n_heads, h->n_kv_heads);
-    check(m->path, "head_dim", h->head_dim, 2, 1 << 10);
+    check(m->path, "head_dim", h->head_dim, 2, MAX_HEAD);
     expect(h->head_dim % 2 == 0, "%s: head_dim: expected an even number, found %u", m->path, h->head_dim);
     check(m->path, "vocab_size", h->vocab_size, 1, 1 << 24);
     check(m->path, "max_seq_len", h->max_seq_len, 1, 1 << 28);
@@ -377,8 +377,9 @@ typedef struct {
     size_t threads;
     size_t context; // C, a multiple of KEYS
     size_t batch;   // the largest T
-    uint16_t *k;    // (layers, G, C/KEYS, d, KEYS) f16   each block of KEYS keys is transposed
-    uint16_t *v;    // (layers, G, C, d) f16
+    Dtype kv_type;  // f16; or bf16, of which there are P = 2 in a pair, where the processor is faster at that
+    uint16_t *k;    // (layers, G, C/KEYS, d/P, KEYS, P)   each block of KEYS keys is transposed
+    uint16_t *v;    // (layers, G, C/P, d, P)
     float *x;       // (T, D)       the residual stream
     float *qkv;     // (T, Q + 2K)  queries, keys, values
     float *gate_up; // (T, 2F)      in the same memory: not in use at the same time
@@ -390,6 +391,18 @@ typedef struct {
     float *wide; // (threads, wide_size)  a block of weights as f32, or as tiles; or some rows of numbers
     size_t wide_size;
 } State;
+
+// An array of f32 as one of any type.
+static void narrow(void *out, Dtype dtype, const float *values, size_t n) {
+    if (dtype == F32)
+        memcpy(out, values, n * sizeof *values);
+    else if (dtype == BF16)
+        for (size_t i = 0; i < n; i++)
+            ((uint16_t *)out)[i] = f32_to_bf16(values[i]);
+    else
+        for (size_t i = 0; i < n; i++)
+            ((uint16_t *)out)[i] = f32_to_f16(values[i]);
+}
 
 // The inner loops of all that follows, as plain C: what is computed. Their SIMD forms in the appendix do the
 // same sums in a vector's order, use these for what is left over, and are compared with them by the tests.
@@ -404,9 +417,11 @@ static float dot_ref(const void *a, Dtype a_type, const void *b, Dtype b_type, s
 
 // out[t][r] = sum_c w[r][c] x[t][c], or += it, with `add`, for x (T, cols), w (rows, cols); rows of out are `stride` apart
 static void multiply(float *out, size_t stride, Tensor w, Tensor x, bool add);
-// The weighted sum of rows that attention is made of: y[c] += sum_j a[j] x[j][c], x (m, n) f16, for one or QUERY_TILE
-// vectors y, a at a time. Reads up to a vector behind the end of x.
-static void weigh(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n);
+// The weighted sum of rows that attention is made of: y[c] += sum_j a[j] x[j][c] for a (m) f32, x (m, n) f16; or pairs
+// of bf16 in both, y[c] += sum_j a[j][0] x[j][c][0] + a[j][1] x[j][c][1]. For one or QUERY_TILE vectors y, a at a time.
+// Reads up to a vector behind the end of x.
+static void weigh(float *const *y, const void *const *a, size_t queries, const uint16_t *x, bool pairs, size_t m,
+                  size_t n);
 // An array of any type as f32.
 static void widen(float *out, const void *array, Dtype dtype, size_t n);
 // matmul, below, with the instructions for whole tiles of bf16 that some processors have; false if this one has none.
@@ -414,6 +429,7 @@ static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s);
 // Only multiplications of what is in registers, as f32 or in pairs of bf16; returns the number of operations.
 static double multiply_only(bool pairs, size_t rounds);
 static bool has_bf16_dot(void);
+static bool has_tiles(void);
 static void ask_for_tiles(void);
 static const char *isa(void);
 
@@ -435,11 +451,7 @@ static size_t input_stride(size_t cols) { return multiple_of(PANEL, cols) + INPU
 // Puts n values into row t of the next product's input (T, cols), from column c on.
 static void put_input(State *s, size_t cols, size_t t, size_t c, const float *values, size_t n) {
     size_t at = t * input_stride(cols) + c;
-    if (s->input_type == F32)
-        memcpy((float *)s->input + at, values, n * sizeof *values);
-    else
-        for (size_t i = 0; i < n; i++)
-            ((uint16_t *)s->input)[at + i] = f32_to_bf16(values[i]);
+    narrow((char *)s->input + at * size_of(s->input_type), s->input_type, values, n);
 }
 
 // out[t][r] = sum_c w[r][c] input[t][c] for w (rows, cols), input (T, cols), out (T, rows); or out += it, with `add`.
@@ -543,7 +555,7 @@ static size_t cache_block(const Model *m, const State *s, size_t layer, size_t g
 // into the cache.
 static void prepare_qkv(const Model *m, State *s, size_t layer, size_t pos, size_t T) {
     const Layer *l = &m->layers[layer];
-    size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
+    size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads, P = s->kv_type == BF16 ? 2 : 1;
 #pragma omp for
     for (size_t t = 0; t < T; t++)
         for (size_t head = 0; head < H + 2 * G; head++) { // of queries, then of keys, then of values
@@ -556,13 +568,14 @@ static void prepare_qkv(const Model *m, State *s, size_t layer, size_t pos, size
                 rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
             if (head < H)
                 continue;
+            uint16_t rounded[MAX_HEAD];
+            narrow(rounded, s->kv_type, x, d);
             size_t slot = (pos + t) % KEYS, block = cache_block(m, s, layer, (head - H) % G, pos + t - slot);
-            if (head < H + G)
-                for (size_t i = 0; i < d; i++)
-                    s->k[block + i * KEYS + slot] = f32_to_f16(x[i]);
-            else
-                for (size_t i = 0; i < d; i++)
-                    s->v[block + slot * d + i] = f32_to_f16(x[i]);
+            for (size_t c = 0; c < d; c++)
+                if (head < H + G)
+                    s->k[block + (c / P * KEYS + slot) * P + c % P] = rounded[c];
+                else
+                    s->v[block + (slot / P * d + c) * P + slot % P] = rounded[c];
         }
 }
 
@@ -594,16 +607,21 @@ static float soften(float score[KEYS], size_t visible, float scale, float *max, 
 // softmax(q . k / sqrt(d)) . v for `count` queries that share the keys and values of head g, one block of them after
 // the other. Query i belongs to token i / (H/G) of the batch and sees the positions up to its own.
 static void attend(const Model *m, State *s, size_t layer, size_t g, size_t first, size_t count, size_t pos) {
-    size_t d = m->h.head_dim, group = m->h.n_heads / m->h.n_kv_heads;
-    float scale = 1.0f / sqrtf((float)d);
-    const float *q[QUERIES]; // (d)
-    float *out[QUERIES];     // (d)  what each has found
-    size_t sees[QUERIES];    // positions
+    const size_t d = m->h.head_dim, group = m->h.n_heads / m->h.n_kv_heads;
+    const bool pairs = s->kv_type == BF16;
+    const size_t P = pairs ? 2 : 1;
+    const Dtype type = pairs ? BF16 : F32; // of what keys and values are multiplied with
+    const float scale = 1.0f / sqrtf((float)d);
+    const void *q[QUERIES]; // (d)
+    float *out[QUERIES];    // (d)  what each has found
+    size_t sees[QUERIES];   // positions
     float max[QUERIES], sum[QUERIES];
     for (size_t i = 0; i < count; i++) {
         size_t t = (first + i) / group, head = g * group + (first + i) % group;
-        q[i] = s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d;
-        out[i] = scratch(s) + i * d;
+        float *copy = scratch(s) + i * 2 * d;
+        narrow(copy, type, s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d, d);
+        q[i] = copy;
+        out[i] = copy + d;
         memset(out[i], 0, d * sizeof(float));
         sees[i] = pos + t + 1;
         max[i] = -INFINITY;
@@ -615,21 +633,25 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
         for (size_t i = 0; i < count; i += queries) {
             queries = count - i >= QUERY_TILE ? QUERY_TILE : 1;
             float scores[QUERY_TILE][KEYS] = {0};
+            uint16_t weights[QUERY_TILE][2 * KEYS]; // the same as f32, or in bf16
             float *score[QUERY_TILE];
-            const float *weight[QUERY_TILE];
-            for (size_t j = 0; j < QUERY_TILE; j++)
-                weight[j] = score[j] = scores[j];
+            const void *weight[QUERY_TILE];
+            for (size_t j = 0; j < QUERY_TILE; j++) {
+                score[j] = scores[j];
+                weight[j] = weights[j];
+            }
             // score[j] = sum_c q[c] k[c][j]: with the keys transposed, the scores are a weighted sum of rows, too. Slots
             // behind the last position hold anything; the softmax does not look at them.
-            weigh(score, q + i, queries, s->k + block, d, KEYS);
+            weigh(score, q + i, queries, s->k + block, pairs, d / P, KEYS);
             size_t visible = 0; // grows with j, so that the last one counts for all
             for (size_t j = 0; j < queries; j++) {
                 visible = sees[i + j] > start ? smaller(KEYS, sees[i + j] - start) : 0;
                 float shrink = soften(scores[j], visible, scale, &max[i + j], &sum[i + j]);
                 for (size_t c = 0; c < d && shrink != 1; c++)
                     out[i + j][c] *= shrink;
+                narrow(weights[j], type, scores[j], KEYS);
             }
-            weigh(out + i, weight, queries, s->v + block, visible, d);
+            weigh(out + i, weight, queries, s->v + block, pairs, (visible + P - 1) / P, d);
         }
     }
     for (size_t i = 0; i < count; i++) {
@@ -695,9 +717,12 @@ static State open_state(const Model *m, size_t context, size_t threads) {
     s.wide_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, TILE_ROWS * widest); // in floats; bf16 takes half
 
     double bytes = 2 * cache_bytes(m, context);
-    s.k = bytes < 0x1p62 ? aligned_alloc(64, (size_t)bytes + 64) : NULL; // weigh reads a little more
-    expect(s.k, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer", m->path, context,
-           bytes / 1e6);
+    s.kv_type = s.input_type == BF16 && !has_tiles() ? BF16 : F16; // with tiles, processors are slow at pairs
+    // Zeros: half of a pair may be behind the last position, and counts 0 times. And weigh reads a little more.
+    s.k = bytes < 0x1p62 ? mmap(NULL, (size_t)bytes + 64, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+                         : MAP_FAILED;
+    expect(s.k != MAP_FAILED, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer", m->path,
+           context, bytes / 1e6);
     s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
     const struct {
         float **array;
@@ -2461,7 +2486,7 @@ typedef uint32_t vec_u32 __attribute__((vector_size(4 * W)));
 typedef uint16_t vec_u16 __attribute__((vector_size(2 * W)));
 typedef float float4 __attribute__((vector_size(16)));
 
-INLINE vec fill(float x) { return x - (vec){0}; } // x + 0 would turn -0 into 0
+INLINE vec fill(uint32_t bits) { return (vec)(bits + (vec_u32){0}); } // with a float, or a pair
 
 INLINE vec load_f32(const void *p) {
     vec a;
@@ -2626,22 +2651,27 @@ static void multiply(float *out, size_t stride, Tensor w, Tensor x, bool add) {
 }
 
 // weigh for `columns` vectors of columns from column `first` on; the numbers of both are known when it is compiled
-INLINE void weigh_fixed(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n,
-                        size_t first, size_t columns) {
+INLINE void weigh_fixed(float *const *y, const void *const *a, size_t queries, const uint16_t *x, bool pairs, size_t m,
+                        size_t n, size_t first, size_t columns) {
+    const size_t P = pairs ? 2 : 1;
     vec sums[QUERY_TILE][COLUMNS];
     for (size_t q = 0; q < queries; q++)
         for (size_t c = 0; c < columns; c++)
             sums[q][c] = load_f32(y[q] + first + c * W);
     for (size_t j = 0; j < m; j++) {
         vec row[COLUMNS];
-        for (size_t c = 0; c < columns; c++)
-            row[c] = load_f16(x + j * n + first + c * W);
-        for (size_t c = 0; c < columns; c += 32 / W) // a line of the block of keys or values that follows
-            __builtin_prefetch(x + (m + j) * n + first + c * W, 0, 2);
+        for (size_t c = 0; c < columns; c++) {
+            const uint16_t *at = x + (j * n + first + c * W) * P;
+            row[c] = pairs ? load_f32(at) : load_f16(at);
+            if (c * W * P % 32 == 0) // a line of the block of keys or values that follows
+                __builtin_prefetch(at + m * n * P, 0, 2);
+        }
         for (size_t q = 0; q < queries; q++) {
-            vec weight = fill(a[q][j]);
+            uint32_t bits;
+            memcpy(&bits, (const char *)a[q] + j * sizeof bits, sizeof bits);
+            vec weight = fill(bits);
             for (size_t c = 0; c < columns; c++)
-                sums[q][c] = multiply_add(weight, row[c], sums[q][c]);
+                sums[q][c] = accumulate(weight, row[c], sums[q][c], pairs);
         }
     }
     for (size_t q = 0; q < queries; q++)
@@ -2649,21 +2679,30 @@ INLINE void weigh_fixed(float *const *y, const float *const *a, size_t queries, 
             store(y[q] + first + c * W, sums[q][c]);
 }
 
-static void weigh(float *const *y, const float *const *a, size_t queries, const uint16_t *x, size_t m, size_t n) {
+INLINE void weigh_typed(float *const *y, const void *const *a, size_t queries, const uint16_t *x, bool pairs, size_t m,
+                        size_t n) {
     size_t c = 0;
     for (; c + COLUMNS * W <= n; c += COLUMNS * W)
         if (queries == QUERY_TILE)
-            weigh_fixed(y, a, QUERY_TILE, x, m, n, c, COLUMNS);
+            weigh_fixed(y, a, QUERY_TILE, x, pairs, m, n, c, COLUMNS);
         else
-            weigh_fixed(y, a, 1, x, m, n, c, COLUMNS);
+            weigh_fixed(y, a, 1, x, pairs, m, n, c, COLUMNS);
     for (; c < n; c += W) // what is left, a vector at a time, of which the last one may be used in part only
         for (size_t q = 0; q < queries; q++) {
             size_t size = smaller(W, n - c) * sizeof(float);
             float part[W] = {0}, *const one = part;
             memcpy(part, y[q] + c, size);
-            weigh_fixed(&one, a + q, 1, x + c, m, n, 0, 1);
+            weigh_fixed(&one, a + q, 1, x + c * (pairs ? 2 : 1), pairs, m, n, 0, 1);
             memcpy(y[q] + c, part, size);
         }
+}
+
+static void weigh(float *const *y, const void *const *a, size_t queries, const uint16_t *x, bool pairs, size_t m,
+                  size_t n) {
+    if (pairs)
+        weigh_typed(y, a, queries, x, true, m, n);
+    else
+        weigh_typed(y, a, queries, x, false, m, n);
 }
 
 static void widen(float *out, const void *array, Dtype dtype, size_t n) {
@@ -2694,6 +2733,8 @@ INLINE double multiply_only_typed(bool pairs, size_t rounds) {
 #ifdef TILES
 
 #include <sys/syscall.h>
+
+static bool has_tiles(void) { return true; }
 
 // AMX has registers for tiles of 16 rows of 64 bytes. One instruction takes 16 pairs of columns, of 16 tokens and of 16
 // rows of weights, and adds to 16 x 16 sums: it adds up the products of the pairs' first elements, one after the other,
@@ -2884,6 +2925,7 @@ static double multiply_only(bool pairs, size_t rounds) {
 }
 
 #else
+static bool has_tiles(void) { return false; }
 static void ask_for_tiles(void) {}
 
 static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s) {

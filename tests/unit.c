@@ -178,34 +178,34 @@ static void test_widen(void) {
 
 static void test_weigh(void) {
     for (size_t n = 1; n < 150; n += n < 70 ? 1 : 13)
-        for (size_t m = 0; m < 70; m += 1 + m / 3) {
-            float y[QUERY_TILE][152], alone[152], a[QUERY_TILE][70];
-            float *py[QUERY_TILE];
-            const float *pa[QUERY_TILE];
-            const uint16_t *x = random_array(F16, m * n + 16, 1); // the most that weigh reads beyond
-            for (size_t q = 0; q < QUERY_TILE; q++) {
-                for (size_t c = 0; c < 152; c++)
-                    y[q][c] = (float)c;
-                for (size_t j = 0; j < m; j++)
-                    a[q][j] = uniform();
-                py[q] = y[q];
-                pa[q] = a[q];
-            }
-            weigh(py, pa, QUERY_TILE, x, m, n);
-            for (size_t q = 0; q < QUERY_TILE; q++) {
-                float plain[152], *const one[] = {alone};
-                for (size_t c = 0; c < 152; c++)
-                    plain[c] = alone[c] = (float)c;
-                for (size_t j = 0; j < m; j++)
-                    for (size_t c = 0; c < n; c++)
-                        plain[c] += a[q][j] * f16_to_f32(x[j * n + c]);
-                weigh(one, pa + q, 1, x, m, n);
-                for (size_t c = 0; c < 152; c++) {
-                    CHECK(fabsf(y[q][c] - plain[c]) <= 3e-5f * (float)(m + 1), "m %zu, n %zu, column %zu", m, n, c);
-                    CHECK(bits_of(y[q][c]) == bits_of(alone[c]), "the bits of a query alone: m %zu, n %zu", m, n);
+        for (size_t m = 0; m < 70; m += 1 + m / 3)
+            for (size_t P = 1; P <= (has_bf16_dot() ? 2 : 1); P++) { // numbers of a pair
+                const Dtype a_type = P == 2 ? BF16 : F32, x_type = P == 2 ? BF16 : F16;
+                float y[QUERY_TILE][152], alone[152], *py[QUERY_TILE];
+                const void *pa[QUERY_TILE];
+                const uint16_t *x = random_array(x_type, P * (m * n + 16), 1); // the most that weigh reads beyond
+                for (size_t q = 0; q < QUERY_TILE; q++) {
+                    for (size_t c = 0; c < 152; c++)
+                        y[q][c] = (float)c;
+                    py[q] = y[q];
+                    pa[q] = random_array(a_type, P * m, 0);
+                }
+                weigh(py, pa, QUERY_TILE, x, P == 2, m, n);
+                for (size_t q = 0; q < QUERY_TILE; q++) {
+                    float plain[152], *const one[] = {alone};
+                    for (size_t c = 0; c < 152; c++)
+                        plain[c] = alone[c] = (float)c;
+                    for (size_t j = 0; j < m * P; j++)
+                        for (size_t c = 0; c < n; c++)
+                            plain[c] += element(pa[q], a_type, j) * element(x, x_type, (j / P * n + c) * P + j % P);
+                    weigh(one, pa + q, 1, x, P == 2, m, n);
+                    for (size_t c = 0; c < 152; c++) {
+                        CHECK(fabsf(y[q][c] - plain[c]) <= 3e-5f * (float)(P * m + 1), "m %zu, n %zu, column %zu", m, n,
+                              c);
+                        CHECK(bits_of(y[q][c]) == bits_of(alone[c]), "the bits of a query alone: m %zu, n %zu", m, n);
+                    }
                 }
             }
-        }
 }
 
 // What matmul needs for T tokens and such weights, with as little room for blocks of f16 as there may be.
