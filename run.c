@@ -2192,8 +2192,10 @@ static void bench(Session *s) {
             larger(prefill, decode));
     s->state = open_state(m, context, s->o.threads);
     uint64_t random = 0;
-    for (uint16_t *kv = s->state.k; kv < s->state.v + (s->state.v - s->state.k); kv++)
-        *kv = f32_to_f16((float)random_number(&random) - 0.5f); // as if there had been tokens at all positions
+    for (uint16_t *kv = s->state.k; kv < s->state.v + (s->state.v - s->state.k); kv++) {
+        const float value = (float)random_number(&random) - 0.5f;
+        narrow(kv, s->state.kv_type, &value, 1); // as if there had been tokens at all positions
+    }
     for (size_t i = 0; i < context; i++)
         push_token(&s->tokens, (uint32_t)(random_number(&random) * h->vocab_size));
 
