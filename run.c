@@ -12,7 +12,7 @@
  *   5 The tokenizer       from text to tokens and back
  *   6 Modes               generate, chat, next, perplexity, tokenize, bench
  *   7 The command line
- *   8 Appendix: SIMD      three inner loops again, for AVX-512, AVX2, NEON; and AMX
+ *   8 Appendix: SIMD      the inner loops, for AVX-512, AVX2, NEON; and AMX
  *
  * Shapes are written (rows, columns), the last one contiguous, with these letters:
  *
@@ -397,7 +397,7 @@ typedef struct {
     float *sine;    // (T, d/2)
     void *input;    // (T, D or Q or F)  of the next product, as its kernel takes it: f32 or bf16; see input_stride
     Dtype input_type;
-    float *wide; // (threads, wide_size)  a block of weights as f32, or as tiles; or some rows of numbers
+    float *wide; // (threads, wide_size)  see scratch
     size_t wide_size;
 } State;
 
@@ -413,8 +413,8 @@ static void narrow(void *out, Dtype dtype, const float *values, size_t n) {
             ((uint16_t *)out)[i] = f32_to_f16(values[i]);
 }
 
-// The inner loops of all that follows, as plain C: what is computed. Their SIMD forms in the appendix do the
-// same sums in a vector's order, use these for what is left over, and are compared with them by the tests.
+// The inner loops of all that follows are made of vectors and stand in the appendix. But the first is plain C and says what
+// is computed: it is used for what is left over, and the tests compare the others with it.
 
 // The dot product that matrix products are made of: sum_i a[i] b[i].
 static float dot_ref(const void *a, Dtype a_type, const void *b, Dtype b_type, size_t n) {
@@ -450,7 +450,8 @@ static size_t thread_number(void) {
 #endif
 }
 
-// Memory of this thread, wide_size floats.
+// Memory of this thread, wide_size floats: for a block of weights as f32 or as tiles, a row of D or F numbers, or what
+// attend has of its queries.
 static float *scratch(const State *s) { return s->wide + thread_number() * s->wide_size; }
 
 // The elements from one row of State.input to the next, if they have so many columns: whole panels, and no power of two,
@@ -617,9 +618,8 @@ static float soften(float score[KEYS], size_t visible, float scale, float *max, 
 // the other. Query i belongs to token i / (H/G) of the batch and sees the positions up to its own.
 static void attend(const Model *m, State *s, size_t layer, size_t g, size_t first, size_t count, size_t pos) {
     const size_t d = m->h.head_dim, group = m->h.n_heads / m->h.n_kv_heads;
-    const bool pairs = s->kv_type == BF16;
+    const bool pairs = s->kv_type == BF16; // then queries and weights are rounded, too
     const size_t P = pairs ? 2 : 1;
-    const Dtype type = pairs ? BF16 : F32; // of what keys and values are multiplied with
     const float scale = 1.0f / sqrtf((float)d);
     const void *q[QUERIES]; // (d)
     float *out[QUERIES];    // (d)  what each has found
@@ -628,7 +628,7 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
     for (size_t i = 0; i < count; i++) {
         size_t t = (first + i) / group, head = g * group + (first + i) % group;
         float *copy = scratch(s) + i * 2 * d;
-        narrow(copy, type, s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d, d);
+        narrow(copy, pairs ? BF16 : F32, s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d, d);
         q[i] = copy;
         out[i] = copy + d;
         memset(out[i], 0, d * sizeof(float));
@@ -636,18 +636,19 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
         max[i] = -INFINITY;
         sum[i] = 0;
     }
+    _Static_assert(QUERIES * 2 * MAX_HEAD <= TILE_BLOCK * TILE_COLUMNS / 2, "scratch has room for this");
     size_t end = pos + (first + count - 1) / group + 1; // what the last query sees
     for (size_t start = 0; start < end; start += KEYS) {
         size_t block = cache_block(m, s, layer, g, start), queries;
         for (size_t i = 0; i < count; i += queries) {
             queries = count - i >= QUERY_TILE ? QUERY_TILE : 1;
             float scores[QUERY_TILE][KEYS] = {0};
-            uint16_t weights[QUERY_TILE][2 * KEYS]; // the same as f32, or in bf16
+            uint16_t rounded[QUERY_TILE][KEYS]; // the same in bf16
             float *score[QUERY_TILE];
             const void *weight[QUERY_TILE];
             for (size_t j = 0; j < QUERY_TILE; j++) {
                 score[j] = scores[j];
-                weight[j] = weights[j];
+                weight[j] = pairs ? (const void *)rounded[j] : scores[j];
             }
             // score[j] = sum_c q[c] k[c][j]: with the keys transposed, the scores are a weighted sum of rows, too. Slots
             // behind the last position hold anything; the softmax does not look at them.
@@ -658,7 +659,8 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
                 float shrink = soften(scores[j], visible, scale, &max[i + j], &sum[i + j]);
                 for (size_t c = 0; c < d && shrink != 1; c++)
                     out[i + j][c] *= shrink;
-                narrow(weights[j], type, scores[j], KEYS);
+                if (pairs)
+                    narrow(rounded[j], BF16, scores[j], KEYS);
             }
             weigh(out + i, weight, queries, s->v + block, pairs, (visible + P - 1) / P, d);
         }
@@ -727,7 +729,8 @@ static State open_state(const Model *m, size_t context, size_t threads) {
 
     double bytes = 2 * cache_bytes(m, context);
     s.kv_type = s.input_type == BF16 && !has_tiles() ? BF16 : F16; // with tiles, processors are slow at pairs
-    // Zeros: half of a pair may be behind the last position, and counts 0 times. And weigh reads a little more.
+    // Zeros, from the system, which gives a page when it is first touched: half of a pair may be behind the last position,
+    // and counts 0 times, so it has to be finite. And weigh reads a little more.
     s.k = bytes < 0x1p62 ? mmap(NULL, (size_t)bytes + 64, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                          : MAP_FAILED;
     expect(s.k != MAP_FAILED, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer", m->path,
@@ -743,6 +746,7 @@ static State open_state(const Model *m, size_t context, size_t threads) {
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
     s.qkv = s.gate_up;
+    // tiles read whole squares, and what they make of rows behind the last one is not used
     s.input = allocate(multiple_of(SQUARE, s.batch) * input_stride(widest), size_of(s.input_type), "the activations");
     return s;
 }
@@ -2870,7 +2874,7 @@ static float multiply_row(float y, const uint16_t *w, const uint16_t *x, size_t 
     for (size_t c = 0; c < cols; c += PANEL) {
         vec first = fill(0), second = fill(0);
         for (size_t i = c; i < smaller(c + PANEL, cols); i += 2 * W) {
-            vec weights = load_pairs(w + i, cols - i), token = load_f32(x + i);
+            vec weights = load_pairs(w + i, cols - i), token = load_pairs(x + i, cols - i);
             __builtin_prefetch((const char *)(w + i) + 4096, 0, 2);
             first = multiply_add(first_of(weights), first_of(token), first);
             second = multiply_add(second_of(weights), second_of(token), second);

@@ -212,7 +212,9 @@ static void test_weigh(void) {
 static State workspace(Dtype dtype, size_t T, size_t cols) {
     State s = {.threads = 1, .input_type = dtype == BF16 && has_bf16_dot() ? BF16 : F32};
     s.wide_size = dtype == F16 ? larger(cols < 1000 ? 700 : 0, TILE_ROWS * cols) : TILE_BLOCK * TILE_COLUMNS / 2;
-    s.input = allocate(multiple_of(SQUARE, T) * input_stride(cols), sizeof(float), "a test");
+    size_t room = multiple_of(SQUARE, T) * input_stride(cols);
+    s.input = allocate(room, sizeof(float), "a test");
+    memset(s.input, 0xff, room * sizeof(float)); // NaN, which nobody shall use
     s.wide = allocate(s.wide_size, sizeof *s.wide, "a test");
     return s;
 }
