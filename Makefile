@@ -89,7 +89,7 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy --strict export.py models
-	.venv/bin/clang-format --dry-run -Werror run.c tests/*.c
+	.venv/bin/clang-format --dry-run -Werror run.c tests/*.[ch]
 	if command -v shellcheck; then shellcheck .ci/run; else echo "SKIPPED: shellcheck is not installed"; fi
 
 clean: ## removes what was built, but not .venv

@@ -2905,7 +2905,7 @@ static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s) 
     size_t stride = input_stride(w.cols), n;
     unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040); // what is below 2^-126 counts as 0, read (0x40) or made (0x8000), as with tiles
-    if (T > 1) {
+    if (T > 1) {               // one token goes by vectors, which take it as it is
 #pragma omp for
         for (size_t t = 0; t < T; t++)
             deal_out(input + t * stride, w.cols);
