@@ -27,6 +27,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <sched.h>
 #include <signal.h>
@@ -39,6 +40,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -161,6 +163,7 @@ typedef struct {
     const char *path;
     const unsigned char *map; // the whole file
     size_t size;
+    int fd;
     Header h;
     size_t q_dim, kv_dim; // Q and K
     Tensor embedding;     // (V, D)
@@ -170,18 +173,18 @@ typedef struct {
 } Model;
 
 // Maps a file, read-only. Nothing is read yet: the kernel brings in a page when it is first touched.
-static const void *map_file(const char *path, const char *magic, size_t min_size, const char *what, size_t *size) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe shall not block, it is refused below
+static const void *map_file(const char *path, const char *magic, size_t min_size, const char *what, size_t *size,
+                            int *fd) {
+    *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe shall not block, it is refused below
     struct stat st;
-    expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s, as python3 export.py CHECKPOINT -o MODEL.bin makes it: %s",
+    expect(*fd >= 0 && !fstat(*fd, &st), "%s: expected %s, as python3 export.py CHECKPOINT -o MODEL.bin makes it: %s",
            path, what, strerror(errno));
     expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
            S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
     *size = (size_t)st.st_size;
     expect(*size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, *size);
-    const char *map = mmap(NULL, *size, PROT_READ, MAP_SHARED, fd, 0);
+    const char *map = mmap(NULL, *size, PROT_READ, MAP_SHARED, *fd, 0);
     expect(map != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, *size, strerror(errno));
-    close(fd);
 
     // Another program's file is the likeliest mistake, so show what stands where the magic should.
     char found[9] = {0};
@@ -245,7 +248,7 @@ static Tensor take(const Model *m, size_t *at, const char *name, size_t rows, si
 
 static Model open_model(const char *path) {
     Model m = {.path = path};
-    m.map = map_file(path, "twofiles", HEADER_SPACE, "a weights file", &m.size);
+    m.map = map_file(path, "twofiles", HEADER_SPACE, "a weights file", &m.size, &m.fd);
     memcpy(&m.h, m.map, sizeof m.h);
     check_header(&m);
     size_t D = m.h.dim, F = m.h.hidden_dim, V = m.h.vocab_size, d = m.h.head_dim;
@@ -273,6 +276,67 @@ static Model open_model(const char *path) {
     expect(at == m.size, "%s: file size: expected %zu bytes by its dimensions, found %zu", path, at, m.size);
     return m;
 }
+
+// A model larger than memory. Each pass reads the file in its order, and a system that makes room by letting go what was
+// not used for longest always lets go what is needed next. So a piece of the file that had to be read is let go as soon
+// as it has been used, and what else is in memory stays there.
+enum { PIECE_BYTES = 16 << 20, PIECES_AHEAD = 2, MIN_PAGE = 4096 };
+
+typedef struct {
+    const Model *m;
+    size_t at;        // where in the file the pass is
+    long waits;       // for pages to be read, until the pass began; at first LONG_MAX
+    bool active;      // there were some in the pass before
+    size_t looked_at; // pieces: of those before it is known if they are in memory;
+    size_t used;      // those before it are not needed any more
+    bool *missing;    // (pieces)
+    size_t n_missing; // pieces in this pass
+} Paging;
+
+#ifdef __linux__
+// Is a piece in memory? The first one of a pass that is not stays after use: there may be room for it by now.
+static void look_at(Paging *p, size_t piece) {
+    unsigned char pages[PIECE_BYTES / MIN_PAGE];
+    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
+    size_t n = size / (size_t)sysconf(_SC_PAGESIZE), found = 0;
+    bool known = !mincore((unsigned char *)p->m->map + start, size, pages);
+    for (size_t i = 0; i < n && known; i++)
+        found += pages[i] & 1;
+    p->missing[piece] = known && found < n / 2 && p->n_missing++ > 0;
+}
+
+static void let_go(const Paging *p, size_t piece) {
+    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
+    if (p->missing[piece]) {
+        madvise((unsigned char *)p->m->map + start, size, MADV_DONTNEED);
+        posix_fadvise(p->m->fd, (off_t)start, (off_t)size, POSIX_FADV_DONTNEED);
+    }
+}
+
+// The tensor w is next.
+static void turn_pages(Paging *p, Tensor w) {
+    size_t start = (size_t)((const unsigned char *)w.data - p->m->map), size = w.rows * w.cols * sizeof(uint16_t);
+    if (start < p->at) { // another pass begins
+        while (p->used < p->looked_at)
+            let_go(p, p->used++);
+        struct rusage usage;
+        getrusage(RUSAGE_SELF, &usage);
+        p->active = usage.ru_majflt > p->waits; // the first pass finds out what there is room for
+        p->waits = usage.ru_majflt;
+        p->used = p->looked_at = start / PIECE_BYTES;
+        p->n_missing = 0;
+    }
+    p->at = start;
+    // Looks at pieces before the system does, which reads ahead, too.
+    size_t end = smaller(start + size + PIECES_AHEAD * PIECE_BYTES, p->m->size);
+    while (p->active && p->looked_at * PIECE_BYTES < end)
+        look_at(p, p->looked_at++);
+    while (p->active && (p->used + 1) * PIECE_BYTES <= start)
+        let_go(p, p->used++);
+}
+#else
+static void turn_pages(Paging *p, Tensor w) { (void)p, (void)w; }
+#endif
 
 // ------------------------------------------------------------------------------------------------
 // 2 Kernels
@@ -399,6 +463,7 @@ typedef struct {
     Dtype input_type;
     float *wide; // (threads, wide_size)  see scratch
     size_t wide_size;
+    Paging paging; // of the weights, if they are more than a piece
 } State;
 
 // An array of f32 as one of any type.
@@ -467,6 +532,9 @@ static void put_input(State *s, size_t cols, size_t t, size_t c, const float *va
 // out[t][r] = sum_c w[r][c] input[t][c] for w (rows, cols), input (T, cols), out (T, rows); or out += it, with `add`.
 // The rows are dealt out among the threads, and no thread shares a sum with another.
 static void matmul(float *out, Tensor w, size_t T, bool add, State *s) {
+#pragma omp master
+    if (s->paging.m)
+        turn_pages(&s->paging, w);
     if (matmul_by_tiles(out, w, T, add, s))
         return;
     Tensor in = {s->input, s->input_type, T, w.cols, input_stride(w.cols)};
@@ -746,6 +814,9 @@ static State open_state(const Model *m, size_t context, size_t threads) {
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
     s.qkv = s.gate_up;
+    if (m->size > PIECE_BYTES)
+        s.paging = (Paging){.m = m, .at = m->size, .waits = LONG_MAX};
+    s.paging.missing = allocate(m->size / PIECE_BYTES + 1, sizeof(bool), "the table of pieces");
     // tiles read whole squares, and what they make of rows behind the last one is not used
     s.input = allocate(multiple_of(SQUARE, s.batch) * input_stride(widest), size_of(s.input_type), "the activations");
     return s;
@@ -1187,7 +1258,9 @@ static Text next_template(const Tokenizer *t, Reader *r) {
 static Tokenizer open_tokenizer(const char *path) {
     Tokenizer t = {.path = path};
     Reader r = {.path = path};
-    r.bytes = map_file(path, "twotoken", sizeof t.h, "a tokenizer file", &r.n);
+    int fd;
+    r.bytes = map_file(path, "twotoken", sizeof t.h, "a tokenizer file", &r.n, &fd);
+    close(fd);
     memcpy(&t.h, next_bytes(&r, "header", sizeof t.h), sizeof t.h);
     check_tokenizer_header(&t, r.n);
     read_pieces(&t, &r);
@@ -1717,9 +1790,10 @@ static void begin(Session *s) {
 
 // Says on standard error how fast it was.
 static void print_speed(const Session *s) {
-    fprintf(stderr, "\nprompt: %zu tokens, %.1f tok/s; then: %zu tokens, %.1f tok/s; seed %llu\n", s->n_read,
-            s->reading > 0 ? (double)s->n_read / s->reading : 0, s->n_said,
-            s->saying > 0 ? (double)s->n_steps / s->saying : 0, (unsigned long long)s->o.seed);
+    double reading = s->reading > 0 ? (double)s->n_read / s->reading : 0;
+    double saying = s->saying > 0 ? (double)s->n_steps / s->saying : 0;
+    fprintf(stderr, "\nprompt: %zu tokens, %.*f tok/s; then: %zu tokens, %.*f tok/s; seed %llu\n", s->n_read,
+            reading < 10 ? 2 : 1, reading, s->n_said, saying < 10 ? 2 : 1, saying, (unsigned long long)s->o.seed);
 }
 
 // Ctrl-C stops an answer of a chat; once more, before the next line is there, it leaves. The handler of a signal can

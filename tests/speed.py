@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from export import SHAPES, Config, RandomSource, Source, fnv1a, tensors, widened
 from export import Tokenizer as Tokens
 
 PREFILL, DECODE, CONTEXT = 512, 32, 1024
+FEW = 12  # tokens of a model larger than memory
 
 NAMES = {  # of a layer's tensors in GGUF, by the last part but one of their Hugging Face names
     "input_layernorm": "attn_norm",
@@ -194,6 +196,38 @@ def compare(program: Path, shape: str, folder: Path, threads: int, rounds: int) 
         )
 
 
+def generate_ours(program: Path, path: Path, threads: int) -> float:
+    flags = f"-i Hello -t 0 -n {FEW + 2} -j {threads} -c {CONTEXT}"  # the prompt is two tokens, the first comes with it
+    made = subprocess.run([program, path, *flags.split()], capture_output=True, text=True, check=True)
+    found = re.search(r"then: (\d+) tokens, ([0-9.]+) tok/s", made.stderr)
+    assert found and int(found[1]) == FEW + 1, made.stderr
+    return float(found[2])
+
+
+def generate_theirs(path: Path, threads: int) -> float:
+    peer = LlamaCpp(path, threads)
+    peer.feed([1, 2])
+    start = time.perf_counter()
+    for token in range(FEW):
+        peer.feed([token + 3])
+    speed = FEW / (time.perf_counter() - start)
+    peer.close()
+    return speed
+
+
+def compare_few(program: Path, shape: str, folder: Path, threads: int, rounds: int) -> None:
+    """A few tokens, with nothing else read in between: for a model larger than memory."""
+    ours, theirs = make(shape, folder)
+    pairs = [(generate_ours(program, ours, threads), generate_theirs(theirs, threads)) for _ in range(rounds)]
+    a, b = zip(*pairs, strict=True)
+    ratio = statistics.median(x / y for x, y in pairs)
+    print(
+        f"| {shape} | {threads} | {FEW} tokens | {statistics.median(a):.2f} | {statistics.median(b):.2f} "
+        f"| {ratio:.2f} | not asked |",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures run against llama.cpp.")
     parser.add_argument("--run", type=Path, default=ROOT / "run")
@@ -201,17 +235,19 @@ def main() -> None:
     parser.add_argument("--shapes", default="110m,1b")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--few", action="store_true", help=f"{FEW} tokens only: for a model larger than memory"
+    )
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    print(
-        f"llama-cpp-python {llama_cpp.__version__}, prompts of {PREFILL} tokens, then {DECODE} one by one; "
-    )
+    what = "no prompts" if args.few else f"prompts of {PREFILL} tokens, then {DECODE} one by one"
+    print(f"llama-cpp-python {llama_cpp.__version__}, {what}; ")
     print(f"median of {args.rounds} alternating rounds, tokens a second\n")
     print("| model | threads | work | run | llama.cpp | ratio | greedy token |")
     print("|---|--:|---|--:|--:|--:|---|")
     for shape in args.shapes.split(","):
         for threads in args.threads.split(","):
-            compare(args.run, shape, args.folder, int(threads), args.rounds)
+            (compare_few if args.few else compare)(args.run, shape, args.folder, int(threads), args.rounds)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ import math
 import os
 import re
 import resource
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,49 @@ def test_a_prompt_of_100000_tokens(run: Program, tmp_path: Path) -> None:
     fed = re.search(r"prompt: (\d+) tokens", done.stderr)
     assert fed and int(fed[1]) > 0.9 * n
     assert all(math.isfinite(json.loads(line)["logprob"]) for line in done.stdout.splitlines())
+
+
+@contextmanager
+def memory_of(limit: int) -> Iterator[Callable[[], object]]:
+    """A group of processes that have so much memory, files in memory counted. Yields what makes a process join it."""
+    one, two = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")  # versions of Linux's interface
+    first = (one / "memory.limit_in_bytes").exists()
+    group = (one if first else two) / f"twofiles-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"needs a cgroup of its own, which takes root: {error}")
+    try:
+        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(limit))
+        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+    except FileNotFoundError as error:
+        pytest.skip(f"needs cgroups that limit memory: {error}")
+    finally:
+        group.rmdir()
+
+
+def test_a_model_larger_than_memory(run: Program, tmp_path: Path) -> None:
+    """It says the same, and does not read the whole file for each token, as much of it stays in memory."""
+    path, tokens = tmp_path / "m.bin", 16
+    subprocess.run(
+        [sys.executable, ROOT / "export.py", "random:110m", "-o", path], check=True, capture_output=True
+    )
+    args = [path, "-i", "Hello", "-n", tokens, "-t", 0, "-c", 64, "--json"]
+    expected = run.ok(*args).stdout
+    size = path.stat().st_size
+    with memory_of(size * 3 // 4) as join:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(
+                file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+            )  # what is read now counts for the group
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
+        assert run.ok(*args, preexec=join).stdout == expected
+        read = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock - before) * 512
+    if read < 2 * size:
+        pytest.skip("the file is not on a disk")
+    passes = tokens - 1
+    assert read < 0.75 * passes * size, f"{read / passes / size:.2f} of the file for each token"
 
 
 def test_a_text_that_never_ends(run: Program) -> None:

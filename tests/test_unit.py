@@ -27,4 +27,6 @@ def test_list(unit: list[str]) -> None:
 def test_unit(unit: list[str], name: str) -> None:
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # the tests free nothing
     done = subprocess.run([*unit, name], capture_output=True, text=True, check=False, env=environment)
+    if done.returncode == 77:
+        pytest.skip("the system does not forget files here")
     assert done.returncode == 0, done.stderr

@@ -452,6 +452,75 @@ static void test_log_probability(void) {
     CHECK(fabs(log_probability(logits, 3, 2) + 2000 + log(1 + exp(-1))) < 1e-6, "the least likely");
 }
 
+// ---- a model larger than memory
+
+enum { N_PIECES = 6 };
+
+// Has the system forget pieces of the file.
+static void forget(const Paging *p, size_t first, size_t last) {
+    bool all[N_PIECES] = {true, true, true, true, true, true};
+    for (size_t i = first; i <= last; i++)
+        let_go(&(Paging){.m = p->m, .missing = all}, i);
+}
+
+static double part_in_memory(const Paging *p, size_t piece) {
+    unsigned char pages[PIECE_BYTES / MIN_PAGE];
+    size_t n = PIECE_BYTES / (size_t)sysconf(_SC_PAGESIZE), found = 0;
+    CHECK(!mincore((unsigned char *)p->m->map + piece * PIECE_BYTES, PIECE_BYTES, pages), "%s", strerror(errno));
+    for (size_t i = 0; i < n; i++)
+        found += pages[i] & 1;
+    return (double)found / (double)n;
+}
+
+// Reads the file as a pass does, by tensors of 3 MB and a little, from the second piece on.
+static void read_file(Paging *p) {
+    volatile unsigned char read = 0;
+    size_t n;
+    for (size_t at = PIECE_BYTES; at < p->m->size; at += n) {
+        n = smaller((3 << 20) + 64, p->m->size - at);
+        turn_pages(p, (Tensor){p->m->map + at, BF16, 1, n / 2, n / 2});
+        for (size_t i = 0; i < n; i += MIN_PAGE)
+            read = p->m->map[at + i];
+    }
+    (void)read;
+}
+
+static void test_paging(void) {
+    char name[] = "paging.XXXXXX", *piece = allocate(PIECE_BYTES, 1, "a test");
+    int fd = mkstemp(name);
+    CHECK(fd >= 0 && !unlink(name), "%s: %s", name, strerror(errno));
+    memset(piece, 1, PIECE_BYTES);
+    for (size_t i = 0; i < N_PIECES; i++)
+        CHECK(write(fd, piece, PIECE_BYTES) == PIECE_BYTES, "cannot write 96 MB");
+    CHECK(!fsync(fd), "%s", strerror(errno)); // the system does not forget what is not on the disk
+    Model m = {.fd = fd, .size = N_PIECES * PIECE_BYTES};
+    m.map = mmap(NULL, m.size, PROT_READ, MAP_SHARED, fd, 0);
+    bool missing[N_PIECES];
+    Paging p = {.m = &m, .at = m.size, .waits = LONG_MAX, .missing = missing};
+    forget(&p, 0, N_PIECES - 1);
+    if (part_in_memory(&p, 3) > 0)
+        exit(77); // the disk is memory, say
+
+    read_file(&p);
+    CHECK(!p.active && part_in_memory(&p, 3) == 1, "the first pass lets nothing go");
+    read_file(&p);
+    CHECK(p.active && p.n_missing == 0 && part_in_memory(&p, 3) == 1, "the second finds all in memory");
+    read_file(&p);
+    CHECK(!p.active, "pages were read in the second pass");
+    forget(&p, 1, 3);
+    read_file(&p);
+    CHECK(!p.active && part_in_memory(&p, 3) == 1, "something was let go before it was known that memory is short");
+    forget(&p, 1, 3);
+    forget(&p, 5, 5);
+    read_file(&p);
+    CHECK(p.active && p.n_missing == 4, "%zu pieces were missing, not 4", p.n_missing);
+    turn_pages(&p, (Tensor){p.m->map + PIECE_BYTES, BF16, 1, 1, 1}); // the next pass begins
+    CHECK(part_in_memory(&p, 1) == 1, "the first missing piece shall stay");
+    CHECK(part_in_memory(&p, 4) == 1, "what was in memory shall stay");
+    for (size_t piece = 2; piece < N_PIECES; piece += piece == 3 ? 2 : 1)
+        CHECK(part_in_memory(&p, piece) < 0.5, "piece %zu, which had to be read, shall be let go", piece);
+}
+
 // ---- text
 
 static int length_of(const char *bytes, size_t n) { return utf8_length((Text){(const unsigned char *)bytes, n}); }
@@ -514,6 +583,7 @@ int main(int argc, char **argv) {
         {"greedy", test_greedy},
         {"distribution", test_distribution},
         {"log_probability", test_log_probability},
+        {"paging", test_paging},
         {"utf8", test_utf8},
         {"layout", test_layout},
     };
