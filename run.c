@@ -456,7 +456,7 @@ typedef struct {
     float *x;       // (T, D)       the residual stream
     float *qkv;     // (T, Q + 2K)  queries, keys, values
     float *gate_up; // (T, 2F)      in the same memory: not in use at the same time
-    float *logits;  // (V)
+    float *logits;  // (rows, V)    after as many of its last tokens
     float *cosine;  // (T, d/2)     RoPE's rotations at the positions of the batch
     float *sine;    // (T, d/2)
     void *input;    // (T, D or Q or F)  of the next product, as its kernel takes it: f32 or bf16; see input_stride
@@ -785,7 +785,8 @@ static size_t layer_weights(const Model *m) {
 // machine with other work far more, so each has to have 768 KB of a layer's weights at least.
 static size_t useful_threads(const Model *m) { return larger(1, layer_weights(m) * sizeof(uint16_t) / (768 << 10)); }
 
-static State open_state(const Model *m, size_t context, size_t threads) {
+// For so many positions, and the logits of so many tokens at a time.
+static State open_state(const Model *m, size_t context, size_t rows, size_t threads) {
     size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
     size_t widest = larger(larger(D, Q), F), outputs = larger(Q + 2 * K, 2 * F); // of a token in a product
     State s = {.threads = threads, .context = multiple_of(KEYS, context)};
@@ -808,7 +809,7 @@ static State open_state(const Model *m, size_t context, size_t threads) {
         float **array;
         size_t size;
     } arrays[] = {
-        {&s.x, s.batch * D},          {&s.gate_up, s.batch * outputs}, {&s.logits, m->h.vocab_size},
+        {&s.x, s.batch * D},          {&s.gate_up, s.batch * outputs}, {&s.logits, rows * m->h.vocab_size},
         {&s.cosine, s.batch * d / 2}, {&s.sine, s.batch * d / 2},      {&s.wide, threads * s.wide_size},
     };
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
@@ -855,11 +856,11 @@ static void feed_batch(const Model *m, State *s, const uint32_t *tokens, size_t 
 
 // The score of each token of the vocabulary to come after token t of the last batch, and after the n - 1 tokens that
 // follow it: logits (n, V).
-static void classify(const Model *m, State *s, float *logits, size_t t, size_t n) {
+static void classify(const Model *m, State *s, size_t t, size_t n) {
 #pragma omp parallel num_threads((int)s->threads)
     {
         rmsnorm(s, s->x + t * m->h.dim, m->final_norm, n, m->h.norm_eps);
-        matmul(logits, m->classifier, n, false, s);
+        matmul(s->logits, m->classifier, n, false, s);
     }
 }
 
@@ -876,7 +877,7 @@ static void check_finite(const Model *m, const float *logits, size_t pos) {
 static void feed(const Model *m, State *s, const uint32_t *tokens, size_t n, size_t pos) {
     for (size_t done = 0; done < n; done += s->batch)
         feed_batch(m, s, tokens + done, smaller(s->batch, n - done), pos + done);
-    classify(m, s, s->logits, (n - 1) % s->batch, 1);
+    classify(m, s, (n - 1) % s->batch, 1);
     check_finite(m, s->logits, pos + n - 1);
 }
 
@@ -1569,6 +1570,7 @@ typedef struct {
     uint64_t top_k, steps, context, threads, seed;
     uint64_t prefill, decode, repeat; // what bench measures: tokens (0: as many as usual), and how often
     uint64_t stride;                  // of perplexity's windows
+    uint64_t draft;
     bool json, probs;
 } Options;
 
@@ -1577,6 +1579,8 @@ typedef struct {
     Buffer said;   // bytes, by the user
     Buffer answer; // tokens, as they were sampled: encode might find others for the same text
 } Turn;
+
+enum { MAX_DRAFT = 63 };
 
 // All that the modes work with. It lives as long as the program, which never frees it.
 typedef struct {
@@ -1594,9 +1598,11 @@ typedef struct {
     Buffer tokens; // what the model reads, and what it has said
 
     size_t n_cached;                // so many of the tokens are in the KV cache
+    size_t n_guesses, n_right;      // behind the tokens, in the cache too, and how many of them have proved right
     Buffer turns;                   // of a conversation
     size_t first;                   // those before it are forgotten
-    size_t n_read, n_said, n_steps; // tokens read, tokens said, and passes for one of these
+    size_t n_read, n_said, n_after; // tokens read, said, and said after the first one of an answer
+    size_t n_saved;                 // of these, those that had been guessed
     double reading, saying;         // seconds
 
     bool terminal, colours; // is standard output one, and does it get colours
@@ -1752,6 +1758,9 @@ static void print_legend(void) {
     fputs("\n\n", stderr);
 }
 
+// After the last token.
+static float *logits_of(const Session *s) { return s->state.logits + s->n_right * s->m.h.vocab_size; }
+
 // A token at position pos as a JSON object, open for more; `text` is what it prints there.
 static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double logprob) {
     printf("{\"id\": %u, \"text\": ", token);
@@ -1762,8 +1771,8 @@ static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double log
 // The k likeliest tokens at position pos as a JSON array.
 static void print_likeliest(Session *s, size_t k, size_t pos) {
     size_t vocab = s->m.h.vocab_size;
-    double total = log_sum(s->state.logits, vocab);
-    rank(&s->sampler.heap, s->state.logits, vocab, -INFINITY);
+    double total = log_sum(logits_of(s), vocab);
+    rank(&s->sampler.heap, logits_of(s), vocab, -INFINITY);
     putchar('[');
     for (size_t i = 0; i < k && i < vocab; i++) {
         Item item = heap_pop(&s->sampler.heap);
@@ -1778,7 +1787,7 @@ static void print_likeliest(Session *s, size_t k, size_t pos) {
 static void begin(Session *s) {
     const Options *o = &s->o;
     const char *no_color = getenv("NO_COLOR"); // https://no-color.org
-    s->state = open_state(&s->m, s->context, o->threads);
+    s->state = open_state(&s->m, s->context, 1 + o->draft, o->threads);
     s->sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
     s->sampler.kept = allocate(s->m.h.vocab_size, sizeof *s->sampler.kept, "sampling");
     s->sampler.probabilities = allocate(s->m.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
@@ -1791,9 +1800,11 @@ static void begin(Session *s) {
 // Says on standard error how fast it was.
 static void print_speed(const Session *s) {
     double reading = s->reading > 0 ? (double)s->n_read / s->reading : 0;
-    double saying = s->saying > 0 ? (double)s->n_steps / s->saying : 0;
+    double saying = s->saying > 0 ? (double)s->n_after / s->saying : 0;
     fprintf(stderr, "\nprompt: %zu tokens, %.*f tok/s; then: %zu tokens, %.*f tok/s; seed %llu\n", s->n_read,
             reading < 10 ? 2 : 1, reading, s->n_said, saying < 10 ? 2 : 1, saying, (unsigned long long)s->o.seed);
+    if (s->o.draft)
+        fprintf(stderr, "guessed: %zu of %zu tokens\n", s->n_saved, s->n_after);
 }
 
 // Ctrl-C stops an answer of a chat; once more, before the next line is there, it leaves. The handler of a signal can
@@ -1806,13 +1817,58 @@ static void read_on(Session *s) {
         n = smaller(s->state.batch, n_tokens(s->tokens) - s->n_cached);
         feed(&s->m, &s->state, (uint32_t *)s->tokens.data + s->n_cached, n, s->n_cached);
     }
+    s->n_guesses = s->n_right = 0;
+}
+
+// Where the text had the tokens that it ends with before, the place behind them: the last one where most of four are the
+// same, and two at least; n if there is none.
+static size_t find_same(const uint32_t *tokens, size_t n) {
+    size_t place = n, most = 1;
+    for (size_t i = n - 1; i > 0 && most < 4; i--) {
+        size_t same = 0;
+        while (same < smaller(i, 4) && tokens[i - 1 - same] == tokens[n - 1 - same])
+            same++;
+        place = same > most ? i : place;
+        most = larger(most, same);
+    }
+    return place;
+}
+
+// Reads the token that was said last, and with it --draft guesses: what followed where the text had the same tokens
+// before. A pass for a few tokens takes hardly longer than for one, and the bits of a token's logits do not depend on
+// what it shares a pass with. So if a guess proves right, its logits are there, and are those that it would have
+// alone; else they are forgotten, and its place in the cache is written anew.       (prompt lookup: Saxena 2023)
+static void read_next(Session *s, bool guessed) {
+    size_t n = n_tokens(s->tokens);
+    if (guessed) {
+        s->n_cached++;
+        s->n_right++;
+        s->n_saved++;
+        check_finite(&s->m, logits_of(s), n - 1);
+        return;
+    }
+    size_t most = smaller(smaller(s->o.draft, s->context - n), s->state.batch - 1);
+    uint32_t *guesses = reserve(&s->tokens, most * sizeof *guesses), *tokens = s->tokens.data;
+    size_t place = most ? find_same(tokens, n) : n;
+    if (place == n || s->n_cached + 1 < n) {
+        read_on(s);
+        return;
+    }
+    for (size_t i = 0; i < most; i++)
+        guesses[i] = tokens[place + i]; // the last of which may be guesses themselves
+    feed_batch(&s->m, &s->state, tokens + n - 1, 1 + most, n - 1);
+    classify(&s->m, &s->state, 0, 1 + most);
+    check_finite(&s->m, s->state.logits, n - 1);
+    s->n_cached = n;
+    s->n_guesses = most;
+    s->n_right = 0;
 }
 
 // Prints a token that the model has chosen: its text, in the colour of its probability; or with --json, an object.
 static void print_token(Session *s, uint32_t token) {
     size_t pos = s->n_cached;
     bool asked = s->o.json || s->colours; // it costs as much as a layer of a small model
-    double logprob = asked ? log_probability(s->state.logits, s->t.h.vocab_size, token) : 0;
+    double logprob = asked ? log_probability(logits_of(s), s->t.h.vocab_size, token) : 0;
     if (s->o.json) {
         open_json(&s->t, token, pos, logprob);
         fputs(s->o.probs ? ", \"top\": " : "", stdout);
@@ -1838,19 +1894,20 @@ static bool speak(Session *s, size_t most) {
     double first = seconds();
     s->n_read += s->n_cached - cached;
     while (!interrupts) {
-        uint32_t token = sample(&s->sampler, s->state.logits, s->t.h.vocab_size);
+        uint32_t token = sample(&s->sampler, logits_of(s), s->t.h.vocab_size);
         print_token(s, token);
         made++;
         stopped = is_stop(&s->t, token);
         if (stopped)
             break;
+        bool guessed = s->n_right < s->n_guesses && ((uint32_t *)s->tokens.data)[n_tokens(s->tokens)] == token;
         push_token(&s->tokens, token);
         if (turn)
             push_token(&turn->answer, token);
         if (made == most || !make_room(s))
             break;
-        read_on(s);
-        s->n_steps++;
+        read_next(s, guessed);
+        s->n_after++;
     }
     s->reading += first - start;
     s->saying += seconds() - first;
@@ -1904,7 +1961,7 @@ static void print_bar(double part, size_t columns) {
 
 // The k likeliest tokens to come, a line each. What has no certain width, the token, stands at its end.
 static void print_table(Session *s, size_t k) {
-    const float *logits = s->state.logits;
+    const float *logits = logits_of(s);
     size_t vocab = s->m.h.vocab_size, bar = smaller((terminal_columns() - 8) / 3, 40);
     double total = log_sum(logits, vocab), rest = 1;
     float most = logits[argmax(logits, vocab)];
@@ -1945,7 +2002,7 @@ static void next(Session *s) {
         begin_with_bos(s);
         fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
     }
-    s->state = open_state(&s->m, n, s->o.threads);
+    s->state = open_state(&s->m, n, 1, s->o.threads);
     feed(&s->m, &s->state, s->tokens.data, n, 0);
     const float *logits = s->state.logits;
     double total = log_sum(logits, s->m.h.vocab_size), entropy = 0;
@@ -1964,15 +2021,16 @@ static void next(Session *s) {
 enum { SCORED_AT_ONCE = 32 }; // tokens whose logits are in memory
 
 // Feeds a window, the first n tokens, and works out what those from `first` on cost, in nats: cost (n).
-static void score_window(Session *s, float *logits, double *cost, size_t n, size_t first) {
+static void score_window(Session *s, double *cost, size_t n, size_t first) {
     const uint32_t *tokens = s->tokens.data;
+    const float *logits = s->state.logits;
     size_t vocab = s->m.h.vocab_size;
     for (size_t at = 0, T; at + 1 < n; at += T) { // nothing comes after the last one
         T = smaller(s->state.batch, n - 1 - at);
         feed_batch(&s->m, &s->state, tokens + at, T, at);
         for (size_t i = larger(at + 1, first), count; i <= at + T; i += count) {
             count = smaller(SCORED_AT_ONCE, at + T + 1 - i);
-            classify(&s->m, &s->state, logits, i - 1 - at, count); // a token's score is in the logits before it
+            classify(&s->m, &s->state, i - 1 - at, count); // a token's score is in the logits before it
             for (size_t j = 0; j < count; j++)
                 check_finite(&s->m, logits + j * vocab, i + j - 1);
 #pragma omp parallel for num_threads((int)s->state.threads)
@@ -1996,8 +2054,7 @@ static void perplexity(Session *s) {
     context = smaller(context, n_tokens(s->tokens));
     expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
     size_t stride = smaller(s->o.stride ? s->o.stride : context - 1, context);
-    s->state = open_state(&s->m, context, s->o.threads);
-    float *logits = allocate(SCORED_AT_ONCE * s->m.h.vocab_size, sizeof *logits, "the logits");
+    s->state = open_state(&s->m, context, SCORED_AT_ONCE, s->o.threads);
     double *cost = allocate(context, sizeof *cost, "the costs of a window");
     double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
     size_t n = context, begins = 0, first = 1; // of a window: its tokens, its position, and the first one to score
@@ -2006,7 +2063,7 @@ static void perplexity(Session *s) {
         n = smaller(context, n_tokens(s->tokens));
         if (!s->o.stride && n > 0)
             begin_with_bos(s);
-        score_window(s, logits, cost, n, first);
+        score_window(s, cost, n, first);
         for (size_t i = first; i < n; i++) {
             count++;
             sum += cost[i];
@@ -2019,7 +2076,6 @@ static void perplexity(Session *s) {
         cut_front(&s->tokens, n == context ? stride * sizeof(uint32_t) : 0);
         begins += stride;
     }
-    free(logits);
     free(cost);
     double speed = count / (seconds() - start), nll = sum / count, bits = sum / log(2) / fmax(bytes, 1);
     double variance = (squares / count - nll * nll) * count / fmax(count - 1, 1);
@@ -2268,7 +2324,7 @@ static void bench(Session *s) {
     if (larger(prefill, decode) > context)
         die(USAGE, "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
             larger(prefill, decode));
-    s->state = open_state(m, context, s->o.threads);
+    s->state = open_state(m, context, 1, s->o.threads);
     uint64_t random = 0;
     for (uint16_t *kv = s->state.k; kv < s->state.v + (s->state.v - s->state.k); kv++) {
         const float value = (float)random_number(&random) - 0.5f;
@@ -2409,9 +2465,12 @@ static Options parse_options(int argc, char **argv) {
         {"-z", TEXT, &o.tokenizer, 0, 0, "FILE", "tokenizer (MODEL.tokenizer.bin, tokenizer.bin beside it or here)"},
         {"--probs", SWITCH, &o.probs, 0, 0, "", "colour each token by its probability; with --json: the top K (5)"},
         {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object a token, or one for all"},
+        {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N",
+         "read up to N guesses with each token: the same text, sooner (0)"},
         {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N", "perplexity: windows N apart, each rates its last N"},
-        {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX, "N", "bench: tokens of a prompt (512)"},
-        {"--decode", INTEGER, &o.decode, 1, INT32_MAX, "N", "bench: tokens generated (64)"},
+        {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX, "N",
+         "bench: tokens of a prompt (512); --decode N: generated (64)"},
+        {"--decode", INTEGER, &o.decode, 1, INT32_MAX, "", NULL},
         {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT, "N", "bench: how often (5)"},
         {"-h", SWITCH, &help, 0, 0, "", NULL},
         {"--help", SWITCH, &help, 0, 0, "", "this, as -h; --version: the version"},

@@ -63,12 +63,12 @@ int main(int argc, char **argv) {
     uint32_t *tokens = allocate(T, sizeof *tokens, "tokens");
     for (size_t t = 0; t < T; t++)
         tokens[t] = (uint32_t)number("TOKEN", argv[6 + t], 0, (long long)V - 1);
-    State s = open_state(&m, T, threads);
+    State s = open_state(&m, T, T, threads);
     chunk = smaller(chunk, s.batch);
     float *x = allocate(T * D, sizeof *x, "x"), *qkv = allocate(T * width, sizeof *qkv, "qkv");
     float *attended = allocate(T * Q, sizeof *attended, "attended"),
           *hidden = allocate(T * F, sizeof *hidden, "hidden");
-    float *logits = allocate(T * V, sizeof *logits, "logits");
+    float *logits = s.logits;
     for (size_t pos = 0; pos < T; pos += chunk) {
         size_t n = smaller(chunk, T - pos);
         feed_batch(&m, &s, tokens + pos, n, pos);
@@ -81,8 +81,8 @@ int main(int argc, char **argv) {
         copy_input(&s, attended + pos * Q, n, Q);
         swiglu(&apart, n, F);
         copy_input(&s, hidden + pos * F, n, F);
-        for (size_t t = 0; t < n; t++)
-            classify(&m, &s, logits + (pos + t) * V, t, 1);
+        for (size_t t = 0; t < n; t++, s.logits += V)
+            classify(&m, &s, t, 1);
     }
     FILE *out = fopen(argv[5], "wb");
     if (!out)

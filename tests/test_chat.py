@@ -295,6 +295,24 @@ def test_an_answer_goes_on_when_old_turns_are_forgotten(run: Program, endless: P
     assert "the oldest turns (1) are forgotten" in done.stderr
 
 
+@pytest.mark.parametrize("draft", [1, 5, 63])
+def test_guesses_change_nothing_of_a_chat(
+    run: Program, endless: Path, wild: tuple[Model, Path], draft: int
+) -> None:
+    """Nor when old turns are forgotten on the way, which moves all positions."""
+    for path, temperature in ((endless, 0), (wild[1], 0), (wild[1], 0.05)):
+        args = [path, "-m", "chat", "-t", temperature, "-s", 1, "-n", 60, "-c", 100, "--json"]
+        slow = run.ok(*args, stdin=b"hi\nho\nhi\nhi\n")
+        fast = run.ok(*args, "--draft", draft, stdin=b"hi\nho\nhi\nhi\n")
+        assert fast.stdout == slow.stdout
+        assert slow.stderr.count("forgotten") >= 2 and fast.stderr.count("forgotten") == slow.stderr.count(
+            "forgotten"
+        )
+        found = re.search(r"guessed: (\d+) of (\d+) tokens", fast.stderr)
+        assert found and 0.1 < int(found[1]) / int(found[2]) < 1
+        assert int(found[2]) == 4 * 59
+
+
 def test_an_answer_may_end_with_the_context(run: Program, endless: Path) -> None:
     done = run.ok(endless, "-m", "chat", "-t", 0, "-c", 100, stdin=b"hi\nho\n")
     assert len(done.stdout.splitlines()) == 2

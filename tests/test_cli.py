@@ -96,6 +96,7 @@ WRONG = [
             "-s": ["x", "-1", "", "99999999999999999999", "1.5"],
             "-c": ["0", "-1", "x", "", "4294967296"],
             "-j": ["0", "-1", "x", "", "99999"],
+            "--draft": ["-1", "64", "x", "", "1.5"],
             "-m": ["unknown", "", "Generate", "generate "],
         }.items()
         for value in values
@@ -219,6 +220,31 @@ def test_threads_do_not_change_the_text(run: Program, tmp_path: Path, dtype: str
     outputs = {run.ok(*args, "-j", j, "--json").stdout for j in (1, 2, 3)}
     assert len(outputs) == 1
     assert len(outputs.pop().splitlines()) > 10
+
+
+@pytest.mark.parametrize("draft", [1, 2, 7, 63])
+def test_guesses_change_nothing_but_the_time(run: Program, root: Path, draft: int) -> None:
+    """The bits of a guess's logits are those of a token alone; and as many random numbers are used up."""
+    text = "Lily had a red ball. Lily had a red ball. Lily had a red ball. Lily"
+    saved = 0
+    for args in (["-t", 0.5], ["-t", 1, "-p", 0.5], ["-t", 0, "-j", 2], ["-k", 3, "-n", 70, "-j", 2]):
+        command = [root / "models" / "stories.bin", "-i", text, "-s", 3, "--json", "--probs", *args]
+        slow, fast = run.ok(*command), run.ok(*command, "--draft", draft)
+        assert fast.stdout == slow.stdout
+        found = re.search(r"guessed: (\d+) of (\d+) tokens", fast.stderr)
+        assert found and int(found[2]) == len(fast.stdout.splitlines()) - 1
+        saved += int(found[1])
+    assert saved > 20
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 63, 64])
+def test_guesses_end_with_the_text(run: Program, tmp_path: Path, steps: int) -> None:
+    path = endless_model(b"abc").write(tmp_path / "loop.bin")
+    args = [path, "-n", steps, "-t", 0, "--json"]
+    done = run.ok(*args, "--draft", 9)
+    assert done.stdout == run.ok(*args).stdout
+    known = max(0, steps - 6)  # for a guess, the text has to end with two tokens that it had before
+    assert f"guessed: {known - known // 10} of {steps - 1} tokens" in done.stderr
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 63, 64])
