@@ -502,6 +502,7 @@ static void widen(float *out, const void *array, Dtype dtype, size_t n);
 static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s);
 // Only multiplications of what is in registers, as f32 or in pairs of bf16; returns the number of operations.
 static double multiply_only(bool pairs, size_t rounds);
+static size_t few_tokens(void); // as many as each weight loaded is multiplied with
 static bool has_bf16_dot(void);
 static bool has_tiles(void);
 static void ask_for_tiles(void);
@@ -538,9 +539,9 @@ static void matmul(float *out, Tensor w, size_t T, bool add, State *s) {
     if (matmul_by_tiles(out, w, T, add, s))
         return;
     Tensor in = {s->input, s->input_type, T, w.cols, input_stride(w.cols)};
-    bool widened = in.dtype == F32 && T >= TILE_TOKENS;    // for many tokens, it pays off to convert the weights once
-    size_t share = (w.rows + s->threads - 1) / s->threads; // one token: each thread reads two long runs
-    size_t block = T == 1 ? share : T < TILE_TOKENS ? TILE_ROWS : BLOCK_ROWS;
+    bool few = T <= few_tokens();
+    bool widened = in.dtype == F32 && !few; // for many tokens, it pays off to convert the weights once
+    size_t block = few ? (w.rows + s->threads - 1) / s->threads : BLOCK_ROWS; // few: each thread reads two long runs
     if (widened)
         block = smaller(block, s->wide_size / w.cols / TILE_ROWS * TILE_ROWS);
 #pragma omp for schedule(static)
@@ -2620,6 +2621,8 @@ INLINE vec sum4(vec a, vec b, vec c, vec d) {
 
 #endif
 
+static size_t few_tokens(void) { return GROUP; }
+
 #ifdef BF16_DOT
 static bool has_bf16_dot(void) { return true; }
 static const char *isa(void) { return BF16_DOT; }
@@ -2688,62 +2691,53 @@ INLINE void put4(float *out, vec a, vec b, vec c, vec d, bool add) {
     memcpy(out, &sums, sizeof sums);
 }
 
-// Part of multiply for one chunk of columns, TILE_ROWS rows of w and GROUP of x; of the sums, those of `tokens` rows are
-// kept, and the last of those rows stands in for the rest. The types are known when it is compiled, so that all sums are
-// registers; gcc sees them in parameters of their own, not in a Tensor.
-INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, size_t tokens, bool add) {
+// Part of multiply for one chunk of columns: `rows` rows of w, which are `apart` from each other, and `group` of x. Of
+// the latter, `tokens` are kept, and the last of those stands in for the rest. The types and numbers, but for `tokens`,
+// are known when it is compiled, so that all sums are registers; gcc sees them in parameters, not in a Tensor.
+INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows, size_t apart, Tensor x, Dtype x_type,
+                 size_t group, size_t tokens, bool add) {
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
-    vec sums[GROUP][TILE_ROWS];
-    for (size_t j = 0; j < chains; j++) {
-        vec chain[GROUP][TILE_ROWS];
-        for (size_t t = 0; t < GROUP; t++)
-            for (size_t r = 0; r < TILE_ROWS; r++)
-                chain[t][r] = fill(0);
-        for (size_t i = j * step; i < x.cols; i += chains * step) {
-            vec row[TILE_ROWS];
-            for (size_t r = 0; r < TILE_ROWS; r++)
-                row[r] = load(w.data, w_type, pairs, r * w.stride + i);
-            for (size_t t = 0; t < GROUP; t++) {
-                vec token = in_register(load(x.data, x_type, pairs, smaller(t, tokens - 1) * x.stride + i));
-                for (size_t r = 0; r < TILE_ROWS; r++)
-                    chain[t][r] = accumulate(row[r], token, chain[t][r], pairs);
+    const size_t n = group == 1 ? chains : 1; // at a time
+    vec sums[GROUP][TILE_ROWS], chain[GROUP][TILE_ROWS][CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
+    for (size_t first = 0; first < chains; first += n) {
+        for (size_t t = 0; t < group; t++)
+            for (size_t r = 0; r < rows; r++)
+                for (size_t j = 0; j < n; j++)
+                    chain[t][r][j] = fill(0);
+        for (size_t i = first * step; i < x.cols; i += chains * step)
+            for (size_t j = 0; j < n && i + j * step < x.cols; j++) {
+                vec row[TILE_ROWS];
+                for (size_t r = 0; r < rows; r++) {
+                    size_t at = r * apart * w.stride + i + j * step;
+                    const char *ahead = (const char *)address(w.data, w_type, at) + AHEAD;
+                    if (rows < TILE_ROWS && group > 1)
+                        __builtin_prefetch(ahead, 0, 2);
+                    else if (group == 1 && (W < 16 || !pairs)) // else the processor looks far enough ahead
+                        __builtin_prefetch(ahead, 0, NEARNESS);
+                    row[r] = load(w.data, w_type, pairs, at);
+                }
+                for (size_t t = 0; t < group; t++) {
+                    size_t at = smaller(t, tokens - 1) * x.stride + i + j * step;
+                    vec token = in_register(load(x.data, x_type, pairs, at));
+                    for (size_t r = 0; r < rows; r++)
+                        chain[t][r][j] = accumulate(row[r], token, chain[t][r][j], pairs);
+                }
             }
-        }
-        for (size_t t = 0; t < GROUP; t++)
-            for (size_t r = 0; r < TILE_ROWS; r++)
-                sums[t][r] = j == 0 ? chain[t][r] : (vec)(sums[t][r] + chain[t][r]);
+        for (size_t t = 0; t < group; t++)
+            for (size_t r = 0; r < rows; r++)
+                for (size_t j = 0; j < n; j++)
+                    sums[t][r] = first + j == 0 ? chain[t][r][0] : (vec)(sums[t][r] + chain[t][r][j]);
     }
     for (size_t t = 0; t < tokens; t++)
-        put4(out + t * stride, sums[t][0], sums[t][1], sums[t][2], sums[t][3], add);
-}
-
-// The same for one or two rows of w, which are `apart` from each other, and one token: all chains at a time.
-INLINE void dots(float *out, Tensor w, size_t rows, size_t apart, Tensor x, bool add) {
-    const bool pairs = w.dtype == BF16 && x.dtype == BF16;
-    const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
-    vec chain[2][CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
-    for (size_t r = 0; r < rows; r++)
-        for (size_t j = 0; j < chains; j++)
-            chain[r][j] = fill(0);
-    for (size_t i = 0; i < x.cols; i += chains * step)
-        for (size_t j = 0; j < chains && i + j * step < x.cols; j++) {
-            size_t at = i + j * step;
-            vec token = in_register(load(x.data, x.dtype, pairs, at));
-            for (size_t r = 0; r < rows; r++) {
-                size_t weight = r * apart * w.stride + at;
-                if (W < 16 || !pairs) // many instructions a byte: the processor does not look far ahead
-                    __builtin_prefetch((const char *)address(w.data, w.dtype, weight) + AHEAD, 0, NEARNESS);
-                chain[r][j] = accumulate(load(w.data, w.dtype, pairs, weight), token, chain[r][j], pairs);
-            }
+        if (rows == TILE_ROWS) {
+            put4(out + t * stride, sums[t][0], sums[t][1], sums[t][2], sums[t][3], add);
+        } else {
+            float sum[TILE_ROWS];
+            put4(sum, sums[t][0], rows > 1 ? sums[t][1] : fill(0), fill(0), fill(0), false);
+            for (size_t r = 0; r < rows; r++)
+                out[t * stride + r * apart] = (add ? out[t * stride + r * apart] : 0) + sum[r];
         }
-    for (size_t r = 0; r < rows; r++)
-        for (size_t j = 1; j < chains; j++)
-            chain[r][0] += chain[r][j];
-    float sums[4];
-    put4(sums, chain[0][0], rows > 1 ? chain[1][0] : fill(0), fill(0), fill(0), false);
-    for (size_t r = 0; r < rows; r++)
-        out[r * apart] = (add ? out[r * apart] : 0) + sums[r];
 }
 
 INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, bool add) {
@@ -2754,7 +2748,7 @@ INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Te
     // Many tokens go by tiles, where whole ones fit, so that each weight loaded is used several times. Those of one
     // chunk and TILE_TOKENS tokens stay in the innermost cache while the rows of w pass. With each tile, some lines
     // of the cache are fetched of the rows that follow in memory, which are likely to be multiplied next.
-    size_t whole = x.rows > 1 ? w.rows / TILE_ROWS * TILE_ROWS : 0;
+    size_t whole = x.rows > GROUP ? w.rows / TILE_ROWS * TILE_ROWS : 0;
     const char *ahead = address(w.data, w_type, w.rows * w.stride);
     size_t groups = (x.rows + TILE_TOKENS - 1) / TILE_TOKENS * ((cols + chunk - 1) / chunk);
     size_t lines = w_type == F32 ? 0 : TILE_ROWS * w.stride * size_of(w_type) / 64 / larger(groups, 1) + 1;
@@ -2767,24 +2761,31 @@ INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Te
                 for (size_t i = 0; i < lines; i++, ahead += 64)
                     __builtin_prefetch(ahead, 0, 2); // 2: not into the innermost cache, which is full
                 for (; t + GROUP <= end; t += GROUP)
-                    tile(out + t * stride + r, stride, rows, w_type, part(x, t, GROUP, c, n), x_type, GROUP, add || c);
+                    tile(out + t * stride + r, stride, rows, w_type, TILE_ROWS, 1, part(x, t, GROUP, c, n), x_type,
+                         GROUP, GROUP, add || c);
                 if (t < end)
-                    tile(out + t * stride + r, stride, rows, w_type, part(x, t, end - t, c, n), x_type, end - t,
-                         add || c);
+                    tile(out + t * stride + r, stride, rows, w_type, TILE_ROWS, 1, part(x, t, end - t, c, n), x_type,
+                         GROUP, end - t, add || c);
             }
     }
-    // One token, or what is left of the rows: two rows at a time, the one from the first half and the other from the
+    // A few tokens, or what is left of the rows: two rows at a time, the one from the first half and the other from the
     // second. Memory delivers more to two runs far apart than to one run, and less to two neighbours.
-    size_t half = (w.rows - whole) / 2;
-    for (size_t t = 0; t < x.rows; t++)
+    size_t half = (w.rows - whole) / 2, tokens = x.rows > GROUP ? 1 : x.rows;
+    for (size_t t = 0; t < x.rows; t += tokens)
         for (size_t i = 0; i < w.rows - whole - half; i++) {
             size_t r = whole + (i < half ? i : 2 * half);
+            float *sums = out + t * stride + r;
             for (size_t c = 0; c < cols; c += n) {
                 n = smaller(chunk, cols - c);
-                if (i < half)
-                    dots(out + t * stride + r, part(w, r, 1, c, n), 2, half, part(x, t, 1, c, n), add || c);
+                Tensor row = part(w, r, 1, c, n), some = part(x, t, tokens, c, n);
+                if (i < half && tokens == 1)
+                    tile(sums, stride, row, w_type, 2, half, some, x_type, 1, 1, add || c);
+                else if (i < half)
+                    tile(sums, stride, row, w_type, 2, half, some, x_type, GROUP, tokens, add || c);
+                else if (tokens == 1)
+                    tile(sums, stride, row, w_type, 1, 1, some, x_type, 1, 1, add || c);
                 else
-                    dots(out + t * stride + r, part(w, r, 1, c, n), 1, 1, part(x, t, 1, c, n), add || c);
+                    tile(sums, stride, row, w_type, 1, 1, some, x_type, GROUP, tokens, add || c);
             }
         }
     // the last columns, which are less than a vector

@@ -486,12 +486,12 @@ static void read_file(Paging *p) {
 }
 
 static void test_paging(void) {
-    char name[] = "paging.XXXXXX", *piece = allocate(PIECE_BYTES, 1, "a test");
+    char name[] = "paging.XXXXXX", *ones = allocate(PIECE_BYTES, 1, "a test");
     int fd = mkstemp(name);
     CHECK(fd >= 0 && !unlink(name), "%s: %s", name, strerror(errno));
-    memset(piece, 1, PIECE_BYTES);
+    memset(ones, 1, PIECE_BYTES);
     for (size_t i = 0; i < N_PIECES; i++)
-        CHECK(write(fd, piece, PIECE_BYTES) == PIECE_BYTES, "cannot write 96 MB");
+        CHECK(write(fd, ones, PIECE_BYTES) == PIECE_BYTES, "cannot write 96 MB");
     CHECK(!fsync(fd), "%s", strerror(errno)); // the system does not forget what is not on the disk
     Model m = {.fd = fd, .size = N_PIECES * PIECE_BYTES};
     m.map = mmap(NULL, m.size, PROT_READ, MAP_SHARED, fd, 0);
