@@ -5,7 +5,7 @@
  * export.py has converted, and knows none by name. It does not train and does not quantise. It needs
  * libc and libm; with OpenMP it uses all cores.
  *
- *   1 The model file      what is in it, and how it is mapped and checked
+ *   1 The model file      what is in it, and how it is mapped, checked, and read if it is larger than memory
  *   2 Kernels             matmul, rmsnorm, rope, attention, swiglu, each once, in plain C
  *   3 The forward pass    the whole Transformer
  *   4 Sampling            from logits to the next token
@@ -284,17 +284,17 @@ enum { PIECE_BYTES = 16 << 20, PIECES_AHEAD = 2, MIN_PAGE = 4096 };
 
 typedef struct {
     const Model *m;
-    size_t at;        // where in the file the pass is
-    long waits;       // for pages to be read, until the pass began; at first LONG_MAX
+    size_t at;        // where in the file this pass is
+    long waits;       // for pages to be read, until it began; at first LONG_MAX
     bool active;      // there were some in the pass before
-    size_t looked_at; // pieces: of those before it is known if they are in memory;
-    size_t used;      // those before it are not needed any more
-    bool *missing;    // (pieces)
-    size_t n_missing; // pieces in this pass
+    size_t looked_at; // the pieces before this one have been looked for in memory in this pass,
+    size_t used;      // and those before this one have been used
+    bool *missing;    // (pieces) which are to be let go
+    size_t n_missing; // pieces, in this pass
 } Paging;
 
 #ifdef __linux__
-// Is a piece in memory? The first one of a pass that is not stays after use: there may be room for it by now.
+// Finds out if a piece is in memory. The first one of a pass that is not stays after use: there may be room by now.
 static void look_at(Paging *p, size_t piece) {
     unsigned char pages[PIECE_BYTES / MIN_PAGE];
     size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
@@ -308,12 +308,12 @@ static void look_at(Paging *p, size_t piece) {
 static void let_go(const Paging *p, size_t piece) {
     size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
     if (p->missing[piece]) {
-        madvise((unsigned char *)p->m->map + start, size, MADV_DONTNEED);
-        posix_fadvise(p->m->fd, (off_t)start, (off_t)size, POSIX_FADV_DONTNEED);
+        madvise((unsigned char *)p->m->map + start, size, MADV_DONTNEED);        // this process needs it no more,
+        posix_fadvise(p->m->fd, (off_t)start, (off_t)size, POSIX_FADV_DONTNEED); // nor does the system
     }
 }
 
-// The tensor w is next.
+// Called before the tensor w is used.
 static void turn_pages(Paging *p, Tensor w) {
     size_t start = (size_t)((const unsigned char *)w.data - p->m->map), size = w.rows * w.cols * sizeof(uint16_t);
     if (start < p->at) { // another pass begins
