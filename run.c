@@ -278,8 +278,8 @@ static Model open_model(const char *path) {
 }
 
 // A model larger than memory. Each pass reads the file in its order, and a system that makes room by letting go what was
-// not used for longest always lets go what is needed next. So a piece of the file that had to be read is let go as soon
-// as it has been used, and what else is in memory stays there.
+// not used for longest always lets go what is needed next. So a piece of the file that has to be read again, pass after
+// pass, is let go as soon as the product with it is done, and what else is in memory stays there.
 enum { PIECE_BYTES = 16 << 20, PIECES_AHEAD = 2, MIN_PAGE = 4096 };
 
 typedef struct {
@@ -289,12 +289,12 @@ typedef struct {
     bool active;      // there were some in the pass before
     size_t looked_at; // the pieces before this one have been looked for in memory in this pass,
     size_t used;      // and those before this one have been used
-    bool *missing;    // (pieces) which are to be let go
+    uint8_t *missing; // (pieces) in how many passes in a row it was not there, 2 at most
     size_t n_missing; // pieces, in this pass
+    size_t spared;    // the first of them, which stays after use: there may be room for it by now
 } Paging;
 
 #ifdef __linux__
-// Finds out if a piece is in memory. The first one of a pass that is not stays after use: there may be room by now.
 static void look_at(Paging *p, size_t piece) {
     unsigned char pages[PIECE_BYTES / MIN_PAGE];
     size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
@@ -302,12 +302,15 @@ static void look_at(Paging *p, size_t piece) {
     bool known = !mincore((unsigned char *)p->m->map + start, size, pages);
     for (size_t i = 0; i < n && known; i++)
         found += pages[i] & 1;
-    p->missing[piece] = known && found < n / 2 && p->n_missing++ > 0;
+    bool gone = known && found < n / 2;
+    p->missing[piece] = gone ? p->missing[piece] ? 2 : 1 : 0;
+    if (gone && p->n_missing++ == 0)
+        p->spared = piece;
 }
 
 static void let_go(const Paging *p, size_t piece) {
     size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
-    if (p->missing[piece]) {
+    if (p->missing[piece] == 2 && piece != p->spared) {
         madvise((unsigned char *)p->m->map + start, size, MADV_DONTNEED);        // this process needs it no more,
         posix_fadvise(p->m->fd, (off_t)start, (off_t)size, POSIX_FADV_DONTNEED); // nor does the system
     }
@@ -321,10 +324,11 @@ static void turn_pages(Paging *p, Tensor w) {
             let_go(p, p->used++);
         struct rusage usage;
         getrusage(RUSAGE_SELF, &usage);
-        p->active = usage.ru_majflt > p->waits; // the first pass finds out what there is room for
+        p->active = usage.ru_majflt > p->waits;
         p->waits = usage.ru_majflt;
         p->used = p->looked_at = start / PIECE_BYTES;
         p->n_missing = 0;
+        p->spared = SIZE_MAX;
     }
     p->at = start;
     // Looks at pieces before the system does, which reads ahead, too.
@@ -456,7 +460,7 @@ typedef struct {
     float *x;       // (T, D)       the residual stream
     float *qkv;     // (T, Q + 2K)  queries, keys, values
     float *gate_up; // (T, 2F)      in the same memory: not in use at the same time
-    float *logits;  // (rows, V)    after as many of its last tokens
+    float *logits;  // (rows, V)    of as many tokens at a time, see classify
     float *cosine;  // (T, d/2)     RoPE's rotations at the positions of the batch
     float *sine;    // (T, d/2)
     void *input;    // (T, D or Q or F)  of the next product, as its kernel takes it: f32 or bf16; see input_stride
@@ -794,7 +798,8 @@ static State open_state(const Model *m, size_t context, size_t rows, size_t thre
     s.input_type = m->h.dtype == BF16 && has_bf16_dot() ? BF16 : F32; // the instruction takes both sides in bf16
     size_t per_token = (D + outputs + d) * sizeof(float) + input_stride(widest) * size_of(s.input_type);
     ask_for_tiles();
-    s.batch = smaller(smaller(larger(BATCH_BYTES / per_token, 1), MAX_BATCH), context);
+    size_t room = BATCH_BYTES - smaller(BATCH_BYTES / 2, rows * m->h.vocab_size * sizeof(float)); // besides logits
+    s.batch = smaller(smaller(larger(room / per_token, 1), MAX_BATCH), context);
     s.wide_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, TILE_ROWS * widest); // in floats; bf16 takes half
 
     double bytes = 2 * cache_bytes(m, context);
@@ -816,9 +821,11 @@ static State open_state(const Model *m, size_t context, size_t rows, size_t thre
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
     s.qkv = s.gate_up;
-    if (m->size > PIECE_BYTES)
-        s.paging = (Paging){.m = m, .at = m->size, .waits = LONG_MAX};
-    s.paging.missing = allocate(m->size / PIECE_BYTES + 1, sizeof(bool), "the table of pieces");
+    if (m->size > PIECE_BYTES) {
+        size_t pieces = m->size / PIECE_BYTES + 1;
+        s.paging = (Paging){.m = m, .at = m->size, .waits = LONG_MAX, .missing = allocate(pieces, 1, "the pieces")};
+        memset(s.paging.missing, 0, pieces);
+    }
     // tiles read whole squares, and what they make of rows behind the last one is not used
     s.input = allocate(multiple_of(SQUARE, s.batch) * input_stride(widest), size_of(s.input_type), "the activations");
     return s;
@@ -1581,7 +1588,7 @@ typedef struct {
     Buffer answer; // tokens, as they were sampled: encode might find others for the same text
 } Turn;
 
-enum { MAX_DRAFT = 63 };
+enum { MAX_DRAFT = 15 }; // the logits of each take memory
 
 // All that the modes work with. It lives as long as the program, which never frees it.
 typedef struct {

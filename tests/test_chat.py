@@ -295,7 +295,7 @@ def test_an_answer_goes_on_when_old_turns_are_forgotten(run: Program, endless: P
     assert "the oldest turns (1) are forgotten" in done.stderr
 
 
-@pytest.mark.parametrize("draft", [1, 5, 63])
+@pytest.mark.parametrize("draft", [1, 5, 15])
 def test_guesses_change_nothing_of_a_chat(
     run: Program, endless: Path, wild: tuple[Model, Path], draft: int
 ) -> None:

@@ -129,17 +129,18 @@ def memory_of(limit: int) -> Iterator[Callable[[], object]]:
     except OSError as error:
         pytest.skip(f"needs a cgroup of its own, which takes root: {error}")
     try:
-        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(limit))
+        try:
+            (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(limit))
+        except OSError as error:
+            pytest.skip(f"needs cgroups that limit memory: {error}")
         yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
-    except FileNotFoundError as error:
-        pytest.skip(f"needs cgroups that limit memory: {error}")
     finally:
         group.rmdir()
 
 
 def test_a_model_larger_than_memory(run: Program, tmp_path: Path) -> None:
     """It says the same, and does not read the whole file for each token, as much of it stays in memory."""
-    path, tokens = tmp_path / "m.bin", 16
+    path, tokens = tmp_path / "m.bin", 20
     subprocess.run(
         [sys.executable, ROOT / "export.py", "random:110m", "-o", path], check=True, capture_output=True
     )
