@@ -163,7 +163,7 @@ typedef struct {
     const char *path;
     const unsigned char *map; // the whole file
     size_t size;
-    int fd;
+    int fd; // of the file, which stays open
     Header h;
     size_t q_dim, kv_dim; // Q and K
     Tensor embedding;     // (V, D)
@@ -295,6 +295,7 @@ typedef struct {
 } Paging;
 
 #ifdef __linux__
+// Finds out if a piece is in memory, half of its pages at least.
 static void look_at(Paging *p, size_t piece) {
     unsigned char pages[PIECE_BYTES / MIN_PAGE];
     size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
@@ -506,7 +507,7 @@ static void widen(float *out, const void *array, Dtype dtype, size_t n);
 static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s);
 // Only multiplications of what is in registers, as f32 or in pairs of bf16; returns the number of operations.
 static double multiply_only(bool pairs, size_t rounds);
-static size_t few_tokens(void); // as many as each weight loaded is multiplied with
+static size_t few_tokens(void); // so many can share each weight while it is in a register
 static bool has_bf16_dot(void);
 static bool has_tiles(void);
 static void ask_for_tiles(void);
@@ -1578,7 +1579,7 @@ typedef struct {
     uint64_t top_k, steps, context, threads, seed;
     uint64_t prefill, decode, repeat; // what bench measures: tokens (0: as many as usual), and how often
     uint64_t stride;                  // of perplexity's windows
-    uint64_t draft;
+    uint64_t draft;                   // tokens that are guessed at a time, at most
     bool json, probs;
 } Options;
 
@@ -1766,7 +1767,7 @@ static void print_legend(void) {
     fputs("\n\n", stderr);
 }
 
-// After the last token.
+// The logits after the last token.
 static float *logits_of(const Session *s) { return s->state.logits + s->n_right * s->m.h.vocab_size; }
 
 // A token at position pos as a JSON object, open for more; `text` is what it prints there.
@@ -2705,7 +2706,7 @@ INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows,
                  size_t group, size_t tokens, bool add) {
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
-    const size_t n = group == 1 ? chains : 1; // at a time
+    const size_t n = group == 1 ? chains : 1; // chains at a time
     vec sums[GROUP][TILE_ROWS], chain[GROUP][TILE_ROWS][CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
     for (size_t first = 0; first < chains; first += n) {
         for (size_t t = 0; t < group; t++)
@@ -2718,7 +2719,7 @@ INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows,
                 for (size_t r = 0; r < rows; r++) {
                     size_t at = r * apart * w.stride + i + j * step;
                     const char *ahead = (const char *)address(w.data, w_type, at) + AHEAD;
-                    if (rows < TILE_ROWS && group > 1)
+                    if (rows < TILE_ROWS && group > 1) // not into the innermost cache: slower, as measured
                         __builtin_prefetch(ahead, 0, 2);
                     else if (group == 1 && (W < 16 || !pairs)) // else the processor looks far enough ahead
                         __builtin_prefetch(ahead, 0, NEARNESS);
