@@ -466,8 +466,8 @@ typedef struct {
     float *sine;    // (T, d/2)
     void *input;    // (T, D or Q or F)  of the next product, as its kernel takes it: f32 or bf16; see input_stride
     Dtype input_type;
-    float *wide; // (threads, wide_size)  see scratch
-    size_t wide_size;
+    float *scratch; // (threads, scratch_size)  see scratch_of
+    size_t scratch_size;
     Paging paging; // of the weights, if they are more than a piece
 } State;
 
@@ -501,13 +501,11 @@ static void multiply(float *out, size_t stride, Tensor w, Tensor x, bool add);
 // Reads up to a vector behind the end of x.
 static void weigh(float *const *y, const void *const *a, size_t queries, const uint16_t *x, bool pairs, size_t m,
                   size_t n);
-// An array of any type as f32.
-static void widen(float *out, const void *array, Dtype dtype, size_t n);
 // matmul, below, with the instructions for whole tiles of bf16 that some processors have; false if this one has none.
 static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s);
 // Only multiplications of what is in registers, as f32 or in pairs of bf16; returns the number of operations.
 static double multiply_only(bool pairs, size_t rounds);
-static size_t few_tokens(void); // so many can share each weight while it is in a register
+static size_t some_tokens(void); // up to so many, all pass by a few rows before the next, in matmul
 static bool has_bf16_dot(void);
 static bool has_tiles(void);
 static void ask_for_tiles(void);
@@ -521,9 +519,9 @@ static size_t thread_number(void) {
 #endif
 }
 
-// Memory of this thread, wide_size floats: for a block of weights as f32 or as tiles, a row of D or F numbers, or what
-// attend has of its queries.
-static float *scratch(const State *s) { return s->wide + thread_number() * s->wide_size; }
+// Memory of this thread, scratch_size floats: for a row of D or F numbers, what attend has of its queries, or weights that
+// are packed for tiles.
+static float *scratch_of(const State *s) { return s->scratch + thread_number() * s->scratch_size; }
 
 // The elements from one row of State.input to the next, if they have so many columns: whole panels, and no power of two,
 // as such rows would compete for the same places in the cache.
@@ -544,22 +542,12 @@ static void matmul(float *out, Tensor w, size_t T, bool add, State *s) {
     if (matmul_by_tiles(out, w, T, add, s))
         return;
     Tensor in = {s->input, s->input_type, T, w.cols, input_stride(w.cols)};
-    bool few = T <= few_tokens();
-    bool widened = in.dtype == F32 && !few; // for many tokens, it pays off to convert the weights once
-    size_t block = few ? (w.rows + s->threads - 1) / s->threads : BLOCK_ROWS; // few: each thread reads two long runs
-    if (widened)
-        block = smaller(block, s->wide_size / w.cols / TILE_ROWS * TILE_ROWS);
+    // One token: each thread reads two long runs of weights. Some: few rows pass all of them on their way from memory.
+    // Many: a block of rows stays in the cache.
+    size_t block = T == 1 ? (w.rows + s->threads - 1) / s->threads : T <= some_tokens() ? TILE_ROWS : BLOCK_ROWS;
 #pragma omp for schedule(static)
-    for (size_t r = 0; r < w.rows; r += block) {
-        Tensor rows = part(w, r, smaller(block, w.rows - r), 0, w.cols);
-        if (widened) {
-            float *wide = scratch(s);
-            widen(wide, rows.data, w.dtype, rows.rows * w.cols);
-            rows.data = wide;
-            rows.dtype = F32;
-        }
-        multiply(out + r, w.rows, rows, in, add);
-    }
+    for (size_t r = 0; r < w.rows; r += block)
+        multiply(out + r, w.rows, part(w, r, smaller(block, w.rows - r), 0, w.cols), in, add);
 }
 
 // One vector: out = x / sqrt(mean(x^2) + eps) * weight                             (Zhang and Sennrich 2019)
@@ -577,7 +565,7 @@ static void rmsnorm_one(float *out, const float *x, Tensor weight, float eps) {
 static void rmsnorm(State *s, const float *x, Tensor weight, size_t T, float eps) {
 #pragma omp for
     for (size_t t = 0; t < T; t++) {
-        float *row = scratch(s);
+        float *row = scratch_of(s);
         rmsnorm_one(row, x + t * weight.cols, weight, eps);
         put_input(s, weight.cols, t, 0, row, weight.cols);
     }
@@ -588,7 +576,8 @@ static void embed(float *x, Tensor embedding, const uint32_t *tokens, size_t T) 
     size_t D = embedding.cols;
 #pragma omp for
     for (size_t t = 0; t < T; t++)
-        widen(x + t * D, address(embedding.data, embedding.dtype, tokens[t] * D), embedding.dtype, D);
+        for (size_t c = 0; c < D; c++)
+            x[t * D + c] = element(embedding.data, embedding.dtype, tokens[t] * D + c);
 }
 
 // The angle by which pair i of a head turns from one position to the next: theta^(-2i/d). For a context longer than
@@ -701,7 +690,7 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
     float max[QUERIES], sum[QUERIES];
     for (size_t i = 0; i < count; i++) {
         size_t t = (first + i) / group, head = g * group + (first + i) % group;
-        float *copy = scratch(s) + i * 2 * d;
+        float *copy = scratch_of(s) + i * 2 * d;
         narrow(copy, pairs ? BF16 : F32, s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d, d);
         q[i] = copy;
         out[i] = copy + d;
@@ -760,7 +749,7 @@ static void swiglu(State *s, size_t T, size_t F) {
 #pragma omp for
     for (size_t t = 0; t < T; t++) {
         const float *gate = s->gate_up + t * 2 * F, *up = gate + F;
-        float *hidden = scratch(s);
+        float *hidden = scratch_of(s);
         for (size_t i = 0; i < F; i++) {
             float e = exp_negative(-fabsf(gate[i]));
             float sigmoid = (gate[i] < 0 ? e : 1.0f) / (1.0f + e);
@@ -801,7 +790,7 @@ static State open_state(const Model *m, size_t context, size_t rows, size_t thre
     ask_for_tiles();
     size_t room = BATCH_BYTES - smaller(BATCH_BYTES / 2, rows * m->h.vocab_size * sizeof(float)); // besides logits
     s.batch = smaller(smaller(larger(room / per_token, 1), MAX_BATCH), context);
-    s.wide_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, TILE_ROWS * widest); // in floats; bf16 takes half
+    s.scratch_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, widest); // in floats; bf16 takes half
 
     double bytes = 2 * cache_bytes(m, context);
     s.kv_type = s.input_type == BF16 && !has_tiles() ? BF16 : F16; // with tiles, processors are slow at pairs
@@ -817,7 +806,7 @@ static State open_state(const Model *m, size_t context, size_t rows, size_t thre
         size_t size;
     } arrays[] = {
         {&s.x, s.batch * D},          {&s.gate_up, s.batch * outputs}, {&s.logits, rows * m->h.vocab_size},
-        {&s.cosine, s.batch * d / 2}, {&s.sine, s.batch * d / 2},      {&s.wide, threads * s.wide_size},
+        {&s.cosine, s.batch * d / 2}, {&s.sine, s.batch * d / 2},      {&s.scratch, threads * s.scratch_size},
     };
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
@@ -2565,6 +2554,9 @@ static void check_pair(const Model *m, const Tokenizer *t) {
 #define ISA "AVX-512"
 enum { W = 16, CHAINS = 1, PAIR_CHAINS = 1, GROUP = 6, COLUMNS = 4 };
 typedef __m512 vec;
+INLINE vec load_bf16(const uint16_t *p) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+}
 INLINE vec load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
@@ -2590,6 +2582,9 @@ INLINE vec multiply_add_pairs(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, 
 #define ISA "AVX2"
 enum { W = 8, CHAINS = 4, PAIR_CHAINS = 1, GROUP = 3, COLUMNS = 2 };
 typedef __m256 vec;
+INLINE vec load_bf16(const uint16_t *p) {
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+}
 INLINE vec load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
@@ -2603,6 +2598,7 @@ INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
 #define ISA "NEON"
 enum { W = 4, CHAINS = 4, PAIR_CHAINS = 4, GROUP = 6, COLUMNS = 4 };
 typedef float32x4_t vec;
+INLINE vec load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 INLINE vec load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 INLINE vec sum4(vec a, vec b, vec c, vec d) { return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
@@ -2618,6 +2614,9 @@ INLINE vec multiply_add_pairs(vec a, vec b, vec c) {
 #define ISA "portable"
 enum { W = 4, CHAINS = 4, PAIR_CHAINS = 1, GROUP = 3, COLUMNS = 2 };
 typedef float vec __attribute__((vector_size(16)));
+INLINE vec load_bf16(const uint16_t *p) {
+    return (vec){bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])};
+}
 INLINE vec load_f16(const uint16_t *p) {
     return (vec){f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])};
 }
@@ -2629,7 +2628,7 @@ INLINE vec sum4(vec a, vec b, vec c, vec d) {
 
 #endif
 
-static size_t few_tokens(void) { return GROUP; }
+static size_t some_tokens(void) { return TILE_ROWS * GROUP; }
 
 #ifdef BF16_DOT
 static bool has_bf16_dot(void) { return true; }
@@ -2650,7 +2649,6 @@ enum { AHEAD = 4096, NEARNESS = 3 };
 
 // What gcc and clang can say for vectors of any length.
 typedef uint32_t vec_u32 __attribute__((vector_size(4 * W)));
-typedef uint16_t vec_u16 __attribute__((vector_size(2 * W)));
 typedef float float4 __attribute__((vector_size(16)));
 
 INLINE vec fill(uint32_t bits) { return (vec)(bits + (vec_u32){0}); } // with a float, or a pair
@@ -2659,12 +2657,6 @@ INLINE vec load_f32(const void *p) {
     vec a;
     memcpy(&a, p, sizeof a);
     return a;
-}
-
-INLINE vec load_bf16(const void *p) {
-    vec_u16 a;
-    memcpy(&a, p, sizeof a);
-    return (vec)(__builtin_convertvector(a, vec_u32) << 16);
 }
 
 INLINE void store(float *p, vec a) { memcpy(p, &a, sizeof a); }
@@ -2699,11 +2691,17 @@ INLINE void put4(float *out, vec a, vec b, vec c, vec d, bool add) {
     memcpy(out, &sums, sizeof sums);
 }
 
+// What is fetched from memory while a tile is in work.
+typedef struct {
+    const char *next, *end;
+    size_t lines; // of the cache, with each vector of columns
+} Fetch;
+
 // Part of multiply for one chunk of columns: `rows` rows of w, which are `apart` from each other, and `group` of x. Of
 // the latter, `tokens` are kept, and the last of those stands in for the rest. The types and numbers, but for `tokens`,
 // are known when it is compiled, so that all sums are registers; gcc sees them in parameters, not in a Tensor.
 INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows, size_t apart, Tensor x, Dtype x_type,
-                 size_t group, size_t tokens, bool add) {
+                 size_t group, size_t tokens, bool add, Fetch *fetch) {
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     const size_t n = group == 1 ? chains : 1; // chains at a time
@@ -2715,21 +2713,19 @@ INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows,
                     chain[t][r][j] = fill(0);
         for (size_t i = first * step; i < x.cols; i += chains * step)
             for (size_t j = 0; j < n && i + j * step < x.cols; j++) {
-                vec row[TILE_ROWS];
+                vec token[GROUP];
+                for (size_t t = 0; t < group; t++)
+                    token[t] =
+                        in_register(load(x.data, x_type, pairs, smaller(t, tokens - 1) * x.stride + i + j * step));
+                for (size_t l = 0; fetch && l < fetch->lines && fetch->next < fetch->end; l++, fetch->next += 64)
+                    __builtin_prefetch(fetch->next, 0, 2); // 2: not into the innermost cache, which is full
                 for (size_t r = 0; r < rows; r++) {
                     size_t at = r * apart * w.stride + i + j * step;
-                    const char *ahead = (const char *)address(w.data, w_type, at) + AHEAD;
-                    if (rows < TILE_ROWS && group > 1) // not into the innermost cache: slower, as measured
-                        __builtin_prefetch(ahead, 0, 2);
-                    else if (group == 1 && (W < 16 || !pairs)) // else the processor looks far enough ahead
-                        __builtin_prefetch(ahead, 0, NEARNESS);
-                    row[r] = load(w.data, w_type, pairs, at);
-                }
-                for (size_t t = 0; t < group; t++) {
-                    size_t at = smaller(t, tokens - 1) * x.stride + i + j * step;
-                    vec token = in_register(load(x.data, x_type, pairs, at));
-                    for (size_t r = 0; r < rows; r++)
-                        chain[t][r][j] = accumulate(row[r], token, chain[t][r][j], pairs);
+                    if (group == 1 && (W < 16 || !pairs)) // else the processor looks far enough ahead
+                        __builtin_prefetch((const char *)address(w.data, w_type, at) + AHEAD, 0, NEARNESS);
+                    vec row = load(w.data, w_type, pairs, at);
+                    for (size_t t = 0; t < group; t++)
+                        chain[t][r][j] = accumulate(row, token[t], chain[t][r][j], pairs);
                 }
             }
         for (size_t t = 0; t < group; t++)
@@ -2748,52 +2744,58 @@ INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows,
         }
 }
 
+// Part of multiply for whole tiles and vectors, so that each weight loaded is used several times. The tokens' part of one
+// chunk and TILE_TOKENS stays in the innermost cache while the rows of w pass. Meanwhile, the rows that follow in memory
+// are fetched, which are likely to be multiplied next: of many tokens, some lines of the cache with each tile; of few,
+// where memory is the limit, with each vector, as the processor ignores much of what is asked for at once.
+INLINE void multiply_tiles(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, bool add,
+                           bool many) {
+    const size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, chunk = CHUNK_BYTES / size_of(x_type);
+    size_t lines = TILE_ROWS * w.stride * size_of(w_type) / 64; // of the cache, in a tile's rows
+    size_t tiles = (x.rows + TILE_TOKENS - 1) / TILE_TOKENS * ((x.cols + chunk - 1) / chunk), n; // of those rows
+    size_t steps = (x.rows + GROUP - 1) / GROUP * (x.cols / step);
+    Fetch fetch = {address(w.data, w_type, w.rows * w.stride), address(w.data, w_type, 2 * w.rows * w.stride),
+                   many ? lines / tiles + 1 : (lines + steps - 1) / steps};
+    for (size_t c = 0; c < x.cols; c += n) {
+        n = smaller(chunk, x.cols - c);
+        for (size_t first = 0; first < x.rows; first += TILE_TOKENS)
+            for (size_t r = 0; r < w.rows; r += TILE_ROWS) {
+                size_t end = smaller(first + TILE_TOKENS, x.rows), tokens;
+                for (size_t i = 0; many && i < fetch.lines; i++, fetch.next += 64)
+                    __builtin_prefetch(fetch.next, 0, 2);
+                for (size_t t = first; t < end; t += tokens) {
+                    tokens = smaller(GROUP, end - t);
+                    tile(out + t * stride + r, stride, part(w, r, TILE_ROWS, c, n), w_type, TILE_ROWS, 1,
+                         part(x, t, tokens, c, n), x_type, GROUP, tokens, add || c, many ? NULL : &fetch);
+                }
+            }
+    }
+}
+
 INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, bool add) {
     w.dtype = w_type;
     x.dtype = x_type;
     size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, cols = x.cols / step * step;
     size_t chunk = CHUNK_BYTES / size_of(x_type), n;
-    // Many tokens go by tiles, where whole ones fit, so that each weight loaded is used several times. Those of one
-    // chunk and TILE_TOKENS tokens stay in the innermost cache while the rows of w pass. With each tile, some lines
-    // of the cache are fetched of the rows that follow in memory, which are likely to be multiplied next.
-    size_t whole = x.rows > GROUP ? w.rows / TILE_ROWS * TILE_ROWS : 0;
-    const char *ahead = address(w.data, w_type, w.rows * w.stride);
-    size_t groups = (x.rows + TILE_TOKENS - 1) / TILE_TOKENS * ((cols + chunk - 1) / chunk);
-    size_t lines = w_type == F32 ? 0 : TILE_ROWS * w.stride * size_of(w_type) / 64 / larger(groups, 1) + 1;
-    for (size_t c = 0; c < cols && whole; c += n) {
-        n = smaller(chunk, cols - c);
-        for (size_t first = 0; first < x.rows; first += TILE_TOKENS)
-            for (size_t r = 0; r < whole; r += TILE_ROWS) {
-                Tensor rows = part(w, r, TILE_ROWS, c, n);
-                size_t t = first, end = smaller(first + TILE_TOKENS, x.rows);
-                for (size_t i = 0; i < lines; i++, ahead += 64)
-                    __builtin_prefetch(ahead, 0, 2); // 2: not into the innermost cache, which is full
-                for (; t + GROUP <= end; t += GROUP)
-                    tile(out + t * stride + r, stride, rows, w_type, TILE_ROWS, 1, part(x, t, GROUP, c, n), x_type,
-                         GROUP, GROUP, add || c);
-                if (t < end)
-                    tile(out + t * stride + r, stride, rows, w_type, TILE_ROWS, 1, part(x, t, end - t, c, n), x_type,
-                         GROUP, end - t, add || c);
-            }
-    }
-    // A few tokens, or what is left of the rows: two rows at a time, the one from the first half and the other from the
+    size_t whole = x.rows > 1 && cols ? w.rows / TILE_ROWS * TILE_ROWS : 0;
+    Tensor rows = part(w, 0, whole, 0, cols), tokens = part(x, 0, x.rows, 0, cols);
+    if (whole && x.rows > some_tokens())
+        multiply_tiles(out, stride, rows, w_type, tokens, x_type, add, true);
+    else if (whole)
+        multiply_tiles(out, stride, rows, w_type, tokens, x_type, add, false);
+    // One token, or what is left of the rows: two rows at a time, the one from the first half and the other from the
     // second. Memory delivers more to two runs far apart than to one run, and less to two neighbours.
-    size_t half = (w.rows - whole) / 2, tokens = x.rows > GROUP ? 1 : x.rows;
-    for (size_t t = 0; t < x.rows; t += tokens)
+    size_t half = (w.rows - whole) / 2;
+    for (size_t t = 0; t < x.rows; t++)
         for (size_t i = 0; i < w.rows - whole - half; i++) {
             size_t r = whole + (i < half ? i : 2 * half);
-            float *sums = out + t * stride + r;
             for (size_t c = 0; c < cols; c += n) {
                 n = smaller(chunk, cols - c);
-                Tensor row = part(w, r, 1, c, n), some = part(x, t, tokens, c, n);
-                if (i < half && tokens == 1)
-                    tile(sums, stride, row, w_type, 2, half, some, x_type, 1, 1, add || c);
-                else if (i < half)
-                    tile(sums, stride, row, w_type, 2, half, some, x_type, GROUP, tokens, add || c);
-                else if (tokens == 1)
-                    tile(sums, stride, row, w_type, 1, 1, some, x_type, 1, 1, add || c);
+                Tensor row = part(w, r, 1, c, n), token = part(x, t, 1, c, n);
+                if (i < half)
+                    tile(out + t * stride + r, stride, row, w_type, 2, half, token, x_type, 1, 1, add || c, NULL);
                 else
-                    tile(sums, stride, row, w_type, 1, 1, some, x_type, GROUP, tokens, add || c);
+                    tile(out + t * stride + r, stride, row, w_type, 1, 1, token, x_type, 1, 1, add || c, NULL);
             }
         }
     // the last columns, which are less than a vector
@@ -2868,14 +2870,6 @@ static void weigh(float *const *y, const void *const *a, size_t queries, const u
         weigh_typed(y, a, queries, x, true, m, n);
     else
         weigh_typed(y, a, queries, x, false, m, n);
-}
-
-static void widen(float *out, const void *array, Dtype dtype, size_t n) {
-    size_t i = 0;
-    for (; i + W <= n; i += W)
-        store(out + i, load(array, dtype, false, i));
-    for (; i < n; i++)
-        out[i] = element(array, dtype, i);
 }
 
 INLINE double multiply_only_typed(bool pairs, size_t rounds) {
@@ -2981,7 +2975,7 @@ static void pack(uint16_t *out, Tensor w) {
 }
 
 // out[t][r] = sum_c w[r][c] x[t][c], or += it, for w (rows, cols) from `pack` and x (T, cols) from `deal_out`
-static void multiply_tiles(float *out, size_t stride, const uint16_t *w, size_t rows, Tensor x, bool add) {
+static void multiply_packed(float *out, size_t stride, const uint16_t *w, size_t rows, Tensor x, bool add) {
     const long x_stride = (long)(x.stride * sizeof(uint16_t)), row = SQUARE * sizeof(float);
     // gcc does not know that tiles are loaded from memory: what is to be loaded has to be written before this.
     __asm__ volatile("" : : : "memory");
@@ -3043,7 +3037,7 @@ static float multiply_row(float y, const uint16_t *w, const uint16_t *x, size_t 
 static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s) {
     if (w.dtype != BF16 || w.cols < PANEL / 2) // narrower panels would be mostly padding
         return false;
-    uint16_t *input = s->input, *packed = (uint16_t *)scratch(s);
+    uint16_t *input = s->input, *packed = (uint16_t *)scratch_of(s);
     size_t stride = input_stride(w.cols), n;
     unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040); // what is below 2^-126 counts as 0, read (0x40) or made (0x8000), as with tiles
@@ -3067,7 +3061,7 @@ static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s) 
                 n = smaller(TILE_COLUMNS, w.cols - c);
                 pack(packed, part(w, r, rows, c, n));
                 Tensor in = {input + c, BF16, T, multiple_of(PANEL, n), stride};
-                multiply_tiles(out + r, w.rows, packed, rows, in, add || c);
+                multiply_packed(out + r, w.rows, packed, rows, in, add || c);
             }
     }
     _tile_release();

@@ -128,20 +128,21 @@ static void test_dot(void) {
 
 // Tiles and pairs of rows give the same bits as dot: this is why neither a batch's size nor the threads matter.
 static void test_multiply_has_the_bits_of_dot(void) {
+    enum { MOST = TILE_ROWS * GROUP + 1 }; // the first number that counts as many, see multiply
     for (size_t n = 1; n < 3100; n += n < 140 ? 1 : 977)
         for (size_t p = 0; p < n_pairs(); p++)
-            for (size_t tokens = 1; tokens <= TILE_TOKENS + 1; tokens++) {
+            for (size_t tokens = 1; tokens <= MOST; tokens += tokens <= TILE_TOKENS ? 1 : MOST - TILE_TOKENS - 1) {
                 Dtype w_type = PAIRS[p][0], x_type = PAIRS[p][1];
                 enum { STRIDE = 2 * TILE_ROWS };
                 size_t rows = 1 + n % (STRIDE - 1);
                 Tensor w = {random_array(w_type, rows * (n + 1), 0), w_type, rows, n, n + 1};
                 Tensor x = {random_array(x_type, tokens * (n + 2), n % 3), x_type, tokens, n, n + 2};
-                float out[TILE_TOKENS + 2][STRIDE];
+                float out[MOST + 1][STRIDE];
                 for (size_t i = 0; i < sizeof out / sizeof out[0][0]; i++)
                     out[i / STRIDE][i % STRIDE] = 0.75f;
                 bool add = n % 2;
                 multiply(out[0], STRIDE, w, x, add);
-                for (size_t t = 0; t < TILE_TOKENS + 2; t++)
+                for (size_t t = 0; t < MOST + 1; t++)
                     for (size_t r = 0; r < STRIDE; r++) {
                         float expected = 0.75f;
                         if (t < tokens && r < rows)
@@ -153,27 +154,20 @@ static void test_multiply_has_the_bits_of_dot(void) {
             }
 }
 
-static void test_widen(void) {
-    for (size_t n = 0; n < 100; n++)
-        for (Dtype dtype = F32; dtype <= F16; dtype++) {
-            const void *array = random_array(dtype, n, 1);
-            float *out = allocate(n + 1, sizeof *out, "a test");
-            out[n] = 0.5f;
-            widen(out, array, dtype, n);
-            for (size_t i = 0; i < n; i++)
-                CHECK(bits_of(out[i]) == bits_of(element(array, dtype, i)), "element %zu of %zu", i, n);
-            CHECK(out[n] == 0.5f, "wrote behind the end");
+// The vectors that products are made of, of every bit pattern.
+static void test_load(void) {
+    for (Dtype dtype = BF16; dtype <= F16; dtype++)
+        for (uint32_t h = 0; h < 65536; h += W) {
+            uint16_t in[W];
+            float out[W];
+            for (uint32_t i = 0; i < W; i++)
+                in[i] = (uint16_t)(h + i);
+            store(out, load(in, dtype, false, 0));
+            for (uint32_t i = 0; i < W; i++) {
+                double expected = dtype == F16 ? f16_value(in[i]) : (double)bf16_to_f32(in[i]);
+                CHECK(isnan(expected) ? isnan(out[i]) : (double)out[i] == expected, "type %d, %04x", dtype, h + i);
+            }
         }
-    for (uint32_t h = 0; h < 65536; h += 16) { // every bit pattern, in vectors
-        uint16_t in[16];
-        float out[16];
-        for (uint32_t i = 0; i < 16; i++)
-            in[i] = (uint16_t)(h + i);
-        volatile size_t n = 16; // hidden from the compiler, which warns of loops that it thinks never end
-        widen(out, in, F16, n);
-        for (uint32_t i = 0; i < 16; i++)
-            CHECK(isnan(f16_value(in[i])) ? isnan(out[i]) : (double)out[i] == f16_value(in[i]), "%04x", h + i);
-    }
 }
 
 static void test_weigh(void) {
@@ -208,14 +202,14 @@ static void test_weigh(void) {
             }
 }
 
-// What matmul needs for T tokens and such weights, with as little room for blocks of f16 as there may be.
+// What matmul needs for T tokens and such weights.
 static State workspace(Dtype dtype, size_t T, size_t cols) {
     State s = {.threads = 1, .input_type = dtype == BF16 && has_bf16_dot() ? BF16 : F32};
-    s.wide_size = dtype == F16 ? larger(cols < 1000 ? 700 : 0, TILE_ROWS * cols) : TILE_BLOCK * TILE_COLUMNS / 2;
+    s.scratch_size = TILE_BLOCK * TILE_COLUMNS / 2;
     size_t room = multiple_of(SQUARE, T) * input_stride(cols);
     s.input = allocate(room, sizeof(float), "a test");
     memset(s.input, 0xff, room * sizeof(float)); // NaN, which nobody shall use
-    s.wide = allocate(s.wide_size, sizeof *s.wide, "a test");
+    s.scratch = allocate(s.scratch_size, sizeof *s.scratch, "a test");
     return s;
 }
 
@@ -230,7 +224,7 @@ static void test_matmul(void) {
     for (size_t p = 1; p < 3; p++) // weights in bf16, f16
         for (size_t cols = 1; cols < 700; cols += 1 + cols / 2)
             for (size_t rows = 1; rows < 150; rows += 1 + rows / 2)
-                for (size_t T = 1; T < 20; T += T < 8 ? 1 : 5) {
+                for (size_t T = 1; T < 30; T += T < 8 ? 1 : 5) {
                     Dtype dtype = PAIRS[p][0];
                     Tensor w = {random_array(dtype, rows * cols, 0), dtype, rows, cols, cols};
                     float *x = random_array(F32, T * cols, 0), *out = random_array(F32, T * rows + 1, 0);
@@ -250,7 +244,7 @@ static void test_matmul(void) {
                         }
                     CHECK(out[T * rows] == before[T * rows], "wrote behind the end");
                     free(s.input);
-                    free(s.wide);
+                    free(s.scratch);
                     free(before);
                 }
 }
@@ -278,7 +272,7 @@ static void test_matmul_has_the_same_bits_in_any_batch(void) {
                     CHECK(!memcmp(one, out + t * ROWS, sizeof one), "%zu columns, token %zu of %zu", cols, t, T);
                 }
                 free(s.input);
-                free(s.wide);
+                free(s.scratch);
                 free(before);
             }
 }
@@ -575,7 +569,7 @@ int main(int argc, char **argv) {
         {"exp", test_exp},
         {"dot", test_dot},
         {"multiply_has_the_bits_of_dot", test_multiply_has_the_bits_of_dot},
-        {"widen", test_widen},
+        {"load", test_load},
         {"weigh", test_weigh},
         {"matmul", test_matmul},
         {"matmul_has_the_same_bits_in_any_batch", test_matmul_has_the_same_bits_in_any_batch},
