@@ -277,6 +277,25 @@ static void test_matmul_has_the_same_bits_in_any_batch(void) {
             }
 }
 
+// The activations of a batch and the logits together take no more than BATCH_BYTES.
+static void test_room_for_a_batch(void) {
+    Model m = {.path = "a test", .q_dim = 2048, .kv_dim = 256};
+    m.h = (Header){.dtype = BF16, .dim = 2048, .hidden_dim = 5632, .n_layers = 1, .n_heads = 32, .n_kv_heads = 4};
+    m.h.head_dim = 64;
+    m.h.vocab_size = 150000;
+    for (size_t rows = 1; rows <= SCORED_AT_ONCE; rows += SCORED_AT_ONCE - 1) {
+        State s = open_state(&m, 512, rows, 1);
+        size_t token = (2048 + 2 * 5632 + 64) * sizeof(float) + input_stride(5632) * size_of(s.input_type);
+        size_t bytes = s.batch * token + rows * m.h.vocab_size * sizeof(float);
+        bool most = s.batch == MAX_BATCH || bytes + token > BATCH_BYTES;
+        CHECK(bytes <= BATCH_BYTES && most, "%zu tokens, %zu logits: %zu bytes", s.batch, rows, bytes);
+        munmap(s.k, (size_t)(2 * cache_bytes(&m, 512)) + 64);
+        float *const memory[] = {s.x, s.gate_up, s.logits, s.cosine, s.sine, s.scratch, s.input};
+        for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
+            free(memory[i]);
+    }
+}
+
 static void test_rmsnorm(void) {
     for (size_t n = 1; n < 100; n++) {
         float *x = random_array(F32, n, 1);
@@ -570,6 +589,7 @@ int main(int argc, char **argv) {
         {"dot", test_dot},
         {"multiply_has_the_bits_of_dot", test_multiply_has_the_bits_of_dot},
         {"load", test_load},
+        {"room_for_a_batch", test_room_for_a_batch},
         {"weigh", test_weigh},
         {"matmul", test_matmul},
         {"matmul_has_the_same_bits_in_any_batch", test_matmul_has_the_same_bits_in_any_batch},
