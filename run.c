@@ -2694,12 +2694,13 @@ INLINE void put4(float *out, vec a, vec b, vec c, vec d, bool add) {
 // What is fetched from memory while a tile is in work.
 typedef struct {
     const char *next, *end;
-    size_t lines; // of the cache, with each vector of columns
+    size_t lines; // of the cache, at a time
 } Fetch;
 
 // Part of multiply for one chunk of columns: `rows` rows of w, which are `apart` from each other, and `group` of x. Of
 // the latter, `tokens` are kept, and the last of those stands in for the rest. The types and numbers, but for `tokens`,
-// are known when it is compiled, so that all sums are registers; gcc sees them in parameters, not in a Tensor.
+// are known when it is compiled, so that all sums are registers; gcc sees them in parameters, not in a Tensor. So are the
+// tokens, and of the rows one: as AVX2 has it, 4 x 3 sums, 3 tokens and a row, which may have to be converted, are 16.
 INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows, size_t apart, Tensor x, Dtype x_type,
                  size_t group, size_t tokens, bool add, Fetch *fetch) {
     const bool pairs = w_type == BF16 && x_type == BF16;
@@ -2746,8 +2747,8 @@ INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows,
 
 // Part of multiply for whole tiles and vectors, so that each weight loaded is used several times. The tokens' part of one
 // chunk and TILE_TOKENS stays in the innermost cache while the rows of w pass. Meanwhile, the rows that follow in memory
-// are fetched, which are likely to be multiplied next: of many tokens, some lines of the cache with each tile; of few,
-// where memory is the limit, with each vector, as the processor ignores much of what is asked for at once.
+// are fetched, which are likely to be multiplied next: for many tokens, some lines of the cache before each tile; for up to
+// some_tokens, where memory is the limit, with each vector of a tile: to ask for all at once was slower by a quarter.
 INLINE void multiply_tiles(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, bool add,
                            bool many) {
     const size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, chunk = CHUNK_BYTES / size_of(x_type);
