@@ -5,7 +5,7 @@
  * export.py has converted, and knows none by name. It does not train and does not quantise. It needs
  * libc and libm; with OpenMP it uses all cores.
  *
- *   1 The model file      what is in it, and how it is mapped, checked, and read if it is larger than memory
+ *   1 The model file      what is in it, and how it is mapped and checked
  *   2 Kernels             matmul, rmsnorm, rope, attention, swiglu, each once, in plain C
  *   3 The forward pass    the whole Transformer
  *   4 Sampling            from logits to the next token
@@ -13,6 +13,7 @@
  *   6 Modes               generate, chat, next, perplexity, tokenize, bench
  *   7 The command line
  *   8 Appendix: SIMD      the inner loops, for AVX-512, AVX2, NEON; and AMX
+ *   9 Appendix: paging    reading a file that is larger than memory
  *
  * Shapes are written (rows, columns), the last one contiguous, with these letters:
  *
@@ -21,7 +22,7 @@
  *
  * Two promises shape the code. The bits of a token's logits depend on the tokens before it alone, never
  * on the number of threads or on how a prompt was cut into batches: every sum has one fixed order.
- * And a bad file, as it is when opened, or a bad flag is one clear line on standard error, never a crash.
+ * And a bad file or a bad flag is one clear line on standard error, never a crash.
  */
 #define _GNU_SOURCE // sched_getaffinity
 #include <errno.h>
@@ -277,72 +278,6 @@ static Model open_model(const char *path) {
     return m;
 }
 
-// A model larger than memory. Each pass reads the file in its order, and a system that makes room by letting go what was
-// not used for longest always lets go what is needed next. So a piece of the file that has to be read again, pass after
-// pass, is let go as soon as the product with it is done, and what else is in memory stays there.
-enum { PIECE_BYTES = 16 << 20, PIECES_AHEAD = 2, MIN_PAGE = 4096 };
-
-typedef struct {
-    const Model *m;
-    size_t at;        // where in the file this pass is
-    long waits;       // for pages to be read, until it began; at first LONG_MAX
-    bool active;      // there were some in the pass before
-    size_t looked_at; // the pieces before this one have been looked for in memory in this pass,
-    size_t used;      // and those before this one have been used
-    uint8_t *missing; // (pieces) in how many passes in a row it was not there, 2 at most
-    size_t n_missing; // pieces, in this pass
-    size_t spared;    // the first of them, which stays after use: there may be room for it by now
-} Paging;
-
-#ifdef __linux__
-// Finds out if a piece is in memory, half of its pages at least.
-static void look_at(Paging *p, size_t piece) {
-    unsigned char pages[PIECE_BYTES / MIN_PAGE];
-    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
-    size_t n = size / (size_t)sysconf(_SC_PAGESIZE), found = 0;
-    bool known = !mincore((unsigned char *)p->m->map + start, size, pages);
-    for (size_t i = 0; i < n && known; i++)
-        found += pages[i] & 1;
-    bool gone = known && found < n / 2;
-    p->missing[piece] = gone ? p->missing[piece] ? 2 : 1 : 0;
-    if (gone && p->n_missing++ == 0)
-        p->spared = piece;
-}
-
-static void let_go(const Paging *p, size_t piece) {
-    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
-    if (p->missing[piece] == 2 && piece != p->spared) {
-        madvise((unsigned char *)p->m->map + start, size, MADV_DONTNEED);        // this process needs it no more,
-        posix_fadvise(p->m->fd, (off_t)start, (off_t)size, POSIX_FADV_DONTNEED); // nor does the system
-    }
-}
-
-// Called before the tensor w is used.
-static void turn_pages(Paging *p, Tensor w) {
-    size_t start = (size_t)((const unsigned char *)w.data - p->m->map), size = w.rows * w.cols * sizeof(uint16_t);
-    if (start < p->at) { // another pass begins
-        while (p->used < p->looked_at)
-            let_go(p, p->used++);
-        struct rusage usage;
-        getrusage(RUSAGE_SELF, &usage);
-        p->active = usage.ru_majflt > p->waits;
-        p->waits = usage.ru_majflt;
-        p->used = p->looked_at = start / PIECE_BYTES;
-        p->n_missing = 0;
-        p->spared = SIZE_MAX;
-    }
-    p->at = start;
-    // Looks at pieces before the system does, which reads ahead, too.
-    size_t end = smaller(start + size + PIECES_AHEAD * PIECE_BYTES, p->m->size);
-    while (p->active && p->looked_at * PIECE_BYTES < end)
-        look_at(p, p->looked_at++);
-    while (p->active && (p->used + 1) * PIECE_BYTES <= start)
-        let_go(p, p->used++);
-}
-#else
-static void turn_pages(Paging *p, Tensor w) { (void)p, (void)w; }
-#endif
-
 // ------------------------------------------------------------------------------------------------
 // 2 Kernels
 //
@@ -450,6 +385,8 @@ static inline float exp_negative(float x) {
     return x < -87.0f ? 0.0f : p * float_of((bits_of(shifted) + 127) << 23);
 }
 
+typedef struct Paging Paging; // see the appendix
+
 // The memory of one run: the KV cache and the activations of one batch.
 typedef struct {
     size_t threads;
@@ -468,7 +405,7 @@ typedef struct {
     Dtype input_type;
     float *scratch; // (threads, scratch_size)  see scratch_of
     size_t scratch_size;
-    Paging paging; // of the weights, if they are more than a piece
+    Paging *paging; // of the weights; NULL if they are small
 } State;
 
 // An array of f32 as one of any type.
@@ -505,6 +442,9 @@ static void weigh(float *const *y, const void *const *a, size_t queries, const u
 static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s);
 // Only multiplications of what is in registers, as f32 or in pairs of bf16; returns the number of operations.
 static double multiply_only(bool pairs, size_t rounds);
+// Called before the tensor w is used, of a file that may be larger than memory.
+static void turn_pages(Paging *p, Tensor w);
+static Paging *open_paging(const Model *m);
 static size_t some_tokens(void); // up to so many, all pass by a few rows before the next, in matmul
 static bool has_bf16_dot(void);
 static bool has_tiles(void);
@@ -537,8 +477,7 @@ static void put_input(State *s, size_t cols, size_t t, size_t c, const float *va
 // The rows are dealt out among the threads, and no thread shares a sum with another.
 static void matmul(float *out, Tensor w, size_t T, bool add, State *s) {
 #pragma omp master
-    if (s->paging.m)
-        turn_pages(&s->paging, w);
+    turn_pages(s->paging, w);
     if (matmul_by_tiles(out, w, T, add, s))
         return;
     Tensor in = {s->input, s->input_type, T, w.cols, input_stride(w.cols)};
@@ -811,11 +750,7 @@ static State open_state(const Model *m, size_t context, size_t rows, size_t thre
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
     s.qkv = s.gate_up;
-    if (m->size > PIECE_BYTES) {
-        size_t pieces = m->size / PIECE_BYTES + 1;
-        s.paging = (Paging){.m = m, .at = m->size, .waits = LONG_MAX, .missing = allocate(pieces, 1, "the pieces")};
-        memset(s.paging.missing, 0, pieces);
-    }
+    s.paging = open_paging(m);
     // tiles read whole squares, and what they make of rows behind the last one is not used
     s.input = allocate(multiple_of(SQUARE, s.batch) * input_stride(widest), size_of(s.input_type), "the activations");
     return s;
@@ -2538,6 +2473,53 @@ static void check_pair(const Model *m, const Tokenizer *t) {
            m->path, (unsigned long long)m->h.vocab_hash, (unsigned long long)t->h.vocab_hash);
 }
 
+#ifndef NO_MAIN // the tests include this file and have a main of their own
+// OpenMP's threads wait for each other by spinning, by default for many milliseconds. Where another program has one of
+// the cores, that keeps the thread that is waited for from running, so make it short. OpenMP looks at its settings when
+// the program starts, hence the new start.
+static void spin_briefly(char **argv) {
+#if defined(_OPENMP) && defined(__linux__)
+    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "3000", 1))
+        execv("/proc/self/exe", argv);
+#endif
+    (void)argv; // if that fails, so be it
+}
+
+// A page of a mapped file cannot be had: its disk failed, or another program made the file shorter.
+static void end_at_lost_page(int signal) {
+    static const char message[] =
+        "run: the weights or the tokenizer: expected the bytes that were there when the file was "
+        "opened, found none: it was made shorter, or its disk fails\n";
+    ssize_t written = write(STDERR_FILENO, message, sizeof message - 1);
+    (void)signal, (void)written;
+    _exit(CANNOT);
+}
+
+int main(int argc, char **argv) {
+    spin_briefly(argv);
+    sigaction(SIGBUS, &(struct sigaction){.sa_handler = end_at_lost_page}, NULL);
+    Session s = {.o = parse_options(argc, argv)};
+    const Mode *mode = find_mode(s.o.mode);
+    bool only_tokens = mode->run == tokenize;
+    if (!s.o.model && !(only_tokens && s.o.tokenizer))
+        s.o.model = DEFAULT_MODEL;
+    if (s.o.model) {
+        s.m = open_model(s.o.model);
+        s.context = s.o.context ? s.o.context : s.m.h.max_seq_len;
+        if (s.context > s.m.h.max_seq_len)
+            die(USAGE, "-c: expected at most %u, the context of %s, found %zu", s.m.h.max_seq_len, s.m.path, s.context);
+        s.o.threads = smaller(s.o.threads, useful_threads(&s.m));
+    }
+    s.t = open_tokenizer(tokenizer_path(&s.o));
+    if (s.o.model)
+        check_pair(&s.m, &s.t);
+    s.input = open_input(&s.o);
+    mode->run(&s);
+    flush_output();
+    exit(0); // no return: to the end, what s points to is in use, and so is no leak
+}
+#endif
+
 // ------------------------------------------------------------------------------------------------
 // 8 Appendix: SIMD
 //
@@ -3098,38 +3080,84 @@ static double multiply_only(bool pairs, size_t rounds) {
 }
 #endif
 
-#ifndef NO_MAIN // the tests include this file and have a main of their own
-// OpenMP's threads wait for each other by spinning, by default for many milliseconds. Where another program has one of
-// the cores, that keeps the thread that is waited for from running, so make it short. OpenMP looks at its settings when
-// the program starts, hence the new start.
-static void spin_briefly(char **argv) {
-#if defined(_OPENMP) && defined(__linux__)
-    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "3000", 1))
-        execv("/proc/self/exe", argv);
-#endif
-    (void)argv; // if that fails, so be it
+// ------------------------------------------------------------------------------------------------
+// 9 Appendix: paging
+//
+// A model larger than memory. Each pass reads the file in its order, and a system that makes room by letting go what was not
+// used for longest always lets go what is needed next. So a piece of the file that has to be read again, pass after pass, is
+// let go as soon as the product with it is done, and what else is in memory stays there.
+
+enum { PIECE_BYTES = 16 << 20, PIECES_AHEAD = 2, MIN_PAGE = 4096 };
+
+struct Paging {
+    const Model *m;
+    size_t at;        // where in the file this pass is
+    long waits;       // for pages to be read, until it began; at first LONG_MAX
+    bool active;      // there were some in the pass before
+    size_t looked_at; // the pieces before this one have been looked for in memory in this pass,
+    size_t used;      // and those before this one have been used
+    uint8_t *missing; // (pieces) in how many passes in a row it was not there, 2 at most
+    size_t n_missing; // pieces, in this pass
+    size_t spared;    // the first of them, which stays after use: there may be room for it by now
+};
+
+#ifdef __linux__
+// Finds out if a piece is in memory, half of its pages at least.
+static void look_at(Paging *p, size_t piece) {
+    unsigned char pages[PIECE_BYTES / MIN_PAGE];
+    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
+    size_t n = size / (size_t)sysconf(_SC_PAGESIZE), found = 0;
+    bool known = !mincore((unsigned char *)p->m->map + start, size, pages);
+    for (size_t i = 0; i < n && known; i++)
+        found += pages[i] & 1;
+    bool gone = known && found < n / 2;
+    p->missing[piece] = gone ? p->missing[piece] ? 2 : 1 : 0;
+    if (gone && p->n_missing++ == 0)
+        p->spared = piece;
 }
 
-int main(int argc, char **argv) {
-    spin_briefly(argv);
-    Session s = {.o = parse_options(argc, argv)};
-    const Mode *mode = find_mode(s.o.mode);
-    bool only_tokens = mode->run == tokenize;
-    if (!s.o.model && !(only_tokens && s.o.tokenizer))
-        s.o.model = DEFAULT_MODEL;
-    if (s.o.model) {
-        s.m = open_model(s.o.model);
-        s.context = s.o.context ? s.o.context : s.m.h.max_seq_len;
-        if (s.context > s.m.h.max_seq_len)
-            die(USAGE, "-c: expected at most %u, the context of %s, found %zu", s.m.h.max_seq_len, s.m.path, s.context);
-        s.o.threads = smaller(s.o.threads, useful_threads(&s.m));
+static void let_go(const Paging *p, size_t piece) {
+    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
+    if (p->missing[piece] == 2 && piece != p->spared) {
+        madvise((unsigned char *)p->m->map + start, size, MADV_DONTNEED);        // this process needs it no more,
+        posix_fadvise(p->m->fd, (off_t)start, (off_t)size, POSIX_FADV_DONTNEED); // nor does the system
     }
-    s.t = open_tokenizer(tokenizer_path(&s.o));
-    if (s.o.model)
-        check_pair(&s.m, &s.t);
-    s.input = open_input(&s.o);
-    mode->run(&s);
-    flush_output();
-    exit(0); // no return: to the end, what s points to is in use, and so is no leak
 }
+
+static void turn_pages(Paging *p, Tensor w) {
+    if (!p)
+        return;
+    size_t start = (size_t)((const unsigned char *)w.data - p->m->map), size = w.rows * w.cols * sizeof(uint16_t);
+    if (start < p->at) { // another pass begins
+        while (p->used < p->looked_at)
+            let_go(p, p->used++);
+        struct rusage usage;
+        getrusage(RUSAGE_SELF, &usage);
+        p->active = usage.ru_majflt > p->waits;
+        p->waits = usage.ru_majflt;
+        p->used = p->looked_at = start / PIECE_BYTES;
+        p->n_missing = 0;
+        p->spared = SIZE_MAX;
+    }
+    p->at = start;
+    // Looks at pieces before the system does, which reads ahead, too.
+    size_t end = smaller(start + size + PIECES_AHEAD * PIECE_BYTES, p->m->size);
+    while (p->active && p->looked_at * PIECE_BYTES < end)
+        look_at(p, p->looked_at++);
+    while (p->active && (p->used + 1) * PIECE_BYTES <= start)
+        let_go(p, p->used++);
+}
+
+static Paging *open_paging(const Model *m) {
+    if (m->size <= PIECE_BYTES)
+        return NULL;
+    size_t pieces = m->size / PIECE_BYTES + 1;
+    Paging *p = allocate(1, sizeof *p, "paging");
+    *p = (Paging){.m = m, .at = m->size, .waits = LONG_MAX, .missing = allocate(pieces, 1, "paging")};
+    memset(p->missing, 0, pieces);
+    return p;
+}
+#else
+static void turn_pages(Paging *p, Tensor w) { (void)p, (void)w; }
+static Paging *open_paging(const Model *m) { return (void)m, NULL; }
 #endif

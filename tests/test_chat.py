@@ -21,6 +21,7 @@ from files import (
     Program,
     Vocabulary,
     chain_model,
+    check_one_line,
     check_sanitizers,
     default_vocabulary,
     on_terminal,
@@ -484,6 +485,29 @@ def test_control_c_twice_leaves(run: Program, chatterbox: Path) -> None:
     stderr = process.communicate(timeout=20)[1].decode()
     check_sanitizers(stderr)
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".tokenizer.bin"])
+def test_a_file_that_is_cut_short_meanwhile(run: Program, hello: Path, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "m.bin"
+    for kind in (".bin", ".tokenizer.bin"):
+        path.with_suffix(kind).write_bytes(hello.with_suffix(kind).read_bytes())
+    process = subprocess.Popen(
+        [run.path, path, "-m", "chat", "-t", "0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=run.env | {"ASAN_OPTIONS": "detect_leaks=0"},
+    )
+    assert process.stdin and process.stdout
+    process.stdin.write(b"hi\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == b"Helo!\n"
+    os.truncate(path.with_suffix(suffix), 0)
+    out, stderr = process.communicate(b"hi\n", timeout=20)
+    assert (process.returncode, out) == (1, b"")
+    check_one_line(stderr.decode())
+    assert "found none: it was made shorter" in stderr.decode()
 
 
 # ---------------------------------------------------------------------------------------------------------
