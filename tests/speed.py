@@ -32,7 +32,7 @@ import llama_cpp
 from export import SHAPES, Config, RandomSource, Source, fnv1a, tensors, widened, write_model
 from export import Tokenizer as Tokens
 
-PREFILL, DECODE, CONTEXT = 512, 32, 1024
+MOST, DECODE, CONTEXT = 512, 32, 1024  # tokens of a prompt, and of what follows
 FEW = 12  # tokens of a model larger than memory
 
 NAMES = {  # of a layer's tensors in GGUF, by the last part but one of their Hugging Face names
@@ -99,7 +99,7 @@ class LlamaCpp:
         parameters = llama_cpp.llama_model_default_params()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, PREFILL, PREFILL
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, MOST, MOST
         settings.n_threads = settings.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         if not self.context:
@@ -117,18 +117,21 @@ class LlamaCpp:
     def greedy(self, n: int) -> int:
         return int(np.argmax(np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), (n,))))
 
-    def measure(self, tokens: list[int]) -> dict[str, float]:
-        """Tokens a second, of a prompt and one by one."""
+    def prefill(self, tokens: list[int]) -> float:
+        """Tokens of a prompt a second."""
         self.clear()
         start = time.perf_counter()
-        self.feed(tokens[:PREFILL])
-        prefill = PREFILL / (time.perf_counter() - start)
+        self.feed(tokens)
+        return len(tokens) / (time.perf_counter() - start)
+
+    def decode(self, tokens: list[int]) -> float:
+        """Tokens a second, one by one; the first is not measured."""
         self.clear()
         self.feed(tokens[:1])
         start = time.perf_counter()
-        for token in tokens[1 : DECODE + 1]:
+        for token in tokens[1:]:
             self.feed([token])
-        return {"prefill": prefill, "decode": DECODE / (time.perf_counter() - start)}
+        return (len(tokens) - 1) / (time.perf_counter() - start)
 
     def close(self) -> None:
         llama_cpp.llama_free(self.context)
@@ -140,11 +143,15 @@ def LOG(level: int, text: bytes, data: Any) -> None:
     """llama.cpp has much to say."""
 
 
-def measure_ours(program: Path, path: Path, threads: int) -> dict[str, float]:
-    sizes = f"-m bench --json --repeat 1 --prefill {PREFILL} --decode {DECODE} -c {CONTEXT} -j {threads}"
-    made = subprocess.run([program, path, *sizes.split()], capture_output=True, text=True, check=True)
-    measured = json.loads(made.stdout)
-    return {kind: measured[kind]["tok_s"] for kind in ("prefill", "decode")}
+def bench(program: Path, path: Path, threads: int, kind: str, sizes: str) -> float:
+    flags = f"-m bench --json -c {CONTEXT} -j {threads} {sizes}"
+    made = subprocess.run([program, path, *flags.split()], capture_output=True, text=True, check=True)
+    return float(json.loads(made.stdout)[kind]["tok_s"])
+
+
+def repeats(prompt: int) -> int:
+    """How often a prompt is read in a round: one of a few tokens is done in no time."""
+    return min(MOST // prompt, 10)
 
 
 def make(shape: str, folder: Path) -> tuple[Path, Path]:
@@ -172,28 +179,40 @@ def next_token_of_ours(program: Path, path: Path, text: str) -> tuple[list[int],
     return [int(i) for i in ids.stdout.split()], int(json.loads(line.stdout.splitlines()[0])["id"])
 
 
-def compare(program: Path, shape: str, folder: Path, threads: int, rounds: int) -> None:
+def compare(program: Path, shape: str, folder: Path, threads: int, rounds: int, prompts: list[int]) -> None:
     ours, theirs = make(shape, folder)
     vocabulary = SHAPES[shape].vocab_size
     peer = LlamaCpp(theirs, threads)
     ids, greedy = next_token_of_ours(program, ours, "Once upon a time, there was a little girl")
     peer.feed(ids)
     same = "the same" if peer.greedy(vocabulary) == greedy else "ANOTHER"
-    tokens = [fnv1a(bytes([i % 256, i // 256])) % vocabulary for i in range(PREFILL)]
-    peer.measure(tokens)  # a warm-up
-    results: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
+    tokens = [fnv1a(bytes([i % 256, i // 256])) % vocabulary for i in range(MOST)]
+    peer.prefill(tokens)  # a warm-up
+    results: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):
-        results["ours"].append(measure_ours(program, ours, threads))
-        results["theirs"].append(peer.measure(tokens))
+        for n in prompts:
+            sizes = f"--prefill {n} --decode 1 --repeat {repeats(n)}"
+            pair = (
+                bench(program, ours, threads, "prefill", sizes),
+                statistics.median(peer.prefill(tokens[:n]) for _ in range(repeats(n))),
+            )
+            results.setdefault(f"prefill {n}", []).append(pair)
+        sizes = f"--prefill 1 --decode {DECODE} --repeat 1"
+        pair = (bench(program, ours, threads, "decode", sizes), peer.decode(tokens[: DECODE + 1]))
+        results.setdefault("decode", []).append(pair)
     peer.close()
-    for kind in ("prefill", "decode"):
-        a, b = ([r[kind] for r in results[who]] for who in ("ours", "theirs"))
-        ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
-        print(
-            f"| {shape} | {threads} | {kind} | {statistics.median(a):.1f} | {statistics.median(b):.1f} "
-            f"| {ratio:.2f} | {same} |",
-            flush=True,
-        )
+    for work, pairs in results.items():
+        print_row(shape, threads, work, pairs, same)
+
+
+def print_row(shape: str, threads: int, work: str, pairs: list[tuple[float, float]], same: str) -> None:
+    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratio = statistics.median(x / y for x, y in pairs)
+    digits = 1 if theirs >= 10 else 2
+    print(
+        f"| {shape} | {threads} | {work} | {ours:.{digits}f} | {theirs:.{digits}f} | {ratio:.2f} | {same} |",
+        flush=True,
+    )
 
 
 def generate_ours(program: Path, path: Path, threads: int) -> float:
@@ -219,13 +238,7 @@ def compare_few(program: Path, shape: str, folder: Path, threads: int, rounds: i
     """A few tokens, with nothing else read in between: for a model larger than memory."""
     ours, theirs = make(shape, folder)
     pairs = [(generate_ours(program, ours, threads), generate_theirs(theirs, threads)) for _ in range(rounds)]
-    a, b = zip(*pairs, strict=True)
-    ratio = statistics.median(x / y for x, y in pairs)
-    print(
-        f"| {shape} | {threads} | {FEW} tokens | {statistics.median(a):.2f} | {statistics.median(b):.2f} "
-        f"| {ratio:.2f} | not asked |",
-        flush=True,
-    )
+    print_row(shape, threads, f"{FEW} tokens", pairs, "not asked")
 
 
 def main() -> None:
@@ -236,18 +249,27 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
+        "--prompts", default=str(MOST), help=f"their tokens, {MOST} at most, as in 8,64,{MOST}"
+    )
+    parser.add_argument(
         "--few", action="store_true", help=f"{FEW} tokens only: for a model larger than memory"
     )
     args = parser.parse_args()
+    prompts = [int(n) for n in args.prompts.split(",")]
+    if not all(1 <= n <= MOST for n in prompts):
+        parser.error(f"--prompts: expected numbers from 1 to {MOST}, found {args.prompts}")
     args.folder.mkdir(parents=True, exist_ok=True)
-    what = "no prompts" if args.few else f"prompts of {PREFILL} tokens, then {DECODE} one by one"
+    what = "no prompts" if args.few else f"prompts of {args.prompts} tokens, {DECODE} one by one"
     print(f"llama-cpp-python {llama_cpp.__version__}, {what}; ")
     print(f"median of {args.rounds} alternating rounds, tokens a second\n")
     print("| model | threads | work | run | llama.cpp | ratio | greedy token |")
     print("|---|--:|---|--:|--:|--:|---|")
     for shape in args.shapes.split(","):
-        for threads in args.threads.split(","):
-            (compare_few if args.few else compare)(args.run, shape, args.folder, int(threads), args.rounds)
+        for threads in map(int, args.threads.split(",")):
+            if args.few:
+                compare_few(args.run, shape, args.folder, threads, args.rounds)
+            else:
+                compare(args.run, shape, args.folder, threads, args.rounds, prompts)
 
 
 if __name__ == "__main__":
