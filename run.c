@@ -1857,17 +1857,19 @@ static void generate(Session *s) {
     read_tokens(s, SIZE_MAX);
     if (s->tokens.n == 0 && s->t.h.bos_id >= 0) // an empty prompt: begin as texts began in training
         push_token(&s->tokens, (uint32_t)s->t.h.bos_id);
-    const size_t n = n_tokens(s->tokens), context = s->context;
-    s->context = s->o.steps ? smaller(s->o.steps, context) : context;
-    expect(n > 0, "an empty prompt: expected text (-i or -f), as %s has no bos token", s->t.path);
-    expect(n <= s->context, "the prompt: expected at most %zu tokens (%s), found %zu", s->context,
-           s->context == context ? "the context, -c" : "-n", n);
+    expect(s->tokens.n, "an empty prompt: expected text (-i or -f), as %s has no bos token", s->t.path);
+    const size_t n = n_tokens(s->tokens), context = s->context, bos = *(int32_t *)s->tokens.data == s->t.h.bos_id;
+    const size_t end = s->o.steps ? s->o.steps + bos : SIZE_MAX; // tokens in all; the last of them is not read
+    expect(n <= context, "the prompt: expected at most %zu tokens (the context, -c), found %zu", context, n);
+    expect(n < end, "the prompt: expected fewer than %zu tokens (-n; 0 fills the context), found %zu", end - bos,
+           n - bos);
+    s->context = smaller(context, end - 1);
     begin(s);
     for (size_t i = 0; i < n && !s->o.json; i++)
         stream_text(s, decode(&s->t, ((uint32_t *)s->tokens.data)[i], i), 0, false);
     flush_output();
     bool stopped = speak(s, s->context - n + 1);
-    if (!stopped && s->context == context && s->o.steps != context)
+    if (!stopped && end > context + 1)
         fprintf(stderr, "run: the context of %zu tokens is full\n", context);
     print_speed(s);
 }
@@ -2089,7 +2091,8 @@ static bool make_room(Session *s) {
     size_t before = s->first;
     if (n_tokens(s->tokens) <= s->context)
         return true;
-    fprintf(stderr, "run: the context of %zu tokens is full: ", s->context);
+    bool speaking = ((Turn *)s->turns.data)[n_turns(s) - 1].answer.n;
+    fprintf(stderr, "%srun: the context of %zu tokens is full: ", s->terminal && speaking ? "\n" : "", s->context);
     while (s->first + 1 < n_turns(s) && n_tokens(s->tokens) > s->context / 2) {
         s->first++;
         write_script(s);
@@ -2126,11 +2129,18 @@ static void answer(Session *s, Text message) {
     }
 }
 
+// The end for the handler of a signal, which may do little else.
+static _Noreturn void leave(int status, const char *message) {
+    ssize_t written = write(STDERR_FILENO, message, strlen(message));
+    (void)written;
+    _exit(status);
+}
+
 static void count_interrupt(int signal) {
     (void)signal;
     interrupts = interrupts + 1;
     if (interrupts > 1)
-        _exit(INTERRUPTED);
+        leave(INTERRUPTED, "\n");
 }
 
 // With SA_RESTART, the signal disturbs no output; without, it ends the wait for a line.
@@ -2153,6 +2163,7 @@ static ssize_t read_line(Session *s, bool terminal) {
     }
     expect(n >= 0 || feof(s->input), "cannot read what is said: %s", strerror(errno));
     interrupts = 0;
+    fputs(terminal && n > 0 && s->line[n - 1] != '\n' ? "\n" : "", stderr); // Ctrl-D ends a line, too
     while (n > 0 && (s->line[n - 1] == '\n' || s->line[n - 1] == '\r'))
         n--;
     return n;
@@ -2376,7 +2387,9 @@ static void set_option(const Option *option, const char *text) {
 static Options parse_options(int argc, char **argv) {
     Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX, .repeat = 5};
     o.threads = physical_cores();
-    o.seed = (uint64_t)time(NULL);
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    o.seed = (uint64_t)(now.tv_sec ^ now.tv_nsec);
     bool help = false, version = false;
     const Option options[] = {
         {"-m", TEXT, &o.mode, 0, 0, "MODE",
@@ -2439,7 +2452,7 @@ static Options parse_options(int argc, char **argv) {
         flush_output();
         exit(0);
     }
-    if (o.prompt && o.prompt_file)
+    if (o.prompt && o.prompt_file && strcmp(o.mode, "chat"))
         die(USAGE, "expected one of -i and -f, found both");
     if (o.steps == UINT64_MAX) // no -n
         o.steps = strcmp(o.mode, "chat") ? 256 : 0;
@@ -2487,12 +2500,10 @@ static void spin_briefly(char **argv) {
 
 // A page of a mapped file cannot be had: its disk failed, or another program made the file shorter.
 static void end_at_lost_page(int signal) {
-    static const char message[] =
-        "run: the weights or the tokenizer: expected the bytes that were there when the file was "
-        "opened, found none: it was made shorter, or its disk fails\n";
-    ssize_t written = write(STDERR_FILENO, message, sizeof message - 1);
-    (void)signal, (void)written;
-    _exit(CANNOT);
+    (void)signal;
+    leave(CANNOT,
+          "run: the weights or the tokenizer: expected the bytes that were there when the file was opened, found "
+          "none: it was made shorter, or its disk fails\n");
 }
 
 int main(int argc, char **argv) {

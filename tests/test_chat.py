@@ -222,6 +222,8 @@ def test_first_message_and_system_text(run: Program, hello: Path, tmp_path: Path
     (tmp_path / "turns").write_text("hi\nbye\n")
     assert answers(run, hello, "-f", tmp_path / "turns", "-y", "zz") == [first, second]
     assert answers(run, hello, "-f", "-", "-y", "zz", lines=["hi", "bye"]) == [first, second]
+    (tmp_path / "turns").write_text("bye\n")
+    assert answers(run, hello, "-i", "hi", "-f", tmp_path / "turns", "-y", "zz") == [first, second]
 
 
 def test_bytes_of_any_kind(run: Program, hello: Path) -> None:
@@ -294,6 +296,9 @@ def test_an_answer_goes_on_when_old_turns_are_forgotten(run: Program, endless: P
     done = run.ok(endless, "-m", "chat", "-t", 0, "-n", 50, "-c", 100, stdin=b"hi\nho\n")
     assert done.stdout == b"Da" * 25 + b"\n" + b"Da" * 25 + b"\n"
     assert "the oldest turns (1) are forgotten" in done.stderr
+    args = [endless, "-m", "chat", "-t", 0, "-n", 50, "-c", 100, "-f", "/dev/null", "-i", "hi" * 24]
+    shown = on_terminal(run, *args, stderr_too=True)[0]
+    assert re.search(r"(Da)+D?\nrun: the context of 100 tokens is full", shown), shown
 
 
 @pytest.mark.parametrize("draft", [1, 5, 15])
@@ -409,6 +414,8 @@ def test_a_terminal_has_a_prompt(run: Program, hello: Path) -> None:
     terminal.until("> ")
     terminal.type("bex\x7fye\n")  # the backspace is the terminal's
     terminal.until("Helo!\r\n> ")
+    terminal.type("bye\x04\x04")  # the first sends what stands there, the second says that it is all
+    terminal.until("bye\r\nHelo!\r\n> ")
     terminal.type("\x04")
     terminal.until("tok/s")
     assert terminal.status() == 0
@@ -458,6 +465,7 @@ def test_control_c_stops_the_answer(run: Program, chatterbox: Path) -> None:
         terminal.interrupt()
         terminal.until("\r\n> ")
     terminal.interrupt()  # the second since the last line
+    terminal.until("\r\n")  # so that the shell's prompt begins a line
     assert terminal.status() == 130
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from files import (
+    ADD_BOS,
     ADD_SPACE,
     QK_NORM,
     QKV_BIAS,
@@ -190,6 +191,11 @@ def test_seeds(run: Program, tiny: Model, tiny_path: Path) -> None:
     assert texts == [run.ok(tiny_path, "-s", seed).stdout for seed in range(8)]
 
 
+def test_without_a_seed_each_run_has_another(run: Program, tiny_path: Path) -> None:
+    seeds = [re.search(r"seed (\d+)", run.ok(tiny_path, "-n", 2).stderr) for _ in range(3)]
+    assert len({seed[1] for seed in seeds if seed}) == 3
+
+
 def test_the_seed_is_shown_and_gives_the_text_again(run: Program, tiny: Model, tiny_path: Path) -> None:
     result = run.ok(tiny_path, "-n", 30)
     match = STATISTICS.search(result.stderr)
@@ -258,6 +264,16 @@ def test_steps_count_the_prompt(run: Program, tmp_path: Path, steps: int) -> Non
         assert len(ids_of(result.stdout)) == steps - len(tokens(run, path, "cat")) + 1
 
 
+@pytest.mark.parametrize("bos", [0, ADD_BOS])
+def test_steps_do_not_count_bos(run: Program, tmp_path: Path, bos: int) -> None:
+    path = endless_model(b"QXZJ", vocabulary=default_vocabulary(flags=bos)).write(tmp_path / "loop.bin")
+    for steps in (4, 9, 63):
+        result = run.ok(path, "-n", steps, "-t", 0, "--json", "-i", "QXZ")
+        assert len(ids_of(result.stdout)) == steps - 3
+    assert run.ok(path, "-n", 9, "-t", 0, "-i", "QXZ").stdout == b"QXZJQXZJQ\n"
+    run.fails(1, path, "-n", 3, "-i", "QXZ", says=["expected fewer than 3 tokens (-n", "found 3"])
+
+
 def test_steps_default_to_256(run: Program, tmp_path: Path) -> None:
     path = endless_model(b"abc", max_seq_len=300).write(tmp_path / "loop.bin")
     assert len(ids_of(run.ok(path, "-t", 0, "--json").stdout)) == 256
@@ -292,10 +308,12 @@ def test_a_prompt_that_does_not_fit(run: Program, tiny: Model, tiny_path: Path) 
     run.fails(1, tiny_path, "-i", long, says=["prompt", "expected at most 64", "context", f"found {n}"])
     run.fails(1, tiny_path, "-i", long, "-n", 0, says=["expected at most 64", "context", f"found {n}"])
     run.fails(1, tiny_path, "-i", long, "-c", 9, says=["expected at most 9", "context", f"found {n}"])
-    run.fails(1, tiny_path, "-i", long, "-n", 5, says=["expected at most 5", "-n", f"found {n}"])
+    run.fails(1, tiny_path, "-i", long, "-n", 5, says=["expected at most 64", "context", f"found {n}"])
     n = len(tokens(run, tiny_path, "the cat"))
     run.ok(tiny_path, "-i", "the cat", "-n", n)
-    run.fails(1, tiny_path, "-i", "the cat", "-n", n - 1, says=[f"expected at most {n - 1}", f"found {n}"])
+    run.fails(
+        1, tiny_path, "-i", "the cat", "-n", n - 1, says=[f"expected fewer than {n - 1}", f"found {n - 1}"]
+    )
 
 
 def test_prompt_from_a_file_or_standard_input(
