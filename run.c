@@ -47,6 +47,8 @@
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
 #endif
 
 #define VERSION "0.1.0"
@@ -451,17 +453,9 @@ static bool has_tiles(void);
 static void ask_for_tiles(void);
 static const char *isa(void);
 
-static size_t thread_number(void) {
-#ifdef _OPENMP
-    return (size_t)omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 // Memory of this thread, scratch_size floats: for a row of D or F numbers, what attend has of its queries, or weights that
 // are packed for tiles.
-static float *scratch_of(const State *s) { return s->scratch + thread_number() * s->scratch_size; }
+static float *scratch_of(const State *s) { return s->scratch + (size_t)omp_get_thread_num() * s->scratch_size; }
 
 // The elements from one row of State.input to the next, if they have so many columns: whole panels, and no power of two,
 // as such rows would compete for the same places in the cache.
