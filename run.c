@@ -449,8 +449,7 @@ static void turn_pages(Paging *p, Tensor w);
 static Paging *open_paging(const Model *m);
 static size_t some_tokens(void); // up to so many, all pass by a few rows before the next, in matmul
 static bool has_bf16_dot(void);
-static bool has_tiles(void);
-static void ask_for_tiles(void);
+static bool ask_for_tiles(void); // of the system, before they are used; false if the processor has none
 static const char *isa(void);
 
 // Memory of this thread, scratch_size floats: for a row of D or F numbers, what attend has of its queries, or weights that
@@ -720,13 +719,12 @@ static State open_state(const Model *m, size_t context, size_t rows, size_t thre
     State s = {.threads = threads, .context = multiple_of(KEYS, context)};
     s.input_type = m->h.dtype == BF16 && has_bf16_dot() ? BF16 : F32; // the instruction takes both sides in bf16
     size_t per_token = (D + outputs + d) * sizeof(float) + input_stride(widest) * size_of(s.input_type);
-    ask_for_tiles();
     size_t room = BATCH_BYTES - smaller(BATCH_BYTES / 2, rows * m->h.vocab_size * sizeof(float)); // besides logits
     s.batch = smaller(smaller(larger(room / per_token, 1), MAX_BATCH), context);
     s.scratch_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, widest); // in floats; bf16 takes half
 
     double bytes = 2 * cache_bytes(m, context);
-    s.kv_type = s.input_type == BF16 && !has_tiles() ? BF16 : F16; // with tiles, processors are slow at pairs
+    s.kv_type = s.input_type == BF16 && !ask_for_tiles() ? BF16 : F16; // with tiles, processors are slow at pairs
     // Zeros, from the system, which gives a page when it is first touched: half of a pair may be behind the last position,
     // and counts 0 times, so it has to be finite. And weigh reads a little more.
     s.k = bytes < 0x1p62 ? mmap(NULL, (size_t)bytes + 64, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
@@ -2881,8 +2879,6 @@ INLINE double multiply_only_typed(bool pairs, size_t rounds) {
 
 #include <sys/syscall.h>
 
-static bool has_tiles(void) { return true; }
-
 // AMX has registers for tiles of 16 rows of 64 bytes. One instruction takes 16 pairs of columns, of 16 tokens and of 16
 // rows of weights, and adds to 16 x 16 sums: it adds up the products of the pairs' first elements, one after the other,
 // those of the second elements apart from them, and both to the sum. Vectors can do just that for one token, a PANEL of 16
@@ -2890,12 +2886,13 @@ static bool has_tiles(void) { return true; }
 // their vectors. So prompts go by tiles, single tokens by vectors, which read memory faster, and the bits are the same.
 
 // Linux gives the registers for tiles only to programs that ask for them.
-static void ask_for_tiles(void) {
+static bool ask_for_tiles(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
     expect(
         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0,
         "the system does not let this program use AMX: %s; make ARCH='-march=native -mno-amx-bf16' builds one without",
         strerror(errno));
+    return true;
 }
 
 // All eight tiles of this thread are 16 rows of 64 bytes, and 0.
@@ -3072,8 +3069,7 @@ static double multiply_only(bool pairs, size_t rounds) {
 }
 
 #else
-static bool has_tiles(void) { return false; }
-static void ask_for_tiles(void) {}
+static bool ask_for_tiles(void) { return false; }
 
 static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s) {
     (void)out, (void)w, (void)T, (void)add, (void)s;
