@@ -732,16 +732,12 @@ static State open_state(const Model *m, size_t context, size_t rows, size_t thre
     expect(s.k != MAP_FAILED, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer", m->path,
            context, bytes / 1e6);
     s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
-    const struct {
-        float **array;
-        size_t size;
-    } arrays[] = {
-        {&s.x, s.batch * D},          {&s.gate_up, s.batch * outputs}, {&s.logits, rows * m->h.vocab_size},
-        {&s.cosine, s.batch * d / 2}, {&s.sine, s.batch * d / 2},      {&s.scratch, threads * s.scratch_size},
-    };
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
-        *arrays[i].array = allocate(arrays[i].size, sizeof(float), "the activations");
-    s.qkv = s.gate_up;
+    s.x = allocate(s.batch * D, sizeof *s.x, "the activations");
+    s.qkv = s.gate_up = allocate(s.batch * outputs, sizeof *s.qkv, "the activations");
+    s.logits = allocate(rows * m->h.vocab_size, sizeof *s.logits, "the logits");
+    s.cosine = allocate(s.batch * d / 2, sizeof *s.cosine, "the activations");
+    s.sine = allocate(s.batch * d / 2, sizeof *s.sine, "the activations");
+    s.scratch = allocate(threads * s.scratch_size, sizeof *s.scratch, "the activations");
     s.paging = open_paging(m);
     // tiles read whole squares, and what they make of rows behind the last one is not used
     s.input = allocate(multiple_of(SQUARE, s.batch) * input_stride(widest), size_of(s.input_type), "the activations");
