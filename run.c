@@ -2177,27 +2177,24 @@ static void chat(Session *s) {
 }
 
 // Bytes a second of a plain read of the whole weights file: generation reads nearly all of it for each token.
-static double read_speed(const Model *m, size_t threads) {
-    (void)threads; // without OpenMP
-    const uint64_t *words = (const void *)m->map;
+static double read_speed(const Session *s) {
+    const uint64_t *words = (const void *)s->m.map;
     uint64_t sum = 0;
     double start = seconds();
-#pragma omp parallel for num_threads((int)threads) reduction(+ : sum)
-    for (size_t i = 0; i < m->size / sizeof *words; i++)
+#pragma omp parallel for num_threads((int)s->o.threads) reduction(+ : sum)
+    for (size_t i = 0; i < s->m.size / sizeof *words; i++)
         sum += words[i];
-    double speed = (double)m->size / (seconds() - start);
+    double speed = (double)s->m.size / (seconds() - start);
     volatile uint64_t used = sum; // or the compiler would leave out the loop
     (void)used;
     return speed;
 }
 
 // Floating-point operations a second of the instruction that a prompt's matrix products are made of.
-static double multiply_speed(const Model *m, size_t threads) {
-    (void)threads; // without OpenMP
-    bool pairs = m->h.dtype == BF16 && has_bf16_dot();
+static double multiply_speed(const Session *s) {
     double operations = 0, start = seconds();
-#pragma omp parallel num_threads((int)threads) reduction(+ : operations)
-    operations += multiply_only(pairs, 400000);
+#pragma omp parallel num_threads((int)s->o.threads) reduction(+ : operations)
+    operations += multiply_only(s->state.input_type == BF16, 400000);
     return operations / (seconds() - start);
 }
 
@@ -2206,20 +2203,20 @@ enum { MAX_REPEAT = 100 };
 // A kind of work, measured several times.
 typedef struct {
     const char *name;
-    size_t tokens, pos, step; // so many tokens from this position on, so many at a time
-    double work;              // a token's floating-point operations, or the bytes that it reads
-    double (*limit_of)(const Model *m, size_t threads); // the most of such work that the machine does in a second
+    size_t tokens, pos, step;             // so many tokens from this position on, so many at a time
+    double work;                          // a token's floating-point operations, or the bytes that it reads
+    double (*limit_of)(const Session *s); // the most of such work that the machine does in a second
     double speed[MAX_REPEAT], limit[MAX_REPEAT], share[MAX_REPEAT]; // tokens a second; that limit; how near to it
 } Measurement;
 
 // The limit changes from minute to minute on many machines, so it is measured between the steps.
-static void measure(const Model *m, State *s, const uint32_t *tokens, Measurement *r, size_t i) {
-    double limits = r->limit_of(m, s->threads), n_limits = 1, working = 0;
+static void measure(Session *s, Measurement *r, size_t i) {
+    double limits = r->limit_of(s), n_limits = 1, working = 0;
     for (size_t t = 0; t < r->tokens; t += r->step, n_limits++) {
         double start = seconds();
-        feed(m, s, tokens + t, r->step, r->pos + t);
+        feed(&s->m, &s->state, (uint32_t *)s->tokens.data + t, r->step, r->pos + t);
         working += seconds() - start;
-        limits += r->limit_of(m, s->threads);
+        limits += r->limit_of(s);
     }
     r->speed[i] = (double)r->tokens / working;
     r->limit[i] = limits / n_limits;
@@ -2279,11 +2276,11 @@ static void bench(Session *s) {
         {.name = "decode_at_end", .tokens = decode, .pos = tail, .step = 1, .work = last, .limit_of = read_speed},
     };
     enum { KINDS = sizeof all / sizeof *all };
-    read_speed(m, s->o.threads); // the pages that are not in memory yet
+    read_speed(s); // the pages that are not in memory yet
     feed(m, &s->state, s->tokens.data, smaller(prefill, 16), 0);
     for (size_t i = 0; i < n; i++)
         for (size_t kind = 0; kind < KINDS; kind++)
-            measure(m, &s->state, s->tokens.data, &all[kind], i);
+            measure(s, &all[kind], i);
 
     Text logits = {(const unsigned char *)s->state.logits, h->vocab_size * sizeof(float)};
     fputs(s->o.json ? "{\"model\": " : "", stdout);
