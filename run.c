@@ -1622,6 +1622,12 @@ static FILE *open_input(const Options *o) {
     return file;
 }
 
+// Makes tokens of the text that is to follow them. It is tokenized as one, whoever wrote its parts.
+static void end_text(Session *s) {
+    encode(&s->t, &s->tokens, (Text){s->text.data, s->text.n});
+    s->text.n = 0;
+}
+
 enum { PIECE = 1 << 20 }; // bytes of a text that become tokens at a time
 
 // Reads on until there are so many tokens, or SIZE_MAX: to the end of the text, at once. A piece ends between lines,
@@ -1639,8 +1645,7 @@ static void read_tokens(Session *s, size_t least) {
             }
         }
         expect(!ferror(s->input), "%s: cannot read the prompt: %s", s->o.prompt_file, strerror(errno));
-        encode(&s->t, &s->tokens, (Text){s->text.data, s->text.n});
-        s->text.n = 0;
+        end_text(s);
         s->input = complete ? s->input : NULL;
     }
 }
@@ -2010,12 +2015,6 @@ static void perplexity(Session *s) {
                : "tokens         %.0f\nnll            %.5f nats a token\nperplexity     %.5g +- %.2g\n"
                  "bits per byte  %.5f\nspeed          %.1f tok/s\n",
            count, nll, result, error, bits, speed);
-}
-
-// Makes tokens of the text that is to follow them. It is tokenized as one, whoever wrote its parts.
-static void end_text(Session *s) {
-    encode(&s->t, &s->tokens, (Text){s->text.data, s->text.n});
-    s->text.n = 0;
 }
 
 static void add_template(Session *s, size_t which) {
