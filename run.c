@@ -767,12 +767,11 @@ static void forward(const Model *m, State *s, const uint32_t *tokens, size_t T, 
 
 // The same by all threads; by one without OpenMP, which would make a call of the kernel after each loop to wake nobody.
 static void feed_batch(const Model *m, State *s, const uint32_t *tokens, size_t T, size_t pos) {
-    if (s->threads == 1) {
+    if (s->threads == 1)
         forward(m, s, tokens, T, pos);
-        return;
-    }
+    else
 #pragma omp parallel num_threads((int)s->threads)
-    forward(m, s, tokens, T, pos);
+        forward(m, s, tokens, T, pos);
 }
 
 // The score of each token of the vocabulary to come after token t of the last batch, and after the n - 1 tokens that
