@@ -162,11 +162,16 @@ typedef struct {
     Tensor w_down;    // (D, F)
 } Layer;
 
+// A file, or a part of it, and how far it has been read.
 typedef struct {
     const char *path;
-    const unsigned char *map; // the whole file
-    size_t size;
-    int fd; // of the file, which stays open
+    const unsigned char *bytes; // (n) where it is mapped
+    size_t n, at;
+    int fd;
+} File;
+
+typedef struct {
+    File file; // stays open
     Header h;
     size_t q_dim, kv_dim; // Q and K
     Tensor embedding;     // (V, D)
@@ -176,18 +181,17 @@ typedef struct {
 } Model;
 
 // Maps a file, read-only. Nothing is read yet: the kernel brings in a page when it is first touched.
-static const void *map_file(const char *path, const char *magic, size_t min_size, const char *what, size_t *size,
-                            int *fd) {
-    *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe shall not block, it is refused below
+static File map_file(const char *path, const char *magic, size_t min_size, const char *what) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe shall not block, it is refused below
     struct stat st;
-    expect(*fd >= 0 && !fstat(*fd, &st), "%s: expected %s, as python3 export.py CHECKPOINT -o MODEL.bin makes it: %s",
+    expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s, as python3 export.py CHECKPOINT -o MODEL.bin makes it: %s",
            path, what, strerror(errno));
     expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
            S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
-    *size = (size_t)st.st_size;
-    expect(*size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, *size);
-    const char *map = mmap(NULL, *size, PROT_READ, MAP_SHARED, *fd, 0);
-    expect(map != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, *size, strerror(errno));
+    size_t size = (size_t)st.st_size;
+    expect(size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, size);
+    const char *map = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
+    expect(map != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, size, strerror(errno));
 
     // Another program's file is the likeliest mistake, so show what stands where the magic should.
     char found[9] = {0};
@@ -196,7 +200,13 @@ static const void *map_file(const char *path, const char *magic, size_t min_size
     expect(!memcmp(map, magic, 8),
            "%s: expected %s, which starts \"%s\", found \"%s\" (export.py converts other files)", path, what, magic,
            found);
-    return map;
+    return (File){path, (const unsigned char *)map, size, 0, fd};
+}
+
+static const void *next_bytes(File *f, const char *what, size_t n) {
+    expect(n <= f->n - f->at, "%s: %s: expected %zu bytes, found %zu", f->path, what, n, f->n - f->at);
+    f->at += n;
+    return f->bytes + f->at - n;
 }
 
 static void check(const char *path, const char *name, double value, double min, double max) {
@@ -212,71 +222,72 @@ static void check_size(const char *path, uint64_t promised, size_t size) {
 // Refuses nonsense, with bounds that keep every size computed from a header below 2^63.
 static void check_header(const Model *m) {
     const Header *h = &m->h;
-    check(m->path, "version", h->version, 1, 1);
-    check(m->path, "dtype", h->dtype, BF16, F16);
-    check(m->path, "flags", h->flags, 0, ALL_FLAGS);
-    check(m->path, "dim", h->dim, 1, 1 << 20);
-    check(m->path, "hidden_dim", h->hidden_dim, 1, 1 << 22);
-    check(m->path, "n_layers", h->n_layers, 1, 1 << 12);
-    check(m->path, "n_heads", h->n_heads, 1, 1 << 14);
-    check(m->path, "n_kv_heads", h->n_kv_heads, 1, h->n_heads);
-    expect(h->n_heads % h->n_kv_heads == 0, "%s: n_kv_heads: expected a divisor of n_heads %u, found %u", m->path,
+    const char *path = m->file.path;
+    check(path, "version", h->version, 1, 1);
+    check(path, "dtype", h->dtype, BF16, F16);
+    check(path, "flags", h->flags, 0, ALL_FLAGS);
+    check(path, "dim", h->dim, 1, 1 << 20);
+    check(path, "hidden_dim", h->hidden_dim, 1, 1 << 22);
+    check(path, "n_layers", h->n_layers, 1, 1 << 12);
+    check(path, "n_heads", h->n_heads, 1, 1 << 14);
+    check(path, "n_kv_heads", h->n_kv_heads, 1, h->n_heads);
+    expect(h->n_heads % h->n_kv_heads == 0, "%s: n_kv_heads: expected a divisor of n_heads %u, found %u", path,
            h->n_heads, h->n_kv_heads);
-    check(m->path, "head_dim", h->head_dim, 2, MAX_HEAD);
-    expect(h->head_dim % 2 == 0, "%s: head_dim: expected an even number, found %u", m->path, h->head_dim);
-    check(m->path, "vocab_size", h->vocab_size, 1, 1 << 24);
-    check(m->path, "max_seq_len", h->max_seq_len, 1, 1 << 28);
-    check(m->path, "norm_eps", h->norm_eps, 0, 1);
-    check(m->path, "rope_theta", h->rope_theta, 1, FLT_MAX);
-    check(m->path, "rope_scaling", h->rope_scaling, ROPE_PLAIN, ROPE_LLAMA3);
+    check(path, "head_dim", h->head_dim, 2, MAX_HEAD);
+    expect(h->head_dim % 2 == 0, "%s: head_dim: expected an even number, found %u", path, h->head_dim);
+    check(path, "vocab_size", h->vocab_size, 1, 1 << 24);
+    check(path, "max_seq_len", h->max_seq_len, 1, 1 << 28);
+    check(path, "norm_eps", h->norm_eps, 0, 1);
+    check(path, "rope_theta", h->rope_theta, 1, FLT_MAX);
+    check(path, "rope_scaling", h->rope_scaling, ROPE_PLAIN, ROPE_LLAMA3);
     if (h->rope_scaling != ROPE_PLAIN)
-        check(m->path, "rope_factor", h->rope_factor, 1, FLT_MAX);
+        check(path, "rope_factor", h->rope_factor, 1, FLT_MAX);
     if (h->rope_scaling == ROPE_LLAMA3) {
-        check(m->path, "rope_low_freq_factor", h->rope_low_freq_factor, FLT_MIN, 1e6f);
-        check(m->path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
-        check(m->path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
+        check(path, "rope_low_freq_factor", h->rope_low_freq_factor, FLT_MIN, 1e6f);
+        check(path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
+        check(path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
     }
-    check_size(m->path, h->file_size, m->size);
+    check_size(path, h->file_size, m->file.n);
     for (size_t i = sizeof *h; i < HEADER_SPACE; i++)
-        check(m->path, "the unused bytes of the header", m->map[i], 0, 0);
+        check(path, "the unused bytes of the header", m->file.bytes[i], 0, 0);
 }
 
-// The next tensor of the file. `at` is where the one before it ended.
-static Tensor take(const Model *m, size_t *at, const char *name, size_t rows, size_t cols) {
-    size_t start = multiple_of(ALIGNMENT, *at);
-    *at = start + rows * cols * sizeof(uint16_t);
-    expect(*at <= m->size, "%s: %s: expected bytes %zu to %zu, found only %zu", m->path, name, start, *at, m->size);
-    return (Tensor){m->map + start, (Dtype)m->h.dtype, rows, cols, cols};
+// The next tensor of the file.
+static Tensor take(Model *m, const char *name, size_t rows, size_t cols) {
+    File *f = &m->file;
+    size_t start = multiple_of(ALIGNMENT, f->at);
+    f->at = start + rows * cols * sizeof(uint16_t);
+    expect(f->at <= f->n, "%s: %s: expected bytes %zu to %zu, found only %zu", f->path, name, start, f->at, f->n);
+    return (Tensor){f->bytes + start, (Dtype)m->h.dtype, rows, cols, cols};
 }
 
 static Model open_model(const char *path) {
-    Model m = {.path = path};
-    m.map = map_file(path, "twofiles", HEADER_SPACE, "a weights file", &m.size, &m.fd);
-    memcpy(&m.h, m.map, sizeof m.h);
+    Model m = {.file = map_file(path, "twofiles", HEADER_SPACE, "a weights file")};
+    memcpy(&m.h, next_bytes(&m.file, "header", HEADER_SPACE), sizeof m.h);
     check_header(&m);
     size_t D = m.h.dim, F = m.h.hidden_dim, V = m.h.vocab_size, d = m.h.head_dim;
     size_t Q = m.q_dim = m.h.n_heads * d;
     size_t K = m.kv_dim = m.h.n_kv_heads * d;
 
     // The order in the file is the order of use.
-    size_t at = HEADER_SPACE;
-    m.embedding = take(&m, &at, "embedding", V, D);
+    m.embedding = take(&m, "embedding", V, D);
     m.layers = allocate(m.h.n_layers, sizeof *m.layers, "the table of layers");
     size_t bias = m.h.flags & QKV_BIAS ? Q + 2 * K : 0, norm = m.h.flags & QK_NORM ? d : 0; // 0: there is none
     for (Layer *l = m.layers; l < m.layers + m.h.n_layers; l++) {
-        l->attn_norm = take(&m, &at, "attn_norm", 1, D);
-        l->wqkv = take(&m, &at, "wqkv", Q + 2 * K, D);
-        l->bqkv = take(&m, &at, "bqkv", 1, bias);
-        l->q_norm = take(&m, &at, "q_norm", 1, norm);
-        l->k_norm = take(&m, &at, "k_norm", 1, norm);
-        l->wo = take(&m, &at, "wo", D, Q);
-        l->ffn_norm = take(&m, &at, "ffn_norm", 1, D);
-        l->w_gate_up = take(&m, &at, "w_gate_up", 2 * F, D);
-        l->w_down = take(&m, &at, "w_down", D, F);
+        l->attn_norm = take(&m, "attn_norm", 1, D);
+        l->wqkv = take(&m, "wqkv", Q + 2 * K, D);
+        l->bqkv = take(&m, "bqkv", 1, bias);
+        l->q_norm = take(&m, "q_norm", 1, norm);
+        l->k_norm = take(&m, "k_norm", 1, norm);
+        l->wo = take(&m, "wo", D, Q);
+        l->ffn_norm = take(&m, "ffn_norm", 1, D);
+        l->w_gate_up = take(&m, "w_gate_up", 2 * F, D);
+        l->w_down = take(&m, "w_down", D, F);
     }
-    m.final_norm = take(&m, &at, "final_norm", 1, D);
-    m.classifier = m.h.flags & TIED ? m.embedding : take(&m, &at, "classifier", V, D);
-    expect(at == m.size, "%s: file size: expected %zu bytes by its dimensions, found %zu", path, at, m.size);
+    m.final_norm = take(&m, "final_norm", 1, D);
+    m.classifier = m.h.flags & TIED ? m.embedding : take(&m, "classifier", V, D);
+    size_t end = m.file.at;
+    expect(end == m.file.n, "%s: file size: expected %zu bytes by its dimensions, found %zu", path, end, m.file.n);
     return m;
 }
 
@@ -729,8 +740,8 @@ static State open_state(const Model *m, size_t context, size_t rows, size_t thre
     // and counts 0 times, so it has to be finite. And weigh reads a little more.
     s.k = bytes < 0x1p62 ? mmap(NULL, (size_t)bytes + 64, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                          : MAP_FAILED;
-    expect(s.k != MAP_FAILED, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer", m->path,
-           context, bytes / 1e6);
+    expect(s.k != MAP_FAILED, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer",
+           m->file.path, context, bytes / 1e6);
     s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
     s.x = allocate(s.batch * D, sizeof *s.x, "the activations");
     s.qkv = s.gate_up = allocate(s.batch * outputs, sizeof *s.qkv, "the activations");
@@ -790,7 +801,7 @@ static void check_finite(const Model *m, const float *logits, size_t pos) {
     for (size_t i = 0; i < m->h.vocab_size; i++)
         bad += !(fabsf(logits[i]) <= FLT_MAX);
     expect(bad == 0, "%s: %zu logits after position %zu are not finite: the weights hold NaN, or are too large",
-           m->path, bad, pos);
+           m->file.path, bad, pos);
 }
 
 // Feeds n > 0 tokens, batch by batch, and leaves the logits for the one to come after them.
@@ -1063,30 +1074,17 @@ static void check_tokenizer_header(const Tokenizer *t, size_t size) {
     check_size(t->path, h->file_size, size);
 }
 
-// A file on its way to being read.
-typedef struct {
-    const char *path;
-    const unsigned char *bytes;
-    size_t n, at;
-} Reader;
-
-static const void *next_bytes(Reader *r, const char *what, size_t n) {
-    expect(n <= r->n - r->at, "%s: %s: expected %zu bytes, found %zu", r->path, what, n, r->n - r->at);
-    r->at += n;
-    return r->bytes + r->at - n;
-}
-
 // Numbers of at most `most`, which start at a multiple of 4 bytes.
-static const void *next_numbers(Reader *r, const char *what, size_t n, double most) {
-    const uint32_t *numbers = next_bytes(r, what, n * sizeof *numbers);
+static const void *next_numbers(File *f, const char *what, size_t n, double most) {
+    const uint32_t *numbers = next_bytes(f, what, n * sizeof *numbers);
     for (size_t i = 0; i < n; i++)
-        check(r->path, what, numbers[i], 0, most);
+        check(f->path, what, numbers[i], 0, most);
     return numbers;
 }
 
 // The next n rows of so many numbers, by the first n_keys of them. Of two rows with the same key the later counts.
-static Table next_table(Reader *r, const char *what, uint32_t n, size_t numbers, size_t n_keys, double most) {
-    const void *rows = next_numbers(r, what, n * numbers, most);
+static Table next_table(File *f, const char *what, uint32_t n, size_t numbers, size_t n_keys, double most) {
+    const void *rows = next_numbers(f, what, n * numbers, most);
     Table table = new_table(rows, n, numbers * sizeof(uint32_t), n_keys * sizeof(uint32_t));
     for (uint32_t i = 0; i < n; i++)
         *place_of(&table, key_of(&table, i)) = i;
@@ -1100,7 +1098,7 @@ static void check_hash(const char *path, const char *what, uint64_t promised, Te
 }
 
 // The vocabulary, and the tables of pieces and bytes.
-static void read_pieces(Tokenizer *t, Reader *r) {
+static void read_pieces(Tokenizer *t, File *f) {
     t->pieces = allocate(t->h.vocab_size, sizeof *t->pieces, "the vocabulary");
     t->by_text = new_table(t->pieces, t->h.vocab_size, sizeof *t->pieces, 0);
     for (size_t b = 0; b < 256; b++)
@@ -1110,11 +1108,11 @@ static void read_pieces(Tokenizer *t, Reader *r) {
             uint32_t length, type;
             float score;
         } e;
-        memcpy(&e, next_bytes(r, "a token", sizeof e), sizeof e);
-        check(r->path, "a token's type", e.type, NORMAL, LATE);
-        check(r->path, "a token's length", e.length, e.type != UNUSED, e.type == BYTE ? 1 : UINT32_MAX);
-        check(r->path, "a token's score", e.score, -FLT_MAX, FLT_MAX);
-        Text text = {next_bytes(r, "a token's text", e.length), e.length};
+        memcpy(&e, next_bytes(f, "a token", sizeof e), sizeof e);
+        check(f->path, "a token's type", e.type, NORMAL, LATE);
+        check(f->path, "a token's length", e.length, e.type != UNUSED, e.type == BYTE ? 1 : UINT32_MAX);
+        check(f->path, "a token's score", e.score, -FLT_MAX, FLT_MAX);
+        Text text = {next_bytes(f, "a token's text", e.length), e.length};
         t->pieces[id] = (Piece){text, e.type, e.score};
         bool user_defined = e.type == USER_DEFINED || e.type == LATE;
         uint32_t *place = place_of(&t->by_text, text);
@@ -1131,14 +1129,14 @@ static void read_pieces(Tokenizer *t, Reader *r) {
 }
 
 // Spreads ranges out over all characters, so that the class of one is found in one step.
-static uint8_t *next_classes(Reader *r, const char *what, uint32_t n, int usual, double most) {
+static uint8_t *next_classes(File *f, const char *what, uint32_t n, int usual, double most) {
     uint8_t *classes = allocate(CHARACTERS + 256, 1, what);
     memset(classes, usual, CHARACTERS + 256);
-    const uint32_t *range = next_numbers(r, what, (size_t)n * 3, CHARACTERS - 1);
+    const uint32_t *range = next_numbers(f, what, (size_t)n * 3, CHARACTERS - 1);
     for (uint32_t i = 0, next = 0; i < n; i++, range += 3) {
         uint32_t first = range[0], last = range[1], class = range[2];
-        check(r->path, what, first, next, last);
-        check(r->path, what, class, 1, most);
+        check(f->path, what, first, next, last);
+        check(f->path, what, class, 1, most);
         memset(classes + first, (int)class, last - first + 1);
         next = last + 1;
     }
@@ -1146,58 +1144,56 @@ static uint8_t *next_classes(Reader *r, const char *what, uint32_t n, int usual,
 }
 
 // What puts text into NFC.
-static void read_nfc(Tokenizer *t, Reader *r) {
-    const uint32_t *n = next_numbers(r, "NFC", 3, CHARACTERS);
-    t->decompositions = next_table(r, "a decomposition", n[0], 1 + MAX_PARTS, 1, CHARACTERS - 1);
-    t->compositions = next_table(r, "a composition", n[1], 3, 2, CHARACTERS - 1);
-    t->combining = next_classes(r, "a combining class", n[2], 0, 255);
+static void read_nfc(Tokenizer *t, File *f) {
+    const uint32_t *n = next_numbers(f, "NFC", 3, CHARACTERS);
+    t->decompositions = next_table(f, "a decomposition", n[0], 1 + MAX_PARTS, 1, CHARACTERS - 1);
+    t->compositions = next_table(f, "a composition", n[1], 3, 2, CHARACTERS - 1);
+    t->combining = next_classes(f, "a combining class", n[2], 0, 255);
 }
 
-static uint32_t next_number(Reader *r, const char *what) {
+static uint32_t next_number(File *f, const char *what) {
     uint32_t number;
-    memcpy(&number, next_bytes(r, what, sizeof number), sizeof number);
+    memcpy(&number, next_bytes(f, what, sizeof number), sizeof number);
     return number;
 }
 
 // The next part of a template: a token, or NONE and a text.
-static uint32_t next_item(Reader *r, Text *text) {
-    uint32_t item = next_number(r, "a template's item"), n = item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
-    *text = (Text){next_bytes(r, "a template's text", n), n};
+static uint32_t next_item(File *f, Text *text) {
+    uint32_t item = next_number(f, "a template's item"), n = item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
+    *text = (Text){next_bytes(f, "a template's text", n), n};
     return item & TEXT_ITEM ? NONE : item;
 }
 
 // Checks a template, a row of such items.
-static Text next_template(const Tokenizer *t, Reader *r) {
-    uint32_t n = next_number(r, "a template"), token;
-    Text items = {next_bytes(r, "a template", n), n}, text;
-    for (Reader in = {r->path, items.bytes, n, 0}; in.at < n;)
+static Text next_template(const Tokenizer *t, File *f) {
+    uint32_t n = next_number(f, "a template"), token;
+    Text items = {next_bytes(f, "a template", n), n}, text;
+    for (File in = {f->path, items.bytes, n, 0, -1}; in.at < n;)
         if ((token = next_item(&in, &text)) != NONE)
-            check(r->path, "a template's token", token, 0, t->h.vocab_size - 1);
+            check(f->path, "a template's token", token, 0, t->h.vocab_size - 1);
     return items;
 }
 
 static Tokenizer open_tokenizer(const char *path) {
     Tokenizer t = {.path = path};
-    Reader r = {.path = path};
-    int fd;
-    r.bytes = map_file(path, "twotoken", sizeof t.h, "a tokenizer file", &r.n, &fd);
-    close(fd);
-    memcpy(&t.h, next_bytes(&r, "header", sizeof t.h), sizeof t.h);
-    check_tokenizer_header(&t, r.n);
-    read_pieces(&t, &r);
-    check_hash(path, "the vocabulary", t.h.vocab_hash, (Text){r.bytes + sizeof t.h, r.at - sizeof t.h});
-    check_hash(path, "what follows the vocabulary", t.h.rest_hash, (Text){r.bytes + r.at, r.n - r.at});
-    next_bytes(&r, "zeros", -r.at % 4);
+    File f = map_file(path, "twotoken", sizeof t.h, "a tokenizer file");
+    close(f.fd);
+    memcpy(&t.h, next_bytes(&f, "header", sizeof t.h), sizeof t.h);
+    check_tokenizer_header(&t, f.n);
+    read_pieces(&t, &f);
+    check_hash(path, "the vocabulary", t.h.vocab_hash, (Text){f.bytes + sizeof t.h, f.at - sizeof t.h});
+    check_hash(path, "what follows the vocabulary", t.h.rest_hash, (Text){f.bytes + f.at, f.n - f.at});
+    next_bytes(&f, "zeros", -f.at % 4);
 
-    t.merges = next_table(&r, "a merge", t.h.n_merges, 3, 2, t.h.vocab_size - 1);
-    t.classes = next_classes(&r, "a range of characters", t.h.n_ranges, 1, (double)t.h.n_classes - 1);
+    t.merges = next_table(&f, "a merge", t.h.n_merges, 3, 2, t.h.vocab_size - 1);
+    t.classes = next_classes(&f, "a range of characters", t.h.n_ranges, 1, (double)t.h.n_classes - 1);
     memset(t.classes + CHARACTERS, t.classes[0xfffd], 256);
-    t.steps = next_numbers(&r, "a step", (size_t)t.h.n_states * t.h.n_classes, 2 * (double)t.h.n_states - 1);
+    t.steps = next_numbers(&f, "a step", (size_t)t.h.n_states * t.h.n_classes, 2 * (double)t.h.n_states - 1);
     if (t.h.flags & NFC)
-        read_nfc(&t, &r);
+        read_nfc(&t, &f);
     for (size_t i = 0; i < TEMPLATES; i++)
-        t.templates[i] = next_template(&t, &r);
-    expect(r.at == r.n, "%s: expected %zu bytes by its contents, found %zu", path, r.at, r.n);
+        t.templates[i] = next_template(&t, &f);
+    expect(f.at == f.n, "%s: expected %zu bytes by its contents, found %zu", path, f.at, f.n);
     return t;
 }
 
@@ -2018,8 +2014,8 @@ static void perplexity(Session *s) {
 
 static void add_template(Session *s, size_t which) {
     Text items = s->t.templates[which], text;
-    for (Reader r = {s->t.path, items.bytes, items.n, 0}; r.at < r.n;) {
-        uint32_t token = next_item(&r, &text);
+    for (File f = {s->t.path, items.bytes, items.n, 0, -1}; f.at < f.n;) {
+        uint32_t token = next_item(&f, &text);
         append(&s->text, text.bytes, text.n);
         if (token != NONE) {
             end_text(s);
@@ -2176,13 +2172,13 @@ static void chat(Session *s) {
 
 // Bytes a second of a plain read of the whole weights file: generation reads nearly all of it for each token.
 static double read_speed(const Session *s) {
-    const uint64_t *words = (const void *)s->m.map;
+    const uint64_t *words = (const void *)s->m.file.bytes;
     uint64_t sum = 0;
     double start = seconds();
 #pragma omp parallel for num_threads((int)s->o.threads) reduction(+ : sum)
-    for (size_t i = 0; i < s->m.size / sizeof *words; i++)
+    for (size_t i = 0; i < s->m.file.n / sizeof *words; i++)
         sum += words[i];
-    double speed = (double)s->m.size / (seconds() - start);
+    double speed = (double)s->m.file.n / (seconds() - start);
     volatile uint64_t used = sum; // or the compiler would leave out the loop
     (void)used;
     return speed;
@@ -2265,7 +2261,7 @@ static void bench(Session *s) {
     double T = (double)prefill, layers = h->n_layers, embedding = (double)h->vocab_size * h->dim;
     double operations =
         2 * layers * (double)layer_weights(m) + 2 * embedding / T + layers * 4 * (double)m->q_dim * (T + 1) / 2;
-    double weights = (double)m->size - (h->flags & TIED ? 0 : 2 * embedding);
+    double weights = (double)m->file.n - (h->flags & TIED ? 0 : 2 * embedding);
     double cached = 2 * cache_bytes(m, context) / (double)s->state.context; // for a position
     double first = weights + cached * ((double)decode + 1) / 2, last = first + cached * (double)tail;
     Measurement all[] = {
@@ -2282,7 +2278,7 @@ static void bench(Session *s) {
 
     Text logits = {(const unsigned char *)s->state.logits, h->vocab_size * sizeof(float)};
     fputs(s->o.json ? "{\"model\": " : "", stdout);
-    print_quoted(text_of(m->path), true);
+    print_quoted(text_of(m->file.path), true);
     printf(s->o.json ? ", \"params\": %zu, \"dtype\": \"%s\", \"file_bytes\": %zu, \"isa\": \"%s\", \"threads\": %zu, "
                        "\"context\": %zu, \"repeat\": %zu, \"logits_hash\": \"%016llx\""
                      : ": %zu parameters in %s, %zu bytes; %s; threads: %zu; context: %zu; median of %zu; logits "
@@ -2291,7 +2287,7 @@ static void bench(Session *s) {
                        "          limit | share |\n"
                        "|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|"
                        "---------------:|------:|\n",
-           (m->size - HEADER_SPACE) / 2, h->dtype == BF16 ? "bf16" : "f16", m->size, isa(), (size_t)s->o.threads,
+           (m->file.n - HEADER_SPACE) / 2, h->dtype == BF16 ? "bf16" : "f16", m->file.n, isa(), (size_t)s->o.threads,
            context, n, (unsigned long long)hash_of(logits));
     for (size_t kind = 0; kind < KINDS; kind++)
         print_measurement(&all[kind], n, s->o.json);
@@ -2463,10 +2459,10 @@ static const char *tokenizer_path(const Options *o) {
 
 static void check_pair(const Model *m, const Tokenizer *t) {
     expect(m->h.vocab_size == t->h.vocab_size, "%s: the wrong tokenizer for %s: expected %u tokens, found %u", t->path,
-           m->path, m->h.vocab_size, t->h.vocab_size);
+           m->file.path, m->h.vocab_size, t->h.vocab_size);
     expect(m->h.vocab_hash == t->h.vocab_hash,
            "%s: the wrong tokenizer for %s: expected a vocabulary with the hash %016llx, found %016llx", t->path,
-           m->path, (unsigned long long)m->h.vocab_hash, (unsigned long long)t->h.vocab_hash);
+           m->file.path, (unsigned long long)m->h.vocab_hash, (unsigned long long)t->h.vocab_hash);
 }
 
 #ifndef NO_MAIN // the tests include this file and have a main of their own
@@ -2499,9 +2495,10 @@ int main(int argc, char **argv) {
         s.o.model = DEFAULT_MODEL;
     if (s.o.model) {
         s.m = open_model(s.o.model);
-        s.context = s.o.context ? s.o.context : s.m.h.max_seq_len;
-        if (s.context > s.m.h.max_seq_len)
-            die(USAGE, "-c: expected at most %u, the context of %s, found %zu", s.m.h.max_seq_len, s.m.path, s.context);
+        uint32_t most = s.m.h.max_seq_len;
+        s.context = s.o.context ? s.o.context : most;
+        if (s.context > most)
+            die(USAGE, "-c: expected at most %u, the context of %s, found %zu", most, s.o.model, s.context);
         s.o.threads = smaller(s.o.threads, useful_threads(&s.m));
     }
     s.t = open_tokenizer(tokenizer_path(&s.o));
@@ -3097,9 +3094,9 @@ struct Paging {
 // Finds out if a piece is in memory, half of its pages at least.
 static void look_at(Paging *p, size_t piece) {
     unsigned char pages[PIECE_BYTES / MIN_PAGE];
-    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
+    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->file.n - start);
     size_t n = size / (size_t)sysconf(_SC_PAGESIZE), found = 0;
-    bool known = !mincore((unsigned char *)p->m->map + start, size, pages);
+    bool known = !mincore((unsigned char *)p->m->file.bytes + start, size, pages);
     for (size_t i = 0; i < n && known; i++)
         found += pages[i] & 1;
     bool gone = known && found < n / 2;
@@ -3109,17 +3106,18 @@ static void look_at(Paging *p, size_t piece) {
 }
 
 static void let_go(const Paging *p, size_t piece) {
-    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->size - start);
+    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->file.n - start);
     if (p->missing[piece] == 2 && piece != p->spared) {
-        madvise((unsigned char *)p->m->map + start, size, MADV_DONTNEED);        // this process needs it no more,
-        posix_fadvise(p->m->fd, (off_t)start, (off_t)size, POSIX_FADV_DONTNEED); // nor does the system
+        madvise((unsigned char *)p->m->file.bytes + start, size, MADV_DONTNEED);      // this process needs it no more,
+        posix_fadvise(p->m->file.fd, (off_t)start, (off_t)size, POSIX_FADV_DONTNEED); // nor does the system
     }
 }
 
 static void turn_pages(Paging *p, Tensor w) {
     if (!p)
         return;
-    size_t start = (size_t)((const unsigned char *)w.data - p->m->map), size = w.rows * w.cols * sizeof(uint16_t);
+    size_t start = (size_t)((const unsigned char *)w.data - p->m->file.bytes),
+           size = w.rows * w.cols * sizeof(uint16_t);
     if (start < p->at) { // another pass begins
         while (p->used < p->looked_at)
             let_go(p, p->used++);
@@ -3133,7 +3131,7 @@ static void turn_pages(Paging *p, Tensor w) {
     }
     p->at = start;
     // Looks at pieces before the system does, which reads ahead, too.
-    size_t end = smaller(start + size + PIECES_AHEAD * PIECE_BYTES, p->m->size);
+    size_t end = smaller(start + size + PIECES_AHEAD * PIECE_BYTES, p->m->file.n);
     while (p->active && p->looked_at * PIECE_BYTES < end)
         look_at(p, p->looked_at++);
     while (p->active && (p->used + 1) * PIECE_BYTES <= start)
@@ -3141,11 +3139,11 @@ static void turn_pages(Paging *p, Tensor w) {
 }
 
 static Paging *open_paging(const Model *m) {
-    if (m->size <= PIECE_BYTES)
+    if (m->file.n <= PIECE_BYTES)
         return NULL;
-    size_t pieces = m->size / PIECE_BYTES + 1;
+    size_t pieces = m->file.n / PIECE_BYTES + 1;
     Paging *p = allocate(1, sizeof *p, "paging");
-    *p = (Paging){.m = m, .at = m->size, .waits = LONG_MAX, .missing = allocate(pieces, 1, "paging")};
+    *p = (Paging){.m = m, .at = m->file.n, .waits = LONG_MAX, .missing = allocate(pieces, 1, "paging")};
     memset(p->missing, 0, pieces);
     return p;
 }

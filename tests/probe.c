@@ -58,7 +58,7 @@ int main(int argc, char **argv) {
     size_t chunk = number("CHUNK", argv[3], 1, MAX_BATCH);
     m.h.n_layers = (uint32_t)number("LAYERS", argv[4], 0, m.h.n_layers);
     if (m.h.n_layers == 0)
-        memcpy(&m.h, m.map, sizeof m.h);
+        memcpy(&m.h, m.file.bytes, sizeof m.h);
     size_t T = (size_t)argc - 6, D = m.h.dim, Q = m.q_dim, width = Q + 2 * m.kv_dim, F = m.h.hidden_dim,
            V = m.h.vocab_size;
     uint32_t *tokens = allocate(T, sizeof *tokens, "tokens");

@@ -279,7 +279,7 @@ static void test_matmul_has_the_same_bits_in_any_batch(void) {
 
 // The activations of a batch and the logits together take no more than BATCH_BYTES.
 static void test_room_for_a_batch(void) {
-    Model m = {.path = "a test", .q_dim = 2048, .kv_dim = 256};
+    Model m = {.file.path = "a test", .q_dim = 2048, .kv_dim = 256};
     m.h = (Header){.dtype = BF16, .dim = 2048, .hidden_dim = 5632, .n_layers = 1, .n_heads = 32, .n_kv_heads = 4};
     m.h.head_dim = 64;
     m.h.vocab_size = 150000;
@@ -480,7 +480,7 @@ static void forget(const Paging *p, size_t first, size_t last) {
 static double part_in_memory(const Paging *p, size_t piece) {
     unsigned char pages[PIECE_BYTES / MIN_PAGE];
     size_t n = PIECE_BYTES / (size_t)sysconf(_SC_PAGESIZE), found = 0;
-    CHECK(!mincore((unsigned char *)p->m->map + piece * PIECE_BYTES, PIECE_BYTES, pages), "%s", strerror(errno));
+    CHECK(!mincore((unsigned char *)p->m->file.bytes + piece * PIECE_BYTES, PIECE_BYTES, pages), "%s", strerror(errno));
     for (size_t i = 0; i < n; i++)
         found += pages[i] & 1;
     return (double)found / (double)n;
@@ -490,11 +490,11 @@ static double part_in_memory(const Paging *p, size_t piece) {
 static void read_file(Paging *p) {
     volatile unsigned char read = 0;
     size_t n;
-    for (size_t at = PIECE_BYTES; at < p->m->size; at += n) {
-        n = smaller((3 << 20) + 64, p->m->size - at);
-        turn_pages(p, (Tensor){p->m->map + at, BF16, 1, n / 2, n / 2});
+    for (size_t at = PIECE_BYTES; at < p->m->file.n; at += n) {
+        n = smaller((3 << 20) + 64, p->m->file.n - at);
+        turn_pages(p, (Tensor){p->m->file.bytes + at, BF16, 1, n / 2, n / 2});
         for (size_t i = 0; i < n; i += MIN_PAGE)
-            read = p->m->map[at + i];
+            read = p->m->file.bytes[at + i];
     }
     (void)read;
 }
@@ -507,10 +507,10 @@ static void test_paging(void) {
     for (size_t i = 0; i < N_PIECES; i++)
         CHECK(write(fd, ones, PIECE_BYTES) == PIECE_BYTES, "cannot write 96 MB");
     CHECK(!fsync(fd), "%s", strerror(errno)); // the system does not forget what is not on the disk
-    Model m = {.fd = fd, .size = N_PIECES * PIECE_BYTES};
-    m.map = mmap(NULL, m.size, PROT_READ, MAP_SHARED, fd, 0);
+    Model m = {.file.fd = fd, .file.n = N_PIECES * PIECE_BYTES};
+    m.file.bytes = mmap(NULL, m.file.n, PROT_READ, MAP_SHARED, fd, 0);
     uint8_t missing[N_PIECES] = {0};
-    Paging p = {.m = &m, .at = m.size, .waits = LONG_MAX, .missing = missing};
+    Paging p = {.m = &m, .at = m.file.n, .waits = LONG_MAX, .missing = missing};
     forget(&p, 0, N_PIECES - 1);
     if (part_in_memory(&p, 3) > 0)
         exit(77); // the disk is memory, say
@@ -531,7 +531,7 @@ static void test_paging(void) {
         CHECK(p.active && p.n_missing == 4, "%zu pieces were missing, not 4", p.n_missing);
         CHECK(part_in_memory(&p, 2) == (pass == 1), "a piece shall be let go when it was missing twice in a row");
     }
-    turn_pages(&p, (Tensor){p.m->map + PIECE_BYTES, BF16, 1, 1, 1}); // the next pass begins
+    turn_pages(&p, (Tensor){p.m->file.bytes + PIECE_BYTES, BF16, 1, 1, 1}); // the next pass begins
     CHECK(part_in_memory(&p, 1) == 1, "the first missing piece shall stay");
     CHECK(part_in_memory(&p, 4) == 1, "what was in memory shall stay");
     for (size_t piece = 2; piece < N_PIECES; piece += piece == 3 ? 2 : 1)
