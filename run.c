@@ -447,10 +447,10 @@ static float dot_ref(const void *a, Dtype a_type, const void *b, Dtype b_type, s
 // out[t][r] = sum_c w[r][c] x[t][c], or += it, with `add`, for x (T, cols), w (rows, cols); rows of out are `stride` apart
 static void multiply(float *out, size_t stride, Tensor w, Tensor x, bool add);
 // The weighted sum of rows that attention is made of: y[c] += sum_j a[j] x[j][c] for a (m) f32, x (m, n) f16; or pairs
-// of bf16 in both, y[c] += sum_j a[j][0] x[j][c][0] + a[j][1] x[j][c][1]. For one or QUERY_TILE vectors y, a at a time.
-// Reads up to a vector behind the end of x.
-static void weigh(float *const *y, const void *const *a, size_t queries, const uint16_t *x, bool pairs, size_t m,
-                  size_t n);
+// of bf16 in both, y[c] += sum_j a[j][0] x[j][c][0] + a[j][1] x[j][c][1]. For one or QUERY_TILE vectors y, a at a time,
+// which are so many f32, or pairs, apart. Reads up to a vector behind the end of x.
+static void weigh(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
+                  bool pairs, size_t m, size_t n);
 // matmul, below, with the instructions for whole tiles of bf16 that some processors have; false if this one has none.
 static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s);
 // Only multiplications of what is in registers, as f32 or in pairs of bf16; returns the number of operations.
@@ -627,22 +627,18 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
     const bool pairs = s->kv_type == BF16; // then queries and weights are rounded, too
     const size_t P = pairs ? 2 : 1;
     const float scale = 1.0f / sqrtf((float)d);
-    const void *q[QUERIES]; // (d)
-    float *out[QUERIES];    // (d)  what each has found
-    size_t sees[QUERIES];   // positions
+    _Static_assert(QUERIES * 2 * MAX_HEAD <= TILE_BLOCK * TILE_COLUMNS / 2, "scratch has room for this");
+    float *q = scratch_of(s), *out = q + count * d; // (count, d) each: the queries, and what they have found
+    size_t sees[QUERIES];                           // positions
     float max[QUERIES], sum[QUERIES];
+    memset(out, 0, count * d * sizeof *out);
     for (size_t i = 0; i < count; i++) {
         size_t t = (first + i) / group, head = g * group + (first + i) % group;
-        float *copy = scratch_of(s) + i * 2 * d;
-        narrow(copy, pairs ? BF16 : F32, s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d, d);
-        q[i] = copy;
-        out[i] = copy + d;
-        memset(out[i], 0, d * sizeof(float));
+        narrow(q + i * d, pairs ? BF16 : F32, s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d, d);
         sees[i] = pos + t + 1;
         max[i] = -INFINITY;
         sum[i] = 0;
     }
-    _Static_assert(QUERIES * 2 * MAX_HEAD <= TILE_BLOCK * TILE_COLUMNS / 2, "scratch has room for this");
     size_t end = pos + (first + count - 1) / group + 1; // what the last query sees
     for (size_t start = 0; start < end; start += KEYS) {
         size_t block = cache_block(m, s, layer, g, start), queries;
@@ -650,31 +646,26 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
             queries = count - i >= QUERY_TILE ? QUERY_TILE : 1;
             float scores[QUERY_TILE][KEYS] = {0};
             uint16_t rounded[QUERY_TILE][KEYS]; // the same in bf16
-            float *score[QUERY_TILE];
-            const void *weight[QUERY_TILE];
-            for (size_t j = 0; j < QUERY_TILE; j++) {
-                score[j] = scores[j];
-                weight[j] = pairs ? (const void *)rounded[j] : scores[j];
-            }
-            // score[j] = sum_c q[c] k[c][j]: with the keys transposed, the scores are a weighted sum of rows, too. Slots
+            // scores[j] = sum_c q[c] k[c][j]: with the keys transposed, the scores are a weighted sum of rows, too. Slots
             // behind the last position hold anything; the softmax does not look at them.
-            weigh(score, q + i, queries, s->k + block, pairs, d / P, KEYS);
+            weigh(scores[0], KEYS, q + i * d, d, queries, s->k + block, pairs, d / P, KEYS);
             size_t visible = 0; // grows with j, so that the last one counts for all
             for (size_t j = 0; j < queries; j++) {
                 visible = sees[i + j] > start ? smaller(KEYS, sees[i + j] - start) : 0;
                 float shrink = soften(scores[j], visible, scale, &max[i + j], &sum[i + j]);
                 for (size_t c = 0; c < d && shrink != 1; c++)
-                    out[i + j][c] *= shrink;
+                    out[(i + j) * d + c] *= shrink;
                 if (pairs)
                     narrow(rounded[j], BF16, scores[j], KEYS);
             }
-            weigh(out + i, weight, queries, s->v + block, pairs, (visible + P - 1) / P, d);
+            const void *weights = pairs ? (const void *)rounded : scores;
+            weigh(out + i * d, d, weights, KEYS / P, queries, s->v + block, pairs, (visible + P - 1) / P, d);
         }
     }
     for (size_t i = 0; i < count; i++) {
         for (size_t c = 0; c < d; c++)
-            out[i][c] /= sum[i];
-        put_input(s, m->q_dim, (first + i) / group, (g * group + (first + i) % group) * d, out[i], d);
+            out[i * d + c] /= sum[i];
+        put_input(s, m->q_dim, (first + i) / group, (g * group + (first + i) % group) * d, out + i * d, d);
     }
 }
 
@@ -2792,13 +2783,13 @@ static void multiply(float *out, size_t stride, Tensor w, Tensor x, bool add) {
 }
 
 // weigh for `columns` vectors of columns from column `first` on; the numbers of both are known when it is compiled
-INLINE void weigh_fixed(float *const *y, const void *const *a, size_t queries, const uint16_t *x, bool pairs, size_t m,
-                        size_t n, size_t first, size_t columns) {
+INLINE void weigh_fixed(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
+                        bool pairs, size_t m, size_t n, size_t first, size_t columns) {
     const size_t P = pairs ? 2 : 1;
     vec sums[QUERY_TILE][COLUMNS];
     for (size_t q = 0; q < queries; q++)
         for (size_t c = 0; c < columns; c++)
-            sums[q][c] = load_f32(y[q] + first + c * W);
+            sums[q][c] = load_f32(y + q * y_stride + first + c * W);
     for (size_t j = 0; j < m; j++) {
         vec row[COLUMNS];
         for (size_t c = 0; c < columns; c++) {
@@ -2809,7 +2800,7 @@ INLINE void weigh_fixed(float *const *y, const void *const *a, size_t queries, c
         }
         for (size_t q = 0; q < queries; q++) {
             uint32_t bits;
-            memcpy(&bits, (const char *)a[q] + j * sizeof bits, sizeof bits);
+            memcpy(&bits, a + q * a_stride + j, sizeof bits);
             vec weight = fill(bits);
             for (size_t c = 0; c < columns; c++)
                 sums[q][c] = accumulate(weight, row[c], sums[q][c], pairs);
@@ -2817,33 +2808,33 @@ INLINE void weigh_fixed(float *const *y, const void *const *a, size_t queries, c
     }
     for (size_t q = 0; q < queries; q++)
         for (size_t c = 0; c < columns; c++)
-            store(y[q] + first + c * W, sums[q][c]);
+            store(y + q * y_stride + first + c * W, sums[q][c]);
 }
 
-INLINE void weigh_typed(float *const *y, const void *const *a, size_t queries, const uint16_t *x, bool pairs, size_t m,
-                        size_t n) {
+INLINE void weigh_typed(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
+                        bool pairs, size_t m, size_t n) {
     size_t c = 0;
     for (; c + COLUMNS * W <= n; c += COLUMNS * W)
         if (queries == QUERY_TILE)
-            weigh_fixed(y, a, QUERY_TILE, x, pairs, m, n, c, COLUMNS);
+            weigh_fixed(y, y_stride, a, a_stride, QUERY_TILE, x, pairs, m, n, c, COLUMNS);
         else
-            weigh_fixed(y, a, 1, x, pairs, m, n, c, COLUMNS);
+            weigh_fixed(y, y_stride, a, a_stride, 1, x, pairs, m, n, c, COLUMNS);
     for (; c < n; c += W) // what is left, a vector at a time, of which the last one may be used in part only
         for (size_t q = 0; q < queries; q++) {
             size_t size = smaller(W, n - c) * sizeof(float);
-            float part[W] = {0}, *const one = part;
-            memcpy(part, y[q] + c, size);
-            weigh_fixed(&one, a + q, 1, x + c * (pairs ? 2 : 1), pairs, m, n, 0, 1);
-            memcpy(y[q] + c, part, size);
+            float part[W] = {0};
+            memcpy(part, y + q * y_stride + c, size);
+            weigh_fixed(part, W, a + q * a_stride, a_stride, 1, x + c * (pairs ? 2 : 1), pairs, m, n, 0, 1);
+            memcpy(y + q * y_stride + c, part, size);
         }
 }
 
-static void weigh(float *const *y, const void *const *a, size_t queries, const uint16_t *x, bool pairs, size_t m,
-                  size_t n) {
+static void weigh(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
+                  bool pairs, size_t m, size_t n) {
     if (pairs)
-        weigh_typed(y, a, queries, x, true, m, n);
+        weigh_typed(y, y_stride, a, a_stride, queries, x, true, m, n);
     else
-        weigh_typed(y, a, queries, x, false, m, n);
+        weigh_typed(y, y_stride, a, a_stride, queries, x, false, m, n);
 }
 
 INLINE double multiply_only_typed(bool pairs, size_t rounds) {

@@ -175,24 +175,23 @@ static void test_weigh(void) {
         for (size_t m = 0; m < 70; m += 1 + m / 3)
             for (size_t P = 1; P <= (has_bf16_dot() ? 2 : 1); P++) { // numbers of a pair
                 const Dtype a_type = P == 2 ? BF16 : F32, x_type = P == 2 ? BF16 : F16;
-                float y[QUERY_TILE][152], alone[152], *py[QUERY_TILE];
-                const void *pa[QUERY_TILE];
+                float y[QUERY_TILE][152], alone[152];
+                const size_t stride = m + 1; // of a
+                float *a = random_array(a_type, P * QUERY_TILE * stride, 0);
                 const uint16_t *x = random_array(x_type, P * (m * n + 16), 1); // the most that weigh reads beyond
-                for (size_t q = 0; q < QUERY_TILE; q++) {
+                for (size_t q = 0; q < QUERY_TILE; q++)
                     for (size_t c = 0; c < 152; c++)
                         y[q][c] = (float)c;
-                    py[q] = y[q];
-                    pa[q] = random_array(a_type, P * m, 0);
-                }
-                weigh(py, pa, QUERY_TILE, x, P == 2, m, n);
+                weigh(y[0], 152, a, stride, QUERY_TILE, x, P == 2, m, n);
                 for (size_t q = 0; q < QUERY_TILE; q++) {
-                    float plain[152], *const one[] = {alone};
+                    float plain[152];
                     for (size_t c = 0; c < 152; c++)
                         plain[c] = alone[c] = (float)c;
                     for (size_t j = 0; j < m * P; j++)
                         for (size_t c = 0; c < n; c++)
-                            plain[c] += element(pa[q], a_type, j) * element(x, x_type, (j / P * n + c) * P + j % P);
-                    weigh(one, pa + q, 1, x, P == 2, m, n);
+                            plain[c] +=
+                                element(a + q * stride, a_type, j) * element(x, x_type, (j / P * n + c) * P + j % P);
+                    weigh(alone, 152, a + q * stride, stride, 1, x, P == 2, m, n);
                     for (size_t c = 0; c < 152; c++) {
                         CHECK(fabsf(y[q][c] - plain[c]) <= 3e-5f * (float)(P * m + 1), "m %zu, n %zu, column %zu", m, n,
                               c);
