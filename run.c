@@ -3072,13 +3072,12 @@ enum { PIECE_BYTES = 16 << 20, PIECES_AHEAD = 2, MIN_PAGE = 4096 };
 struct Paging {
     const Model *m;
     size_t at;        // where in the file this pass is
-    long waits;       // for pages to be read, until it began; at first LONG_MAX
+    long waits;       // the process's page faults, those that had to read, when it began; before the first LONG_MAX
     bool active;      // there were some in the pass before
     size_t looked_at; // the pieces before this one have been looked for in memory in this pass,
     size_t used;      // and those before this one have been used
     uint8_t *missing; // (pieces) in how many passes in a row it was not there, 2 at most
-    size_t n_missing; // pieces, in this pass
-    size_t spared;    // the first of them, which stays after use: there may be room for it by now
+    size_t spared;    // the first one missing in this pass, which stays after use: there may be room for it by now
 };
 
 #ifdef __linux__
@@ -3092,7 +3091,7 @@ static void look_at(Paging *p, size_t piece) {
         found += pages[i] & 1;
     bool gone = known && found < n / 2;
     p->missing[piece] = gone ? p->missing[piece] ? 2 : 1 : 0;
-    if (gone && p->n_missing++ == 0)
+    if (gone && p->spared == SIZE_MAX)
         p->spared = piece;
 }
 
@@ -3117,7 +3116,6 @@ static void turn_pages(Paging *p, Tensor w) {
         p->active = usage.ru_majflt > p->waits;
         p->waits = usage.ru_majflt;
         p->used = p->looked_at = start / PIECE_BYTES;
-        p->n_missing = 0;
         p->spared = SIZE_MAX;
     }
     p->at = start;
