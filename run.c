@@ -1680,19 +1680,54 @@ static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double log
     printf(", \"logprob\": %.6f", logprob);
 }
 
-// The k likeliest tokens at position pos as a JSON array.
+// The width of the terminal, within reason.
+static size_t terminal_columns(void) {
+    const char *set = getenv("COLUMNS");
+    long columns = set ? atol(set) : 0;
+    struct winsize size = {0};
+    if (columns <= 0 && !ioctl(STDOUT_FILENO, TIOCGWINSZ, &size))
+        columns = size.ws_col;
+    return columns <= 0 ? 80 : smaller(larger((size_t)columns, 20), 300);
+}
+
+// A bar of `part` of so many columns, to the eighth of one.
+static void print_bar(double part, size_t columns) {
+    static const char *const blocks[] = {" ", "▏", "▎", "▍", "▌", "▋", "▊", "▉", "█"};
+    size_t eighths = (size_t)(8 * (double)columns * part + 0.5);
+    for (size_t i = 0; i < columns; i++) {
+        fputs(blocks[smaller(8, eighths)], stdout);
+        eighths -= smaller(8, eighths);
+    }
+}
+
+// The k likeliest tokens at position pos: a JSON array; or a line each, at whose end is what has no certain width, the
+// token.
 static void print_likeliest(Session *s, size_t k, size_t pos) {
+    const float *logits = logits_of(s);
     size_t vocab = s->m.h.vocab_size;
-    double total = log_sum(logits_of(s), vocab);
-    rank(&s->sampler.heap, logits_of(s), vocab, -INFINITY);
-    putchar('[');
+    double total = log_sum(logits, vocab), rest = 1;
+    float most = logits[argmax(logits, vocab)];
+    rank(&s->sampler.heap, logits, vocab, -INFINITY);
     for (size_t i = 0; i < k && i < vocab; i++) {
         Item item = heap_pop(&s->sampler.heap);
-        fputs(i ? ", " : "", stdout);
-        open_json(&s->t, item.index, pos, (double)item.key - total);
-        printf(", \"prob\": %.6g}", exp((double)item.key - total));
+        double logprob = (double)item.key - total, probability = exp(logprob);
+        rest -= probability;
+        if (s->o.json) {
+            fputs(i ? ", " : "[", stdout);
+            open_json(&s->t, item.index, pos, logprob);
+            printf(", \"prob\": %.6g}", probability);
+        } else {
+            printf("%6.2f%% ", 100 * probability);
+            print_bar(exp((double)(item.key - most)), smaller((terminal_columns() - 8) / 3, 40));
+            putchar(' ');
+            print_quoted(s->t.pieces[item.index].text, false);
+            puts(s->t.pieces[item.index].type == CONTROL ? " (control)" : "");
+        }
     }
-    putchar(']');
+    if (s->o.json)
+        putchar(']');
+    else
+        printf("%6.2f%% rest\n", 100 * fmax(rest, 0));
 }
 
 // Makes ready for what is to be said.
@@ -1853,47 +1888,6 @@ static void generate(Session *s) {
     print_speed(s);
 }
 
-// The width of the terminal, within reason.
-static size_t terminal_columns(void) {
-    const char *set = getenv("COLUMNS");
-    long columns = set ? atol(set) : 0;
-    struct winsize size = {0};
-    if (columns <= 0 && !ioctl(STDOUT_FILENO, TIOCGWINSZ, &size))
-        columns = size.ws_col;
-    return columns <= 0 ? 80 : smaller(larger((size_t)columns, 20), 300);
-}
-
-// A bar of `part` of so many columns, to the eighth of one.
-static void print_bar(double part, size_t columns) {
-    static const char *const blocks[] = {" ", "▏", "▎", "▍", "▌", "▋", "▊", "▉", "█"};
-    size_t eighths = (size_t)(8 * (double)columns * part + 0.5);
-    for (size_t i = 0; i < columns; i++) {
-        fputs(blocks[smaller(8, eighths)], stdout);
-        eighths -= smaller(8, eighths);
-    }
-}
-
-// The k likeliest tokens to come, a line each. What has no certain width, the token, stands at its end.
-static void print_table(Session *s, size_t k) {
-    const float *logits = logits_of(s);
-    size_t vocab = s->m.h.vocab_size, bar = smaller((terminal_columns() - 8) / 3, 40);
-    double total = log_sum(logits, vocab), rest = 1;
-    float most = logits[argmax(logits, vocab)];
-    rank(&s->sampler.heap, logits, vocab, -INFINITY);
-    for (size_t i = 0; i < k && i < vocab; i++) {
-        Item item = heap_pop(&s->sampler.heap);
-        const Piece *piece = &s->t.pieces[item.index];
-        double probability = exp((double)item.key - total);
-        rest -= probability;
-        printf("%6.2f%% ", 100 * probability);
-        print_bar(exp((double)(item.key - most)), bar);
-        putchar(' ');
-        print_quoted(piece->text, false);
-        puts(piece->type == CONTROL ? " (control)" : "");
-    }
-    printf("%6.2f%% rest\n", 100 * fmax(rest, 0));
-}
-
 static void expect_text(const Options *o) {
     if (!o->prompt && !o->prompt_file)
         die(USAGE, "-m %s: expected a text, -i or -f", o->mode);
@@ -1922,14 +1916,13 @@ static void next(Session *s) {
     double total = log_sum(logits, s->m.h.vocab_size), entropy = 0;
     for (size_t i = 0; i < s->m.h.vocab_size; i++)
         entropy += exp((double)logits[i] - total) * (total - (double)logits[i]) / log(2);
-    if (s->o.json) {
+    if (s->o.json)
         printf("{\"tokens\": %zu, \"entropy_bits\": %.6f, \"next\": ", n, entropy);
-        print_likeliest(s, k, all);
+    print_likeliest(s, k, all);
+    if (s->o.json)
         puts("}");
-    } else {
-        print_table(s, k);
+    else
         printf("entropy %.2f bits\n", entropy);
-    }
 }
 
 enum { SCORED_AT_ONCE = 32 }; // tokens whose logits are in memory
