@@ -1134,14 +1134,6 @@ static uint8_t *next_classes(File *f, const char *what, uint32_t n, int usual, d
     return classes;
 }
 
-// What puts text into NFC.
-static void read_nfc(Tokenizer *t, File *f) {
-    const uint32_t *n = next_numbers(f, "NFC", 3, CHARACTERS);
-    t->decompositions = next_table(f, "a decomposition", n[0], 1 + MAX_PARTS, 1, CHARACTERS - 1);
-    t->compositions = next_table(f, "a composition", n[1], 3, 2, CHARACTERS - 1);
-    t->combining = next_classes(f, "a combining class", n[2], 0, 255);
-}
-
 static uint32_t next_number(File *f, const char *what) {
     uint32_t number;
     memcpy(&number, next_bytes(f, what, sizeof number), sizeof number);
@@ -1180,8 +1172,12 @@ static Tokenizer open_tokenizer(const char *path) {
     t.classes = next_classes(&f, "a range of characters", t.h.n_ranges, 1, (double)t.h.n_classes - 1);
     memset(t.classes + CHARACTERS, t.classes[0xfffd], 256);
     t.steps = next_numbers(&f, "a step", (size_t)t.h.n_states * t.h.n_classes, 2 * (double)t.h.n_states - 1);
-    if (t.h.flags & NFC)
-        read_nfc(&t, &f);
+    if (t.h.flags & NFC) {
+        const uint32_t *n = next_numbers(&f, "NFC", 3, CHARACTERS);
+        t.decompositions = next_table(&f, "a decomposition", n[0], 1 + MAX_PARTS, 1, CHARACTERS - 1);
+        t.compositions = next_table(&f, "a composition", n[1], 3, 2, CHARACTERS - 1);
+        t.combining = next_classes(&f, "a combining class", n[2], 0, 255);
+    }
     for (size_t i = 0; i < TEMPLATES; i++)
         t.templates[i] = next_template(&t, &f);
     expect(f.at == f.n, "%s: expected %zu bytes by its contents, found %zu", path, f.at, f.n);
