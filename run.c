@@ -700,8 +700,7 @@ enum { MAX_BATCH = 512, BATCH_BYTES = 48 << 20 }; // tokens in one pass, and wha
 
 // The bytes of the keys, or the values, of `context` positions. May be more than memory can address.
 static double cache_bytes(const Model *m, size_t context) {
-    double positions = (double)multiple_of(KEYS, context);
-    return (double)m->h.n_layers * (double)m->kv_dim * positions * sizeof(uint16_t);
+    return (double)m->h.n_layers * (double)m->kv_dim * (double)multiple_of(KEYS, context) * sizeof(uint16_t);
 }
 
 // The weights of a layer's matrix products.
@@ -2158,10 +2157,8 @@ static double read_speed(const Session *s) {
 #pragma omp parallel for num_threads((int)s->o.threads) reduction(+ : sum)
     for (size_t i = 0; i < s->m.file.n / sizeof *words; i++)
         sum += words[i];
-    double speed = (double)s->m.file.n / (seconds() - start);
-    volatile uint64_t used = sum; // or the compiler would leave out the loop
-    (void)used;
-    return speed;
+    __asm__ volatile("" : : "r"(sum)); // or the compiler would leave out the loop
+    return (double)s->m.file.n / (seconds() - start);
 }
 
 // Floating-point operations a second of the instruction that a prompt's matrix products are made of.
