@@ -117,10 +117,9 @@ static size_t n_tokens(Buffer tokens) { return tokens.n / sizeof(uint32_t); }
 
 static void push_token(Buffer *tokens, uint32_t token) { append(tokens, &token, sizeof token); }
 
-// UINT32_MAX: there is none
-static uint32_t last_token(Buffer tokens) {
-    return tokens.n ? ((uint32_t *)tokens.data)[n_tokens(tokens) - 1] : UINT32_MAX;
-}
+#define NONE UINT32_MAX // no token, no row, no symbol
+
+static uint32_t last_token(Buffer tokens) { return tokens.n ? ((uint32_t *)tokens.data)[n_tokens(tokens) - 1] : NONE; }
 
 // ------------------------------------------------------------------------------------------------
 // 1 The model file
@@ -940,7 +939,6 @@ enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
 enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE = 7 };
 enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, MAX_PARTS = 4 };
 enum { CHARACTERS = 0x110000 }; // Unicode's numbers; from here on, bytes that are not UTF-8 stand for themselves
-#define NONE UINT32_MAX         // no token, no row, no symbol
 
 enum { // TokenizerHeader.flags
     ADD_BOS = 1,
@@ -2467,8 +2465,7 @@ int main(int argc, char **argv) {
     sigaction(SIGBUS, &(struct sigaction){.sa_handler = end_at_lost_page}, NULL);
     Session s = {.o = parse_options(argc, argv)};
     const Mode *mode = find_mode(s.o.mode);
-    bool only_tokens = mode->run == tokenize;
-    if (!s.o.model && !(only_tokens && s.o.tokenizer))
+    if (!s.o.model && !(mode->run == tokenize && s.o.tokenizer)) // to tokenize, that is enough
         s.o.model = DEFAULT_MODEL;
     if (s.o.model) {
         s.m = open_model(s.o.model);
@@ -3092,8 +3089,8 @@ static void let_go(const Paging *p, size_t piece) {
 static void turn_pages(Paging *p, Tensor w) {
     if (!p)
         return;
-    size_t start = (size_t)((const unsigned char *)w.data - p->m->file.bytes),
-           size = w.rows * w.cols * sizeof(uint16_t);
+    const unsigned char *data = w.data;
+    size_t start = (size_t)(data - p->m->file.bytes), size = w.rows * w.cols * sizeof(uint16_t);
     if (start < p->at) { // another pass begins
         while (p->used < p->looked_at)
             let_go(p, p->used++);
