@@ -638,8 +638,7 @@ static void attend(const Model *m, State *s, size_t layer, size_t g, size_t firs
         max[i] = -INFINITY;
         sum[i] = 0;
     }
-    size_t end = pos + (first + count - 1) / group + 1; // what the last query sees
-    for (size_t start = 0; start < end; start += KEYS) {
+    for (size_t start = 0; start < sees[count - 1]; start += KEYS) {
         size_t block = cache_block(m, s, layer, g, start), queries;
         for (size_t i = 0; i < count; i += queries) {
             queries = count - i >= QUERY_TILE ? QUERY_TILE : 1;
