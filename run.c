@@ -2096,8 +2096,7 @@ static _Noreturn void leave(int status, const char *message) {
 
 static void count_interrupt(int signal) {
     (void)signal;
-    interrupts = interrupts + 1;
-    if (interrupts > 1)
+    if (interrupts++)
         leave(INTERRUPTED, "\n");
 }
 
