@@ -1447,7 +1447,7 @@ static void encode(const Tokenizer *t, Buffer *tokens, Text text) {
 static Text decode(const Tokenizer *t, uint32_t token, size_t pos) {
     Text text = t->pieces[token].text;
     uint32_t type = t->pieces[token].type;
-    if (type != NORMAL && type != USER_DEFINED && type != LATE && type != BYTE)
+    if (type == UNKNOWN || type == CONTROL || type == UNUSED)
         return (Text){0};
     bool skip = pos == (t->h.flags & ADD_BOS ? 1 : 0) && t->h.flags & ADD_SPACE && text.bytes[0] == ' ';
     return (Text){text.bytes + skip, text.n - skip};
@@ -1551,9 +1551,9 @@ static void print_text(Text text, Style style) {
     }
 }
 
-static void print_quoted(Text text, bool json) {
+static void print_quoted(Text text, Style style) {
     putchar('"');
-    print_text(text, json ? JSON : QUOTED);
+    print_text(text, style);
     putchar('"');
 }
 
@@ -1637,7 +1637,7 @@ static void tokenize(Session *s) {
     fputs(s->o.json ? "], \"pieces\": [" : "", stdout);
     for (size_t i = 0; s->o.json && i < n_tokens(s->tokens); i++) {
         fputs(i ? ", " : "", stdout);
-        print_quoted(s->t.pieces[tokens[i]].text, true);
+        print_quoted(s->t.pieces[tokens[i]].text, JSON);
     }
     fputs(s->o.json ? "]}\n" : "\n", stdout);
 }
@@ -1668,7 +1668,7 @@ static float *logits_of(const Session *s) { return s->state.logits + s->n_right 
 // A token at position pos as a JSON object, open for more; `text` is what it prints there.
 static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double logprob) {
     printf("{\"id\": %u, \"text\": ", token);
-    print_quoted(decode(t, token, pos), true);
+    print_quoted(decode(t, token, pos), JSON);
     printf(", \"logprob\": %.6f", logprob);
 }
 
@@ -1712,7 +1712,7 @@ static void print_likeliest(Session *s, size_t k, size_t pos) {
             printf("%6.2f%% ", 100 * probability);
             print_bar(exp((double)(item.key - most)), smaller((terminal_columns() - 8) / 3, 40));
             putchar(' ');
-            print_quoted(s->t.pieces[item.index].text, false);
+            print_quoted(s->t.pieces[item.index].text, QUOTED);
             puts(s->t.pieces[item.index].type == CONTROL ? " (control)" : "");
         }
     }
@@ -2251,7 +2251,7 @@ static void bench(Session *s) {
 
     Text logits = {(const unsigned char *)s->state.logits, h->vocab_size * sizeof(float)};
     fputs(s->o.json ? "{\"model\": " : "", stdout);
-    print_quoted(text_of(m->file.path), true);
+    print_quoted(text_of(m->file.path), JSON);
     printf(s->o.json ? ", \"params\": %zu, \"dtype\": \"%s\", \"file_bytes\": %zu, \"isa\": \"%s\", \"threads\": %zu, "
                        "\"context\": %zu, \"repeat\": %zu, \"logits_hash\": \"%016llx\""
                      : ": %zu parameters in %s, %zu bytes; %s; threads: %zu; context: %zu; median of %zu; logits "
@@ -2393,13 +2393,14 @@ static Options parse_options(int argc, char **argv) {
             set_option(option, argv[i]);
         }
     }
-    if (help)
+    if (help) {
         puts("usage: run [MODEL] [options]     MODEL: a weights file (" DEFAULT_MODEL ")");
-    for (const Option *option = options; help && option < end; option++)
-        if (option->help)
-            printf("  %s %-*s %s\n", option->flag, 10 - (int)strlen(option->flag), option->value, option->help);
-    if (version && !help)
+        for (const Option *option = options; option < end; option++)
+            if (option->help)
+                printf("  %s %-*s %s\n", option->flag, 10 - (int)strlen(option->flag), option->value, option->help);
+    } else if (version) {
         printf("twofiles %s (%s)\n", VERSION, isa());
+    }
     if (help || version) {
         flush_output();
         exit(0);
