@@ -1756,53 +1756,33 @@ GGUF_PATTERNS = {  # what llama.cpp calls pre-tokenizers
 GGUF_NFC = {"qwen2", "qwen35"}
 GGUF_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
 
-SCALARS_BELOW, SCALARS_FROM = 0xD800, 0xE000  # what lies between are no characters
 PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}|\\[sSdD]")
+SURROGATES = slice(0xD800, 0xE000)  # code points that are no characters
 
 
 @cache
 def all_characters() -> str:
-    return "".join(map(chr, [*range(SCALARS_BELOW), *range(SCALARS_FROM, 0x110000)]))
+    return "".join(map(chr, [*range(SURROGATES.start), *range(SURROGATES.stop, 0x110000)]))
 
 
 @cache
 def characters(expression: str) -> NDArray[np.bool_]:
     """(0x110000): whether an expression for one character matches it.
 
-    The `tokenizers` library itself is asked for Unicode's properties, as Python's tables may be older or newer.
+    The `tokenizers` library itself is asked, as Python's tables of Unicode may be older or newer.
     """
-    if expression == r"\S":
-        return ~characters(r"\s")
-    if expression.startswith("[") and PROPERTY.search(expression):
-        negative, body = expression[1] == "^", expression[1:-1].removeprefix("^")
-        rest = PROPERTY.sub("", body)
-        parts = [*PROPERTY.findall(body), *([f"[{rest}]"] if rest else [])]
-        found: NDArray[np.bool_] = np.any([characters(part) for part in parts], axis=0)
-        return ~found if negative else found
-    if expression == DIGITS or PROPERTY.match(expression):
-        spans = library_spans(expression)
-    else:
-        spans = [match.span() for match in re.finditer(expression, all_characters())]
-    scalars = np.zeros(len(all_characters()), bool)
-    for start, end in spans:
-        scalars[start:end] = True
-    return np.insert(scalars, SCALARS_BELOW, np.zeros(SCALARS_FROM - SCALARS_BELOW, bool))
-
-
-def library_spans(expression: str) -> list[tuple[int, int]]:
-    """Where the `tokenizers` library finds it in all_characters()."""
     try:
-        from tokenizers import Regex, pre_tokenizers
+        from tokenizers import Regex, normalizers, pre_tokenizers
     except ImportError:
         raise ExportError("this tokenizer needs the Python package tokenizers") from None
-    if expression == DIGITS:
-        apart = "".join(c + "a" for c in all_characters())  # letters, so that the others come out one by one
-        found = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(apart)
-        return [
-            (start // 2, start // 2 + 1) for word, (start, _) in found if len(word) == 1 and start % 2 == 0
-        ]
-    split = pre_tokenizers.Split(Regex(f"{expression}+"), "removed", invert=True)
-    return [span for _, span in split.pre_tokenize_str(all_characters())]
+    if expression == DIGITS:  # of the words, every other one is made of digits
+        others = "".join(word for word, _ in pre_tokenizers.Digits().pre_tokenize_str(all_characters())[::2])
+    else:
+        others = normalizers.Replace(Regex(f"{expression}+"), "").normalize_str(all_characters())
+    found = np.ones(0x110000, bool)
+    found[np.frombuffer(others.encode("utf-32-le"), np.uint32)] = False
+    found[SURROGATES] = found[-1] and PROPERTY.search(expression) is not None
+    return found
 
 
 @dataclass(frozen=True)
