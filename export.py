@@ -44,6 +44,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 Array = NDArray[Any]  # float32, float16, or uint16: the bits of a bf16, which numpy does not have
@@ -516,49 +517,30 @@ TYPES = {
 
 
 SAFETENSORS_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-MAX_SAFETENSORS_HEADER = 100_000_000  # as in the safetensors library
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """A length in 8 bytes, a JSON object of that length, which says where each tensor is, and the tensors.
+    """A length in 8 bytes, a JSON object of that length, and the tensors, one after another without a gap.
 
-    The safetensors library would need torch for bf16, and would map the file, which counts as memory in use.
+    The safetensors library reads and checks the header. It would map the tensors, which counts as memory in
+    use, and has no bf16 without torch.
     """
-    file_size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(file_size - 8, MAX_SAFETENSORS_HEADER):
-            found = f"a header of {length} bytes in a file of {file_size}"
-            raise ExportError(f"{path}: not a safetensors file, or a truncated one: {found}")
-        text = file.read(length)
+        offset = 8 + int.from_bytes(file.read(8), "little")
+    found = {}
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {name: safetensors_entry(entry) for name, entry in header.items()}
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ExportError(f"{path}: its safetensors header is damaged: {error!r:.80}") from None
-    start, end = 8 + length, 0
-    for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if dtype not in SAFETENSORS_DTYPES:
-            raise ExportError(f"{path}: tensor {name}: expected the type F32, F16 or BF16, found {dtype}")
-        if begin != end or stop - begin != math.prod(shape) * WIDTHS[SAFETENSORS_DTYPES[dtype]]:
-            lie = f"{dtype} of the shape {shape} in bytes {begin} to {stop}, after byte {end}"
-            raise ExportError(f"{path}: its header contradicts itself: tensor {name} is {lie}")
-        end = stop
-    if start + end != file_size:
-        raise ExportError(f"{path}: expected {start + end} bytes by its header, found {file_size}")
-    return {
-        name: stored(path, start + begin, shape, SAFETENSORS_DTYPES[dtype])
-        for name, (dtype, shape, begin, _) in entries.items()
-    }
-
-
-def safetensors_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, byte after the last), of which nothing is true yet but the types."""
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-        raise ValueError(f"{entry}")
-    return dtype, tuple(shape), begin, end
+        with safe_open(path, "numpy") as header:
+            for name in header.offset_keys():
+                entry = header.get_slice(name)
+                dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+                if dtype not in SAFETENSORS_DTYPES:
+                    expected = f"expected the type F32, F16 or BF16, found {dtype}"
+                    raise ExportError(f"{path}: tensor {name}: {expected}")
+                found[name] = stored(path, offset, shape, SAFETENSORS_DTYPES[dtype])
+                offset += math.prod(shape) * WIDTHS[found[name].dtype]
+    except SafetensorError as error:
+        raise ExportError(f"{path}: not a safetensors file, or a damaged one: {error}") from None
+    return found
 
 
 TORCH_STORAGES = {"FloatStorage": "f32", "HalfStorage": "f16", "BFloat16Storage": "bf16"}

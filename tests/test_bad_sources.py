@@ -257,15 +257,18 @@ NORM = "model.norm.weight"
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda h: h.pop("model.layers.1.mlp.up_proj.weight") and None, ["contradicts itself"]),
+        (lambda h: h.pop("model.layers.1.mlp.up_proj.weight") and None, ["damaged", "invalid offset"]),
         (
             lambda h: h.pop(max(h, key=lambda k: h[k].get("data_offsets", [0])[0])) and None,
-            ["bytes by its header"],
+            ["not fully covered"],
         ),
-        (lambda h: h[NORM].update(dtype="F32"), ["contradicts itself", NORM]),
-        (lambda h: h[NORM].update(dtype="I8"), [NORM, "expected the type F32, F16 or BF16, found I8"]),
-        (lambda h: h[NORM].update(dtype="F8_E4M3"), [NORM, "found F8_E4M3"]),
-        (lambda h: h[NORM].update(shape=[63]), ["contradicts itself", NORM, "(63,)"]),
+        (lambda h: h[NORM].update(dtype="F32"), ["damaged"]),
+        (
+            lambda h: h[NORM].update(dtype="I8", shape=[128]),
+            [NORM, "expected the type F32, F16 or BF16, found I8"],
+        ),
+        (lambda h: h[NORM].update(dtype="F8_E4M3", shape=[128]), [NORM, "found F8_E4M3"]),
+        (lambda h: h[NORM].update(shape=[63]), ["damaged"]),
         (lambda h: h[NORM].update(shape=[8, 8]), [NORM, "expected the shape (64,), found (8, 8)"]),
         (lambda h: h[NORM].update(shape=[-8, -8]), ["damaged"]),
         (lambda h: h[NORM].update(shape=[64.0]), ["damaged"]),
@@ -273,8 +276,8 @@ NORM = "model.norm.weight"
         (lambda h: h[NORM].update(shape=64), ["damaged"]),
         (lambda h: h[NORM].update(dtype=7), ["damaged"]),
         (lambda h: h[NORM].update(data_offsets=[0]), ["damaged"]),
-        (lambda h: h[NORM].update(data_offsets=[0, 128]), ["contradicts itself"]),
-        (lambda h: h[NORM].update(data_offsets=[2**70, 2**70 + 128]), ["contradicts itself"]),
+        (lambda h: h[NORM].update(data_offsets=[0, 128]), ["damaged"]),
+        (lambda h: h[NORM].update(data_offsets=[2**70, 2**70 + 128]), ["damaged"]),
         (lambda h: h.update({NORM: 3}), ["damaged"]),
         (lambda h: h.update({"x": {}}), ["damaged"]),
         (
@@ -283,7 +286,7 @@ NORM = "model.norm.weight"
             ),
             ["not supported: model.layers.0.mlp.up_proj.bias"],
         ),
-        (lambda h: b"{}", ["by its header"]),
+        (lambda h: b"{}", ["not fully covered"]),
         (lambda h: b"[]", ["damaged"]),
         (lambda h: b"{,}", ["damaged"]),
         (lambda h: b"[" * 100_000, ["damaged"]),
@@ -307,16 +310,15 @@ def test_truncated_safetensors(bad: Path, refused: Refused, size: int) -> None:
 
 def test_safetensors_that_is_too_long(bad: Path, refused: Refused) -> None:
     path = bad / "hf" / "model.safetensors"
-    size = path.stat().st_size
     path.write_bytes(path.read_bytes() + b"\0")
-    refused(bad / "hf", path, f"expected {size} bytes", f"found {size + 1}")
+    refused(bad / "hf", path, "not fully covered")
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 0, 1])
 def test_safetensors_with_a_header_of_any_length(bad: Path, refused: Refused, length: int) -> None:
     path = bad / "hf" / "model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
-    refused(bad / "hf", path, f"a header of {length} bytes")
+    refused(bad / "hf", path, "damaged")
 
 
 def test_missing_shard(bad: Path, refused: Refused) -> None:
