@@ -695,10 +695,8 @@ class Gguf:
 
     def quantised(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> tuple[Tensor, int]:
         """Blocks of numbers with a scale each, as float32; and the bytes that they take."""
-        try:
-            from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
-        except ImportError:
-            raise ExportError(f"{self.path}: is quantised, which needs: pip install gguf") from None
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
         try:
             quantisation = GGMLQuantizationType(kind)
             block, block_bytes = GGML_QUANT_SIZES[quantisation]
@@ -1753,10 +1751,8 @@ def characters(expression: str) -> NDArray[np.bool_]:
 
     The `tokenizers` library itself is asked, as Python's tables of Unicode may be older or newer.
     """
-    try:
-        from tokenizers import Regex, normalizers, pre_tokenizers
-    except ImportError:
-        raise ExportError("this tokenizer needs the Python package tokenizers") from None
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
     if expression == DIGITS:  # of the words, every other one is made of digits
         others = "".join(word for word, _ in pre_tokenizers.Digits().pre_tokenize_str(all_characters())[::2])
     else:
@@ -2002,10 +1998,8 @@ def library_nfc(text: bytes) -> bytes:
 @cache
 def nfc_tables() -> Nfc:
     """What the `tokenizers` library itself knows, as Python's tables may be older or newer."""
-    try:
-        from tokenizers import normalizers
-    except ImportError:
-        raise ExportError("this tokenizer needs the Python package tokenizers") from None
+    from tokenizers import normalizers
+
     compose, decompose = normalizers.NFC().normalize_str, normalizers.NFD().normalize_str
 
     def changed(texts: Sequence[str]) -> dict[str, str]:
@@ -2704,13 +2698,15 @@ def main() -> int:
         parser.error(str(error))
     except ExportError as error:
         say("error", error)
-        return 1
+    except ImportError as error:
+        say("error", f"{error} (pip install -r requirements.txt)")
     except OSError as error:
         say("error", f"{error.filename}: {error.strerror}")
-        return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    else:
+        return 0
+    return 1
 
 
 if __name__ == "__main__":

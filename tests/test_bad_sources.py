@@ -585,7 +585,7 @@ def test_quantised_gguf_needs_a_package(
     writer.write_tensors_to_file()
     writer.close()
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(tmp_path / "m.gguf", tmp_path / "m.gguf", "pip install gguf")
+    refused(tmp_path / "m.gguf", "gguf", "pip install -r requirements.txt")
 
 
 def test_gguf_without_the_rest_of_its_files(tmp_path: Path, refused: Refused) -> None:
