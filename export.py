@@ -487,6 +487,14 @@ class Settings:
             raise ExportError(f"{self.path}: {key}: expected {TYPES[kind]}, found {value!r:.40}")
         return value
 
+    def one_of(self, key: str, *known: T, default: T | None = None) -> T:
+        """A setting that has other values for what run.c does not know."""
+        value = self.get(key, type(known[0]), default)
+        if value not in known:
+            expected = ", ".join(map(str, known))
+            raise ExportError(f"{self.path}: {key} {value!r} is not supported, expected {expected}")
+        return value
+
     def refuse(self, *keys: str) -> None:
         """Settings that change the result in ways that run.c does not know."""
         for key in keys:
@@ -754,16 +762,12 @@ def same(a: Tensor, b: Tensor | None) -> bool:
 
 
 def hugging_face_config(s: Settings) -> Config:
-    family = s.get("model_type", str)
-    if family not in FAMILIES:
-        expected = f"expected one of {', '.join(FAMILIES)}"
-        raise ExportError(f"{s.path}: model_type {family!r} is not supported, {expected}")
+    family = s.one_of("model_type", *FAMILIES)
     architectures = s.get("architectures", list, [FAMILIES[family]])
     if [str(name).lower() for name in architectures] != [FAMILIES[family].lower()]:
         raise ExportError(f"{s.path}: architectures {architectures} of {family!r} are not supported")
     s.refuse("mlp_bias", "quantization_config")
-    if (activation := s.get("hidden_act", str, "silu")) not in ("silu", "swish"):
-        raise ExportError(f"{s.path}: hidden_act {activation!r} is not supported, expected 'silu'")
+    s.one_of("hidden_act", "silu", "swish", default="silu")
     dim, n_heads = s.get("hidden_size", int), s.get("num_attention_heads", int)
     head_dim = s.get("head_dim", int, 128 if family == "qwen3" else 0)  # as in transformers
     return Config(
@@ -804,20 +808,16 @@ def hugging_face_rope(s: Settings) -> dict[str, Any]:
     for key in ("original_max_position_embeddings", "partial_rotary_factor"):
         rope.setdefault(key, s.values.get(key))
     r = Settings(s.path, rope)
-    if (part := r.get("partial_rotary_factor", float, 1.0)) != 1:
-        raise ExportError(f"{s.path}: partial_rotary_factor {part} is not supported, expected 1")
-    kind = r.get("rope_type", str, "default")
+    r.one_of("partial_rotary_factor", 1.0, default=1.0)
+    kind = r.one_of("rope_type", "default", "linear", "llama3", default="default")
     found: dict[str, Any] = {"rope_theta": r.get("rope_theta", float, 10000.0)}
     if kind == "default":
         return found
     if kind == "linear":
         return found | {"rope_scaling": 1, "rope_factor": r.get("factor", float)}
-    if kind == "llama3":
-        low, high = r.get("low_freq_factor", float), r.get("high_freq_factor", float)
-        original = r.get("original_max_position_embeddings", int)
-        return found | llama3_rope(r.get("factor", float), original, low, high)
-    expected = "expected default, linear or llama3"
-    raise ExportError(f"{s.path}: RoPE of the type {kind!r} is not supported, {expected}")
+    low, high = r.get("low_freq_factor", float), r.get("high_freq_factor", float)
+    original = r.get("original_max_position_embeddings", int)
+    return found | llama3_rope(r.get("factor", float), original, low, high)
 
 
 def llama3_rope(factor: float, original: int = 8192, low: float = 1.0, high: float = 4.0) -> dict[str, Any]:
@@ -1057,10 +1057,7 @@ def gguf_splits(s: Settings) -> list[Path]:
 
 
 def gguf_config(s: Settings, found: dict[str, Tensor]) -> Config:
-    architecture = s.get("general.architecture", str)
-    if architecture not in ("llama", "qwen2", "qwen3"):
-        expected = "expected llama, qwen2 or qwen3"
-        raise ExportError(f"{s.path}: the architecture {architecture!r} is not supported, {expected}")
+    architecture = s.one_of("general.architecture", "llama", "qwen2", "qwen3")
     prefix = f"{architecture}."
     own = {key.removeprefix(prefix): value for key, value in s.values.items() if key.startswith(prefix)}
     a = Settings(s.path, own)
@@ -1070,9 +1067,7 @@ def gguf_config(s: Settings, found: dict[str, Tensor]) -> Config:
     for key in ("attention.value_length", "rope.dimension_count"):
         if a.get(key, int, head_dim) != head_dim:
             raise ExportError(f"{s.path}: {prefix}{key} is {own[key]}, expected {head_dim} as all of a head")
-    kind = a.get("rope.scaling.type", str, "none")
-    if kind not in ("none", "linear"):
-        raise ExportError(f"{s.path}: RoPE of the type {kind!r} is not supported, expected none or linear")
+    kind = a.one_of("rope.scaling.type", "none", "linear", default="none")
     embedding = found.get("model.embed_tokens.weight")
     if embedding is None:
         raise ExportError(f"{s.path}: lacks the tensor token_embd.weight")
@@ -1205,11 +1200,9 @@ LORA_SETTINGS = {  # all in adapter_config.json that does not change how weights
 
 
 def lora_rank_and_scale(s: Settings) -> tuple[int, float]:
-    if (kind := s.get("peft_type", str)) != "LORA":
-        raise ExportError(f"{s.path}: peft_type {kind!r} is not supported, expected 'LORA'")
+    s.one_of("peft_type", "LORA")
     s.refuse(*sorted(s.values.keys() - LORA_SETTINGS))
-    if (bias := s.get("bias", str, "none")) != "none":
-        raise ExportError(f"{s.path}: bias {bias!r} is not supported, expected 'none'")
+    s.one_of("bias", "none", default="none")
     init = s.values.get("init_lora_weights", True)  # some other ways change the model's own weights as well
     if init not in (True, False, "gaussian", "orthogonal", "eva"):
         raise ExportError(f"{s.path}: init_lora_weights {init!r} is not supported")
