@@ -1416,20 +1416,20 @@ class Tokenizer:
     def __post_init__(self) -> None:
         for id, token in enumerate(self.tokens):
             if not NORMAL <= token.type <= LATE or not math.isfinite(token.score):
-                raise ExportError(f"token {id} has the type {token.type} and the score {token.score}")
+                raise ModelError(f"token {id} has the type {token.type} and the score {token.score}")
             if not token.text and token.type != UNUSED:
-                raise ExportError(f"token {id} is empty")
+                raise ModelError(f"token {id} is empty")
         byte_tokens = sorted(token.text for token in self.tokens if token.type == BYTE)
         all_bytes = [bytes([b]) for b in range(256)]
         if self.kind == SENTENCEPIECE_BPE and byte_tokens not in ([], all_bytes):
-            raise ExportError(f"expected a token for each of the 256 bytes, found {len(byte_tokens)}")
+            raise ModelError(f"expected a token for each of the 256 bytes, found {len(byte_tokens)}")
         if len(self.stop_ids) > MAX_STOP_IDS:
-            raise ExportError(f"expected at most {MAX_STOP_IDS} stop ids, found {len(self.stop_ids)}")
+            raise ModelError(f"expected at most {MAX_STOP_IDS} stop ids, found {len(self.stop_ids)}")
         ids = [id for id in (self.bos_id, self.unk_id) if id != -1] + list(self.stop_ids)
         if wrong := [id for id in ids if not 0 <= id < len(self.tokens)]:
-            raise ExportError(f"id {wrong[0]} is out of range, there are {len(self.tokens)} tokens")
+            raise ModelError(f"id {wrong[0]} is out of range, there are {len(self.tokens)} tokens")
         if self.add_bos and self.bos_id == -1:
-            raise ExportError("a bos token is to be added, but there is none")
+            raise ModelError("a bos token is to be added, but there is none")
 
     @cached_property
     def vocabulary(self) -> bytes:
@@ -1482,12 +1482,12 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
-        """Of a tokenizer file; raises ExportError unless to_bytes() would give the same again."""
+        """Of a tokenizer file; raises ModelError unless to_bytes() would give the same again."""
         if len(data) < TOKENIZER_HEADER.size:
-            raise ExportError(f"expected a header of {TOKENIZER_HEADER.size} bytes, found {len(data)}")
+            raise ModelError(f"expected a header of {TOKENIZER_HEADER.size} bytes, found {len(data)}")
         _, version, kind, flags, size, bos, unk, n_stop, *others = TOKENIZER_HEADER.unpack_from(data)
         if version != TOKENIZER_VERSION or kind not in (SENTENCEPIECE_BPE, BYTE_LEVEL_BPE):
-            raise ExportError(f"a tokenizer file of unknown version {version} or kind {kind}")
+            raise ModelError(f"a tokenizer file of unknown version {version} or kind {kind}")
         stop_ids, (_, _, n_merges, n_ranges, n_classes, n_states, n_machines, template, _) = (
             others[:7],
             others[7:],
@@ -1514,7 +1514,7 @@ class Tokenizer:
             nfc = [tuple(take(f"{width}I") for _ in range(count)) for count, width in widths]
             pieces = tuple(template_piece(*take(f"{take('I')[0]}s")) for _ in PIECES)
         except struct.error:
-            raise ExportError("a damaged tokenizer file: it ends too early") from None
+            raise ModelError("a damaged tokenizer file: it ends too early") from None
         tokenizer = cls(
             tokens,
             bos,
@@ -1527,7 +1527,7 @@ class Tokenizer:
             template=Template(pieces, template) if any(pieces) else None,
         )
         if tokenizer.to_bytes() != data:
-            raise ExportError(f"a damaged tokenizer file: {len(data)} bytes that do not fit together")
+            raise ModelError(f"a damaged tokenizer file: {len(data)} bytes that do not fit together")
         return tokenizer
 
     @classmethod
@@ -1543,7 +1543,7 @@ class Tokenizer:
             score, length = struct.unpack("<fi", data[position:start].ljust(8, b"\0"))
             position = start + length
             if length < 0 or position > len(data):
-                raise ExportError(f"a llama2.c tokenizer that ends within token {len(tokens)}")
+                raise ModelError(f"a llama2.c tokenizer that ends within token {len(tokens)}")
             text = data[start:position]
             special = len(tokens) < 3
             type = (UNKNOWN, CONTROL, CONTROL)[len(tokens)] if special else token_type(text)
@@ -1560,20 +1560,20 @@ class Tokenizer:
         try:
             model.ParseFromString(data)
         except DecodeError:
-            raise ExportError("a SentencePiece model that cannot be decoded, or something else") from None
+            raise ModelError("a SentencePiece model that cannot be decoded, or something else") from None
         trainer, normalizer = model.trainer_spec, model.normalizer_spec
         if trainer.model_type != trainer.BPE:
             found = trainer.ModelType.Name(trainer.model_type)
-            raise ExportError(f"expected a SentencePiece model of type BPE, found {found}")
+            raise ModelError(f"expected a SentencePiece model of type BPE, found {found}")
         charsmaps = normalizer.precompiled_charsmap or model.denormalizer_spec.precompiled_charsmap
         if charsmaps or normalizer.remove_extra_whitespaces:
-            raise ExportError(f"a SentencePiece model that changes the text (normalizer {normalizer.name!r})")
+            raise ModelError(f"a SentencePiece model that changes the text (normalizer {normalizer.name!r})")
         if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
-            raise ExportError("a SentencePiece model that treats spaces in an unknown way")
+            raise ModelError("a SentencePiece model that treats spaces in an unknown way")
         tokens = []
         for id, piece in enumerate(model.pieces):
             if piece.type == BYTE and token_type(piece.piece.encode()) != BYTE:
-                raise ExportError(f"token {id} {piece.piece!r} is no byte, but should be")
+                raise ModelError(f"token {id} {piece.piece!r} is no byte, but should be")
             type = LATE if piece.type == USER_DEFINED else piece.type
             tokens.append(Token(token_text(piece.piece.encode(), type), type, piece.score))
         return cls(
@@ -1587,25 +1587,17 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_huggingface(cls, source: Path | bytes) -> Tokenizer:
-        """Of a Hugging Face checkpoint's folder, or of the contents of a tokenizer.json alone."""
-        try:
-            return HuggingFace(source).tokenizer()
-        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ExportError(f"a tokenizer.json of an unknown form ({error!r})") from None
-
-    @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """Of a GGUF file's metadata, as Python values; arrays may be any sequences."""
         get = {key.removeprefix("tokenizer."): value for key, value in metadata.items()}.get
         model, names = get("ggml.model"), get("ggml.tokens")
         if model not in ("llama", "gpt2") or not names:
-            raise ExportError(f"a GGUF tokenizer of an unknown model {model!r}, expected llama or gpt2")
+            raise ModelError(f"a GGUF tokenizer of an unknown model {model!r}, expected llama or gpt2")
         byte_level = model == "gpt2"
         types = [int(type) for type in get("ggml.token_type") or [NORMAL] * len(names)]
         scores = [0.0] * len(names) if byte_level else [float(score) for score in get("ggml.scores", ())]
         if not len(names) == len(types) == len(scores):
-            raise ExportError(f"{len(names)} tokens with {len(types)} types and {len(scores)} scores")
+            raise ModelError(f"{len(names)} tokens with {len(types)} types and {len(scores)} scores")
         tokens = []
         for name, type, score in zip(names, types, scores, strict=True):
             if type != NORMAL or not byte_level:
@@ -1623,8 +1615,8 @@ class Tokenizer:
         merges: tuple[Merge, ...] = ()
         if byte_level:
             if pre not in GGUF_PATTERNS:
-                raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
-            merges = to_merges([merge.split(" ") for merge in get("ggml.merges", ())], ids, tokens)
+                raise ModelError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
+            merges = to_merges(get("ggml.merges", ()), ids, tokens)
         add_space = bool(get("ggml.add_space_prefix", not byte_level))
         special = {"bos_token": bos, "eos_token": eos, "unk_token": get("ggml.unknown_token_id", -1)}
         tokenizer = cls(
@@ -1665,10 +1657,6 @@ class Tokenizer:
         return replace(
             self, tokens=tokens, template=template, stop_ids=tuple(dict.fromkeys((*self.stop_ids, *ends)))
         )
-
-    def padded(self, size: int) -> Tokenizer:
-        """The same with unused tokens up to a number that a model has been given for speed's sake."""
-        return replace(self, tokens=self.tokens + [Token(b"", UNUSED)] * (size - len(self.tokens)))
 
 
 def token_type(text: bytes) -> int:
@@ -1772,7 +1760,7 @@ class Node:
 
 
 class RegexParser:
-    """Of the part of the language that pre-tokenizers are written in; raises ExportError for all else."""
+    """Of the part of the language that pre-tokenizers are written in; raises ModelError for all else."""
 
     ESCAPED = r"\\[pP]\{\^?\w+\}|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[rntfvsSdD]|\\[^\w]"
     ATOM = re.compile(
@@ -1791,7 +1779,7 @@ class RegexParser:
         return node
 
     def refuse(self) -> NoReturn:
-        raise ExportError(
+        raise ModelError(
             f"a pre-tokenizer with an unknown pattern, from its character {self.at} on: {self.text}"
         )
 
@@ -1960,7 +1948,7 @@ def machines(patterns: Sequence[str]) -> Machines:
     rank[order] = np.arange(1, len(order) + 1)
     kinds = rank[classes.reshape(-1)]
     if len(order) > 255:
-        raise ExportError(f"a pre-tokenizer that tells {len(order)} classes of characters apart")
+        raise ModelError(f"a pre-tokenizer that tells {len(order)} classes of characters apart")
     members = {name: (False, *signature[firsts[order], i].tolist()) for i, name in enumerate(names)}
     ranges = ranges_of(kinds, 1)
 
@@ -1978,7 +1966,7 @@ def machines(patterns: Sequence[str]) -> Machines:
             row.append(2 * (states[i, following] if following else 0) + match)
         steps.append(tuple(row))
         if len(states) > 1 << 16:
-            raise ExportError(f"a pre-tokenizer with too many states: {patterns}")
+            raise ModelError(f"a pre-tokenizer with too many states: {patterns}")
     return Machines(ranges, tuple(steps), len(trees))
 
 
@@ -2037,36 +2025,29 @@ def byte_level_token(name: str) -> Token:
 
 
 def to_merges(
-    pairs: Sequence[Sequence[str]], ids: Mapping[str, int], tokens: Sequence[Token]
+    named: Sequence[str | list[str]], ids: Mapping[str, int], tokens: Sequence[Token]
 ) -> tuple[Merge, ...]:
     """By the tokens' ids. Those that would make a control token of text are left out."""
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in named]
     try:
         merges = [Merge(ids[left], ids[right], ids[left + right]) for left, right in pairs]
     except (KeyError, ValueError):
-        raise ExportError("a merge of tokens that are not in the vocabulary, or of other than two") from None
+        raise ModelError("a merge of tokens that are not in the vocabulary, or of other than two") from None
     return tuple(merge for merge in merges if tokens[merge.made].type != CONTROL)
 
 
 class HuggingFace:
     """A tokenizer.json, and what stands beside it."""
 
-    def __init__(self, source: Path | bytes) -> None:
-        self.folder = None if isinstance(source, bytes) else source if source.is_dir() else source.parent
-        name = "tokenizer.json"
-        if isinstance(source, bytes):
-            data = source
-        else:
-            path = source / name if source.is_dir() else source
-            data = path.read_bytes()
-        try:
-            self.json = json.loads(data)
-            self.model = self.json["model"]
-            self.vocab: dict[str, int] = dict(self.model["vocab"])
-            self.added: list[dict[str, Any]] = list(self.json.get("added_tokens") or [])
-            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in self.model["merges"]]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ExportError("expected a tokenizer.json with a BPE model, found something else") from None
-        self.pairs: list[list[str]] = pairs
+    def __init__(self, path: Path) -> None:
+        self.folder = path.parent
+        self.json = Settings.read(path).values
+        self.model = self.json["model"]
+        if self.model.get("type", "BPE") != "BPE":
+            found = self.model["type"]
+            raise ModelError(f"a tokenizer.json with a model of type {found} (only BPE is supported)")
+        self.vocab: dict[str, int] = dict(self.model["vocab"])
+        self.added: list[dict[str, Any]] = list(self.json.get("added_tokens") or [])
         self.config = self.read("tokenizer_config.json")
         self.model_config = self.read("config.json")
         self.generation = self.read("generation_config.json")
@@ -2074,13 +2055,8 @@ class HuggingFace:
         self.ids = self.vocab | {token["content"]: token["id"] for token in self.added}
 
     def read(self, name: str) -> dict[str, Any]:
-        if self.folder is None or not (self.folder / name).is_file():
-            return {}
-        try:
-            found = json.loads((self.folder / name).read_bytes())
-        except ValueError:
-            raise ExportError(f"{name} is no JSON") from None
-        return found if isinstance(found, dict) else {}
+        path = self.folder / name
+        return Settings.read(path).values if path.is_file() else {}
 
     def special(self) -> dict[str, str]:
         """bos_token, eos_token and so on, by their names."""
@@ -2116,9 +2092,9 @@ class HuggingFace:
                         break
                     first += processor["special_tokens"][item["SpecialToken"]["id"]]["ids"]
             elif processor["type"] != "ByteLevel":
-                raise ExportError(f"a tokenizer with an unknown post-processor: {json.dumps(processor)}")
+                raise ModelError(f"a tokenizer with an unknown post-processor: {json.dumps(processor)}")
         if len(first) > 1:
-            raise ExportError(f"a tokenizer that begins a text with several tokens: {first}")
+            raise ModelError(f"a tokenizer that begins a text with several tokens: {first}")
         add = self.config.get("add_bos_token")
         if first and add is not False:
             return first[0], True
@@ -2133,7 +2109,7 @@ class HuggingFace:
 
     def tokens(self, make: Callable[[str], Token]) -> list[Token]:
         if any(not isinstance(id, int) or not 0 <= id < 1 << 24 for id in self.ids.values()):
-            raise ExportError("a tokenizer.json with an id out of range")
+            raise ModelError("a tokenizer.json with an id out of range")
         size = max(self.ids.values(), default=-1) + 1
         sizes = [size, self.model_config.get("vocab_size")]  # a model may have more, for speed's sake
         tokens = [Token(b"", UNUSED)] * max(n for n in sizes if isinstance(n, int))
@@ -2157,7 +2133,7 @@ class HuggingFace:
     def check_added(self, token: dict[str, Any]) -> None:
         """Refuses a plain added token that is not simply sought, the longest at each place of the text."""
         if strange := [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]:
-            raise ExportError(f"the added token {token['content']!r} is {strange[0]} (not supported)")
+            raise ModelError(f"the added token {token['content']!r} is {strange[0]} (not supported)")
 
     def tokenizer(self) -> Tokenizer:
         model = self.model
@@ -2167,13 +2143,9 @@ class HuggingFace:
         normalizers = [normalizer for normalizer in normalizers if normalizer["type"] != "NFC"]
         nfc = nfc_tables() if len(normalizers) < steps else None
         byte_level = any(kind["type"] == "ByteLevel" for kind in kinds)
-        if model.get("type", "BPE") != "BPE":
-            raise ExportError(
-                f"a tokenizer.json with a model of type {model['type']} (only BPE is supported)"
-            )
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
-                raise ExportError(f"a tokenizer.json with {option} {model[option]!r} (not supported)")
+                raise ModelError(f"a tokenizer.json with {option} {model[option]!r} (not supported)")
         if byte_level:
             tokens = self.tokens(byte_level_token)
             patterns, spaces = self.byte_level(kinds, normalizers)
@@ -2184,7 +2156,7 @@ class HuggingFace:
             tokens = [t._replace(text=library_nfc(t.text)) if t.type == LATE else t for t in tokens]
         unk = self.ids.get(model.get("unk_token") or "", -1)
         if byte_level and unk >= 0 and model.get("fuse_unk") and sum(t.type == BYTE for t in tokens) < 256:
-            raise ExportError(
+            raise ModelError(
                 "a byte-level tokenizer that lacks some bytes and fuses unknown ones (not supported)"
             )
         if not byte_level and unk >= 0:
@@ -2204,7 +2176,7 @@ class HuggingFace:
             by_merges=True,
             whole_words=bool(model.get("ignore_merges")),
             kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
-            merges=to_merges(self.pairs, self.vocab, tokens),
+            merges=to_merges(model["merges"], self.vocab, tokens),
             machines=machines(patterns),
             nfc=nfc,
         )
@@ -2227,7 +2199,7 @@ class HuggingFace:
         before "each" text, even so.
         """
         if normalizers:
-            raise ExportError(
+            raise ModelError(
                 f"a byte-level tokenizer with an unknown normalizer: {json.dumps(normalizers[0])}"
             )
         patterns = []
@@ -2243,7 +2215,7 @@ class HuggingFace:
                 space = bool(kind.get("add_prefix_space", True))
                 patterns += [GPT2] if kind.get("use_regex", True) else []
             else:
-                raise ExportError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
+                raise ModelError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
         return patterns, "always" if space else "never"
 
     def piece(self, name: str) -> Token:
@@ -2264,11 +2236,11 @@ class HuggingFace:
             {"type": "Replace", "pattern": {"String": " "}, "content": bar},
         ]
         if unknown := [normalizer for normalizer in normalizers if normalizer not in known]:
-            raise ExportError(f"a tokenizer with an unknown normalizer: {json.dumps(unknown[0])}")
+            raise ModelError(f"a tokenizer with an unknown normalizer: {json.dumps(unknown[0])}")
         if known[0] in normalizers:
             spaces = "each"
             if any(t.get("normalized") and not t.get("special") for t in self.added):
-                raise ExportError("added tokens that are sought in text with a '▁' in front (not supported)")
+                raise ModelError("added tokens that are sought in text with a '▁' in front (not supported)")
         replaced, patterns = known[1] in normalizers, [WORDS_AT_SPACES]
         if any(b" " in token.text.lstrip(b" ") for token in tokens if token.type == NORMAL):
             patterns = []
@@ -2281,17 +2253,17 @@ class HuggingFace:
                 spaces = scheme if spaces == "never" else spaces
                 patterns = [" [^ ]*|[^ ]+"] if kind.get("split", True) else patterns
             elif not (kind["type"] == "Split" and kind["pattern"] == {"String": " "} and replaced):
-                raise ExportError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
+                raise ModelError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
         if not replaced:
-            raise ExportError("a tokenizer.json that is neither byte-level nor writes spaces as '▁'")
+            raise ModelError("a tokenizer.json that is neither byte-level nor writes spaces as '▁'")
         if any(c in token.text for c in (b" ", bar.encode()) for token in tokens if token.type == LATE):
-            raise ExportError("an added token with a space in it (not supported)")
+            raise ModelError("an added token with a space in it (not supported)")
         if not self.model.get("byte_fallback") and not self.model.get("fuse_unk"):
-            raise ExportError("a tokenizer.json without byte_fallback and fuse_unk (not supported)")
+            raise ModelError("a tokenizer.json without byte_fallback and fuse_unk (not supported)")
         return patterns, spaces
 
     def chat_template(self) -> str | None:
-        if self.folder and (self.folder / "chat_template.jinja").is_file():
+        if (self.folder / "chat_template.jinja").is_file():
             return (self.folder / "chat_template.jinja").read_text()
         found = self.config.get("chat_template")
         if isinstance(found, list):  # several of them, by name
@@ -2475,7 +2447,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """Recognises a tokenizer by its first bytes: llama2.c's begin with a small int32, protobuf with a tag."""
     try:
         if path.is_dir():
-            return Tokenizer.from_huggingface(path)
+            return HuggingFace(path / "tokenizer.json").tokenizer()
         with open(path, "rb") as file:
             gguf = file.read(4) == b"GGUF"
         if gguf:
@@ -2484,16 +2456,18 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if data.startswith(TOKENIZER_MAGIC):
             return Tokenizer.from_bytes(data)
         if data.lstrip()[:1] == b"{":
-            return Tokenizer.from_huggingface(path)
+            return HuggingFace(path).tokenizer()
         if kind := known_format(data[:16]):
-            raise ExportError(f"expected a tokenizer, found {kind}")
+            raise ModelError(f"expected a tokenizer, found {kind}")
         if data[2:4] == b"\0\0":
             return Tokenizer.from_llama2c(data)
         if data[:1] == b"\n":
             return Tokenizer.from_sentencepiece(data)
-        raise ExportError("not a tokenizer of a known format")
-    except ExportError as error:
+        raise ModelError("not a tokenizer of a known format")
+    except ModelError as error:
         raise ExportError(f"{path}: {error}") from None
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ExportError(f"{path}: a tokenizer of an unknown form ({error!r})") from None
 
 
 def padded(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:

@@ -83,7 +83,8 @@ class Peer:
 @contextmanager
 def peer(library: Tokenizer, folder: Path) -> Iterator[Peer]:
     data = json.loads(library.to_str())
-    made = export.Tokenizer.from_huggingface(library.to_str().encode())
+    library.save(str(folder / "tokenizer.json"))
+    made = export.read_tokenizer(folder / "tokenizer.json")
     path = folder / "t.tokenizer.bin"
     path.write_bytes(made.to_bytes())
     assert export.Tokenizer.from_bytes(path.read_bytes()) == made

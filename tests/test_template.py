@@ -144,7 +144,7 @@ class Model:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         self.theirs = PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>")
         self.theirs.chat_template = template
-        self.tokenizer = export.Tokenizer.from_huggingface(folder)
+        self.tokenizer = export.read_tokenizer(folder)
         # Texts within a conversation are tokenized as run.c does it at the start of a text, or after a token.
         self.programs: dict[bool, Tokens] = {}
         for first in (True, False):
@@ -282,7 +282,7 @@ def test_tokens_of_a_template_cannot_be_typed(tmp_path: Path) -> None:
     )
     library.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
-    tokenizer = export.Tokenizer.from_huggingface(tmp_path)
+    tokenizer = export.read_tokenizer(tmp_path)
     types = [
         tokenizer.tokens[library.token_to_id(name)].type for name in ("<|im_start|>", "<|im_end|>", "<tool>")
     ]
@@ -294,7 +294,7 @@ def test_tokens_that_take_spaces_with_them(tmp_path: Path, capsys: pytest.Captur
     library.add_special_tokens([AddedToken("<|im_end|>", rstrip=True)])
     library.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
-    assert export.Tokenizer.from_huggingface(tmp_path).template is None
+    assert export.read_tokenizer(tmp_path).template is None
     assert "<|im_end|> takes spaces with it" in capsys.readouterr().err
 
 
