@@ -394,16 +394,6 @@ def side_by_side(shards: list[Tensor]) -> Tensor:
     return shards[0]._replace(shape=(height, width), rows=rows)
 
 
-def lora_merged(tensor: Tensor, a: NDArray[np.float32], b: NDArray[np.float32], scale: float) -> Tensor:
-    """W + scale B A in float32 (https://arxiv.org/abs/2106.09685); a: (rank, in), b: (out, rank)."""
-    scaled = np.float32(scale) * b
-
-    def rows(start: int, stop: int) -> Array:
-        return widened(tensor.rows(start, stop)) + scaled[start:stop] @ a
-
-    return tensor._replace(rows=rows)
-
-
 HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope\.freqs")  # RoPE's angles, which run.c computes
 
 
@@ -882,10 +872,7 @@ def indexed_tensors(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> d
 META_NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+    **{f"layers.{{}}.attention.w{x}.weight": f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"},
     "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
     "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
     "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
@@ -1213,6 +1200,7 @@ def lora_rank_and_scale(s: Settings) -> tuple[int, float]:
 
 
 def adapted(tensor: Tensor, name: str, pair: dict[str, Tensor], rank: int, scale: float) -> Tensor:
+    """W + scale B A in float32 (https://arxiv.org/abs/2106.09685); A: (rank, in), B: (out, rank)."""
     path = next(iter(pair.values())).path
     shapes = {"A": (rank, *tensor.shape[1:]), "B": (tensor.shape[0], rank)}
     for x, shape in shapes.items():
@@ -1222,7 +1210,12 @@ def adapted(tensor: Tensor, name: str, pair: dict[str, Tensor], rank: int, scale
             found = f"expected the shape {shape}, found {pair[x].shape}"
             raise ExportError(f"{path}: lora_{x} of {name}: {found}")
     a, b = (widened(pair[x].rows(0, pair[x].shape[0])) for x in "AB")
-    return lora_merged(tensor, a, b, scale)
+    scaled = np.float32(scale) * b
+
+    def rows(start: int, stop: int) -> Array:
+        return widened(tensor.rows(start, stop)) + scaled[start:stop] @ a
+
+    return tensor._replace(rows=rows)
 
 
 def llama(dim: int, hidden: int, layers: int, heads: int, kv_heads: int, length: int, tied: bool) -> Config:
@@ -1548,7 +1541,9 @@ class Tokenizer:
             special = len(tokens) < 3
             type = (UNKNOWN, CONTROL, CONTROL)[len(tokens)] if special else token_type(text)
             tokens.append(Token(text.strip(b"\n") if special else token_text(text, type), type, score))
-        return cls(tokens, 1, 0, (2,), add_bos=True, add_space=True, machines=words_at_spaces(tokens))
+        return cls(
+            tokens, 1, 0, (2,), add_bos=True, add_space=True, machines=machines(words_at_spaces(tokens))
+        )
 
     @classmethod
     def from_sentencepiece(cls, data: bytes) -> Tokenizer:
@@ -1583,7 +1578,7 @@ class Tokenizer:
             stop_ids=(trainer.eos_id,) if trainer.eos_id >= 0 else (),
             add_bos=trainer.bos_id >= 0,
             add_space=normalizer.add_dummy_prefix,
-            machines=words_at_spaces(tokens),
+            machines=machines(words_at_spaces(tokens)),
         )
 
     @classmethod
@@ -1633,7 +1628,7 @@ class Tokenizer:
             whole_words=byte_level and pre in GGUF_WHOLE_WORDS,
             kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
             merges=merges,
-            machines=machines(GGUF_PATTERNS[pre]) if byte_level else words_at_spaces(tokens),
+            machines=machines(GGUF_PATTERNS[pre] if byte_level else words_at_spaces(tokens)),
             nfc=nfc_tables() if byte_level and pre in GGUF_NFC else None,
         )
         added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
@@ -1698,7 +1693,6 @@ TEKKEN = (
 )
 DEEPSEEK_CODER = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]
 DIGITS = "[[:Digits:]]"  # the `tokenizers` library's own notion of a digit, which no expression names
-WORDS_AT_SPACES = " *[^ ]+| +"  # for vocabularies that have no token with a space after something else
 
 GGUF_PATTERNS = {  # what llama.cpp calls pre-tokenizers
     name: patterns
@@ -1919,10 +1913,10 @@ def ranges_of(kinds: NDArray[Any], usual: int) -> tuple[tuple[int, int, int], ..
     return tuple((a, b - 1, int(kinds[a])) for a, b in pairwise(edges) if kinds[a] != usual)
 
 
-def words_at_spaces(tokens: Sequence[Token]) -> Machines:
+def words_at_spaces(tokens: Sequence[Token]) -> list[str]:
     """A word begins with its spaces, unless there is a token with a space after something else."""
     across = any(b" " in token.text.lstrip(b" ") for token in tokens if token.type == NORMAL)
-    return machines([] if across else [WORDS_AT_SPACES])
+    return [] if across else [" *[^ ]+| +"]
 
 
 def machines(patterns: Sequence[str]) -> Machines:
@@ -2118,22 +2112,16 @@ class HuggingFace:
         control = self.control()
         for token in self.added:
             name, id = token["content"], token["id"]
-            if id not in control:
-                self.check_added(token)
-            late = bool(token.get("normalized"))
+            type = CONTROL if id in control else LATE if token.get("normalized") else USER_DEFINED
+            strange = [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]
+            if strange and type != CONTROL:  # it is not simply sought, the longest at each place of the text
+                raise ModelError(f"the added token {name!r} is {strange[0]} (not supported)")
             if name:
-                tokens[id] = Token(
-                    name.encode(), CONTROL if id in control else LATE if late else USER_DEFINED
-                )
+                tokens[id] = Token(name.encode(), type)
         for id in control:
             if tokens[id].text:
                 tokens[id] = tokens[id]._replace(type=CONTROL)
         return tokens
-
-    def check_added(self, token: dict[str, Any]) -> None:
-        """Refuses a plain added token that is not simply sought, the longest at each place of the text."""
-        if strange := [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]:
-            raise ModelError(f"the added token {token['content']!r} is {strange[0]} (not supported)")
 
     def tokenizer(self) -> Tokenizer:
         model = self.model
@@ -2241,9 +2229,7 @@ class HuggingFace:
             spaces = "each"
             if any(t.get("normalized") and not t.get("special") for t in self.added):
                 raise ModelError("added tokens that are sought in text with a '▁' in front (not supported)")
-        replaced, patterns = known[1] in normalizers, [WORDS_AT_SPACES]
-        if any(b" " in token.text.lstrip(b" ") for token in tokens if token.type == NORMAL):
-            patterns = []
+        replaced, patterns = known[1] in normalizers, words_at_spaces(tokens)
         for kind in kinds:
             if kind["type"] == "Metaspace" and kind.get("replacement", bar) == bar and not replaced:
                 replaced = True

@@ -22,7 +22,18 @@ from pathlib import Path
 TOP = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
 
-from export import BYTE, CONTROL, NORMAL, UNKNOWN, Token, Tokenizer, atomic, token_text, words_at_spaces
+from export import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    Token,
+    Tokenizer,
+    atomic,
+    machines,
+    token_text,
+    words_at_spaces,
+)
 
 PACKAGE = "llama-tokenizer-js"
 N_BYTES = 256
@@ -67,7 +78,7 @@ def main() -> None:
     parser.add_argument("-o", dest="output", type=Path, default=TOP / "tokenizer.bin")
     args = parser.parse_args()
     tokens = [token(id, piece) for id, piece in enumerate(pieces(javascript(args.package)))]
-    words = words_at_spaces(tokens)
+    words = machines(words_at_spaces(tokens))
     tokenizer = Tokenizer(tokens, 1, 0, (2,), add_bos=True, add_space=True, machines=words)
     with atomic(args.output) as file:
         file.write(tokenizer.to_bytes())
