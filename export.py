@@ -37,7 +37,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from datetime import datetime
 from functools import cache, cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeVar
@@ -1319,15 +1319,10 @@ MAX_STOP_IDS = 7
 TEXT_ITEM = 1 << 31  # in a template: so many bytes of text; other items are ids
 
 
-SWITCHES = (
-    "add_bos",
-    "add_space",
-    "space_anew",
-    "no_second_space",
-    "by_merges",
-    "whole_words",
-    "nfc",
-)  # bits of flags
+# The bits of flags
+SWITCHES = ["add_bos", "add_space", "space_anew", "no_second_space", "by_merges", "whole_words", "nfc"]
+
+Table = tuple[tuple[int, ...], ...]  # of numbers
 
 
 class Token(NamedTuple):
@@ -1345,10 +1340,8 @@ class Merge(NamedTuple):
 class Machines(NamedTuple):
     """How text is cut into words: state machines, each for what the one before it has left, see `machines`."""
 
-    ranges: tuple[tuple[int, int, int], ...] = ()  # first and last character, class; of all others it is 1
-    steps: tuple[
-        tuple[int, ...], ...
-    ] = ()  # (states, classes): twice the next state, + 1 at the end of a word
+    ranges: Table = ()  # first and last character, class; of all others it is 1
+    steps: Table = ()  # (states, classes): twice the next state, + 1 at the end of a word
     n_machines: int = 0
 
 
@@ -1358,11 +1351,9 @@ NO_MACHINES = Machines()  # a text is one word
 class Nfc(NamedTuple):
     """Unicode's tables for its normalization form C."""
 
-    decompositions: tuple[tuple[int, ...], ...]  # a character, the four that it stands for, 0 after the last
-    compositions: tuple[tuple[int, ...], ...]  # two characters, and the one that they make
-    marks: tuple[
-        tuple[int, int, int], ...
-    ]  # first and last character, combining class; of all others it is 0
+    decompositions: Table  # a character, the four that it stands for, 0 after the last
+    compositions: Table  # two characters, and the one that they make
+    marks: Table  # first and last character, combining class; of all others it is 0
 
 
 MAX_PARTS = 4
@@ -1435,43 +1426,26 @@ class Tokenizer:
     @cached_property
     def rest(self) -> bytes:
         """What follows the vocabulary: the merges, how words are cut, NFC, the template."""
-        numbers: list[tuple[int, ...]] = [*self.merges, *self.machines.ranges, *self.machines.steps]
+        rows: list[tuple[int, ...]] = [*self.merges, *self.machines.ranges, *self.machines.steps]
         if self.nfc:
-            numbers += [tuple(map(len, self.nfc)), *(row for rows in self.nfc for row in rows)]
-        start = bytes(-len(self.vocabulary) % 4)
-        pieces = self.template.pieces if self.template else ((),) * len(PIECES)
-        return b"".join(
-            [
-                start,
-                *(struct.pack(f"<{len(row)}I", *row) for row in numbers),
-                *(struct.pack("<I", len(piece)) + piece for piece in map(template_bytes, pieces)),
-            ]
-        )
+            rows += [tuple(map(len, self.nfc)), *chain.from_iterable(self.nfc)]
+        pieces = map(template_bytes, self.template.pieces if self.template else ((),) * len(PIECES))
+        parts = [bytes(-len(self.vocabulary) % 4), *(struct.pack(f"<{len(row)}I", *row) for row in rows)]
+        return b"".join([*parts, *(struct.pack("<I", len(piece)) + piece for piece in pieces)])
 
     def to_bytes(self) -> bytes:
         """The tokenizer file."""
         stop_ids = self.stop_ids + (-1,) * (MAX_STOP_IDS - len(self.stop_ids))
         flags = sum(bool(getattr(self, name)) << bit for bit, name in enumerate(SWITCHES))
         size = TOKENIZER_HEADER.size + len(self.vocabulary) + len(self.rest)
-        m = self.machines
-        return b"".join(
-            [
-                TOKENIZER_HEADER.pack(
-                    *(TOKENIZER_MAGIC, TOKENIZER_VERSION, self.kind, flags, len(self.tokens)),
-                    *(self.bos_id, self.unk_id, len(self.stop_ids), *stop_ids, size, self.vocab_hash),
-                    *(
-                        len(self.merges),
-                        len(m.ranges),
-                        len(m.steps[0]) if m.steps else 0,
-                        len(m.steps),
-                        m.n_machines,
-                    ),
-                    *(self.template.flags if self.template else 0, fnv1a(self.rest)),
-                ),
-                self.vocabulary,
-                self.rest,
-            ]
+        ranges, steps, n_machines = self.machines
+        counts = (len(self.merges), len(ranges), len(steps[0]) if steps else 0, len(steps), n_machines)
+        header = TOKENIZER_HEADER.pack(
+            *(TOKENIZER_MAGIC, TOKENIZER_VERSION, self.kind, flags, len(self.tokens)),
+            *(self.bos_id, self.unk_id, len(self.stop_ids), *stop_ids, size, self.vocab_hash),
+            *(*counts, self.template.flags if self.template else 0, fnv1a(self.rest)),
         )
+        return header + self.vocabulary + self.rest
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
@@ -1481,10 +1455,8 @@ class Tokenizer:
         _, version, kind, flags, size, bos, unk, n_stop, *others = TOKENIZER_HEADER.unpack_from(data)
         if version != TOKENIZER_VERSION or kind not in (SENTENCEPIECE_BPE, BYTE_LEVEL_BPE):
             raise ModelError(f"a tokenizer file of unknown version {version} or kind {kind}")
-        stop_ids, (_, _, n_merges, n_ranges, n_classes, n_states, n_machines, template, _) = (
-            others[:7],
-            others[7:],
-        )
+        stop_ids, counts = others[:n_stop], others[MAX_STOP_IDS + 2 : -1]
+        n_merges, n_ranges, n_classes, n_states, n_machines, template_flags = counts
         at = TOKENIZER_HEADER.size
 
         def take(form: str) -> tuple[Any, ...]:
@@ -1501,7 +1473,7 @@ class Tokenizer:
             take(f"{-(at - TOKENIZER_HEADER.size) % 4}x")
             merges = tuple(Merge(*take("3I")) for _ in range(n_merges))
             ranges = tuple(take("3I") for _ in range(n_ranges))
-            steps = tuple(take(f"{n_classes}I") for _ in range(n_states))
+            steps = tuple(take(f"{n_classes}I") for _ in range(n_states if n_classes else 0))
             switches: dict[str, Any] = {name: bool(flags >> bit & 1) for bit, name in enumerate(SWITCHES)}
             widths = zip(take("3I"), (1 + MAX_PARTS, 3, 3), strict=True) if switches["nfc"] else ()
             nfc = [tuple(take(f"{width}I") for _ in range(count)) for count, width in widths]
@@ -1512,12 +1484,12 @@ class Tokenizer:
             tokens,
             bos,
             unk,
-            tuple(stop_ids[:n_stop]),
+            tuple(stop_ids),
             **switches | {"nfc": Nfc(*nfc) if nfc else None},
             kind=kind,
             merges=merges,
             machines=Machines(ranges, steps, n_machines),
-            template=Template(pieces, template) if any(pieces) else None,
+            template=Template(pieces, template_flags) if any(pieces) else None,
         )
         if tokenizer.to_bytes() != data:
             raise ModelError(f"a damaged tokenizer file: {len(data)} bytes that do not fit together")
@@ -1614,12 +1586,11 @@ class Tokenizer:
             merges = to_merges(get("ggml.merges", ()), ids, tokens)
         add_space = bool(get("ggml.add_space_prefix", not byte_level))
         special = {"bos_token": bos, "eos_token": eos, "unk_token": get("ggml.unknown_token_id", -1)}
+        unk = -1 if byte_level else get("ggml.unknown_token_id", 0)  # llama.cpp leaves out unknown bytes
         tokenizer = cls(
             tokens,
             bos_id=bos,
-            unk_id=-1
-            if byte_level
-            else get("ggml.unknown_token_id", 0),  # llama.cpp leaves out unknown bytes
+            unk_id=unk,
             stop_ids=tuple(dict.fromkeys(int(id) for id in stop_ids if id >= 0)),
             add_bos=bool(get("ggml.add_bos_token", not byte_level)) and bos >= 0,
             add_space=add_space,
@@ -1807,9 +1778,8 @@ class RegexParser:
                     possessive.append(len(parts))
                 node = Node("repeat", (node,), least=low, most=high)
             parts.append(node)
-        for i in (
-            possessive
-        ):  # what keeps all it has taken is the same as what might give back, if that is of no use
+        # What keeps all it has taken is the same as what might give back, if that is of no use.
+        for i in possessive:
             for other in parts[i + 1 :]:
                 a, b = parts[i].parts[0], other.parts[0] if other.type == "repeat" else other
                 if a.type != "set" or b.type != "set":
@@ -1907,7 +1877,7 @@ class Machine:
         return tuple(following), False
 
 
-def ranges_of(kinds: NDArray[Any], usual: int) -> tuple[tuple[int, int, int], ...]:
+def ranges_of(kinds: NDArray[Any], usual: int) -> Table:
     """First and last character and class, of those that are not of the usual class."""
     edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
     return tuple((a, b - 1, int(kinds[a])) for a, b in pairwise(edges) if kinds[a] != usual)
@@ -2233,10 +2203,9 @@ class HuggingFace:
         for kind in kinds:
             if kind["type"] == "Metaspace" and kind.get("replacement", bar) == bar and not replaced:
                 replaced = True
-                scheme = kind.get(
-                    "prepend_scheme", "always" if kind.get("add_prefix_space", True) else "never"
-                )
-                spaces = scheme if spaces == "never" else spaces
+                if spaces == "never":
+                    before = "always" if kind.get("add_prefix_space", True) else "never"
+                    spaces = kind.get("prepend_scheme", before)
                 patterns = [" [^ ]*|[^ ]+"] if kind.get("split", True) else patterns
             elif not (kind["type"] == "Split" and kind["pattern"] == {"String": " "} and replaced):
                 raise ModelError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
@@ -2270,11 +2239,8 @@ def flattened(step: Any, inside: str) -> list[Any]:
 
 
 def template_bytes(piece: Piece) -> bytes:
-    items = [item if isinstance(item, int) else item.encode() for item in piece]
-    return b"".join(
-        struct.pack("<I", item) if isinstance(item, int) else struct.pack("<I", TEXT_ITEM | len(item)) + item
-        for item in items
-    )
+    items = [(item, b"") if isinstance(item, int) else (TEXT_ITEM, item.encode()) for item in piece]
+    return b"".join(struct.pack("<I", start | len(text)) + text for start, text in items)
 
 
 def template_piece(data: bytes) -> Piece:
@@ -2296,9 +2262,8 @@ class TemplateError(Exception):
     """Why a chat template cannot be used."""
 
 
-Renderer = Callable[
-    [list[str], bool, str | None], str
-]  # of turns, perhaps with a prompt for more, and a system text
+# Of turns, perhaps with a prompt for more, and a system text
+Renderer = Callable[[list[str], bool, str | None], str]
 
 
 def renderer(source: str, special: Mapping[str, str]) -> Renderer:
@@ -2411,11 +2376,8 @@ def check_template(render: Renderer, pieces: list[str], system: str | None) -> N
     for length in range(1, len(MARKS), 2):  # those that the user has the last word in
         text = before_user if system is None else before_system + system + after_system
         for i, turn in enumerate(MARKS[1 : length + 1]):
-            text += (
-                (next_user if i else "") + turn + after_user
-                if i % 2 == 0
-                else before_answer + turn + after_answer
-            )
+            before, after = (before_answer, after_answer) if i % 2 else (next_user if i else "", after_user)
+            text += before + turn + after
         if render(MARKS[1 : length + 1], True, system) != text:
             raise TemplateError("it treats some turn of a conversation differently from others")
 
