@@ -82,10 +82,6 @@ def say(kind: str, message: object) -> None:
     print(f"export.py: {kind}: {text}", file=sys.stderr)
 
 
-def warn(message: str) -> None:
-    say("warning", message)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # 1. Configuration
 
@@ -977,7 +973,10 @@ def meta_context(s: Settings) -> int:
         return 131072  # Llama 3.1 and later
     if "rope_theta" in s.values:
         return 8192  # Llama 3
-    warn(f"{s.path}: no context length; assuming 2048 as for Llama 1 (for Llama 2: --max-seq-len 4096)")
+    say(
+        "warning",
+        f"{s.path}: no context length; assuming 2048 as for Llama 1 (for Llama 2: --max-seq-len 4096)",
+    )
     return 2048
 
 
@@ -2143,10 +2142,7 @@ class HuggingFace:
         used = {item for piece in chatty.template.pieces for item in piece} if chatty.template else set()
         for token in self.added:
             if token["id"] in used and (token.get("lstrip") or token.get("rstrip")):
-                print(
-                    f"note: no chat template is stored: {token['content']} takes spaces with it",
-                    file=sys.stderr,
-                )
+                say("note", f"no chat template is stored: {token['content']} takes spaces with it")
                 return tokenizer
         return chatty
 
@@ -2340,13 +2336,13 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
             flags |= 2
         except TemplateError as error:
             pieces[1] = pieces[2] = ""
-            print(f"note: the chat template takes no system text: {error}", file=sys.stderr)
+            say("note", f"the chat template takes no system text: {error}")
         flags |= find_trimming(render, system if flags & 2 else None)
         if "strftime_now" in source:
-            print("note: the chat template holds today's date, which stays as it is", file=sys.stderr)
+            say("note", "the chat template holds today's date, which stays as it is")
         return Template(tuple(to_items(piece, added) for piece in pieces), flags)
     except TemplateError as error:
-        print(f"note: no chat template is stored: {error}", file=sys.stderr)
+        say("note", f"no chat template is stored: {error}")
         return None
 
 
@@ -2423,7 +2419,10 @@ def padded(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     missing = vocab_size - len(tokenizer.tokens)
     if not 0 < missing <= vocab_size // 16 or vocab_size % 64:
         return tokenizer
-    warn(f"the model has {vocab_size} tokens, the tokenizer {vocab_size - missing}: the others print nothing")
+    say(
+        "warning",
+        f"the model has {vocab_size} tokens, the tokenizer {vocab_size - missing}: the others print nothing",
+    )
     return replace(tokenizer, tokens=tokenizer.tokens + [Token(b"", UNUSED, 0.0)] * missing)
 
 
@@ -2552,7 +2551,7 @@ def context_length(source: Source, wanted: int | None) -> int:
     if source.window is None or length <= source.window:
         return length
     cut = f"the context is cut from {length} to {source.window} positions"
-    warn(f"{cut}, the sliding window of the attention: within it, results are exact")
+    say("warning", f"{cut}, the sliding window of the attention: within it, results are exact")
     return source.window
 
 

@@ -319,7 +319,9 @@ def test_templates_that_have_no_plain_pieces(
     assert export.find_template(source, {"bos_token": "<s>"}, {"<s>": 1}) is None
     stderr = capsys.readouterr().err
     assert (
-        stderr.startswith("note: no chat template is stored: ") and note in stderr and stderr.count("\n") == 1
+        stderr.startswith("export.py: note: no chat template is stored: ")
+        and note in stderr
+        and stderr.count("\n") == 1
     )
 
 
