@@ -773,6 +773,13 @@ def hugging_face_config(s: Settings) -> Config:
     )
 
 
+def height(found: dict[str, Tensor], name: str) -> int:
+    """For what a checkpoint does not say otherwise."""
+    if name not in found:
+        raise ModelError(f"lacks the tensor {name}")
+    return found[name].shape[0]
+
+
 def dim_of_heads(dim: int, n_heads: int) -> int:
     """Where it is not said, heads share out the model's dimensions."""
     if n_heads < 1 or dim % n_heads:
@@ -934,16 +941,11 @@ def meta_joined(s: Settings, name: str, shards: list[Tensor]) -> Tensor:
 
 def meta_config(s: Settings, found: dict[str, Tensor]) -> Config:
     """Of params.json, and of the tensors' shapes what it leaves out."""
-    sizes = []
-    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"):
-        if name not in found:
-            raise ExportError(f"{s.path.parent}: lacks the tensor {name}")
-        sizes.append(found[name].shape[0])
-    vocab_size, hidden_dim = sizes
     dim, n_heads = s.get("dim", int), s.get("n_heads", int)
+    vocab_size = height(found, "model.embed_tokens.weight")
     return Config(
         dim=dim,
-        hidden_dim=hidden_dim,
+        hidden_dim=height(found, "model.layers.0.mlp.gate_proj.weight"),
         n_layers=s.get("n_layers", int),
         n_heads=n_heads,
         n_kv_heads=s.get("n_kv_heads", int, n_heads),
@@ -1054,9 +1056,6 @@ def gguf_config(s: Settings, found: dict[str, Tensor]) -> Config:
         if a.get(key, int, head_dim) != head_dim:
             raise ExportError(f"{s.path}: {prefix}{key} is {own[key]}, expected {head_dim} as all of a head")
     kind = a.one_of("rope.scaling.type", "none", "linear", default="none")
-    embedding = found.get("model.embed_tokens.weight")
-    if embedding is None:
-        raise ExportError(f"{s.path}: lacks the tensor token_embd.weight")
     return Config(
         dim=dim,
         hidden_dim=a.get("feed_forward_length", int),
@@ -1064,7 +1063,7 @@ def gguf_config(s: Settings, found: dict[str, Tensor]) -> Config:
         n_heads=n_heads,
         n_kv_heads=a.get("attention.head_count_kv", int, n_heads),
         head_dim=head_dim,
-        vocab_size=embedding.shape[0],
+        vocab_size=height(found, "model.embed_tokens.weight"),
         max_seq_len=a.get("context_length", int),
         norm_eps=a.get("attention.layer_norm_rms_epsilon", float),
         tied="lm_head.weight" not in found,
@@ -1743,9 +1742,7 @@ class RegexParser:
         return node
 
     def refuse(self) -> NoReturn:
-        raise ModelError(
-            f"a pre-tokenizer with an unknown pattern, from its character {self.at} on: {self.text}"
-        )
+        raise ModelError(f"a pre-tokenizer with an unknown pattern, from character {self.at} on: {self.text}")
 
     def taken(self, text: str) -> bool:
         found = self.text.startswith(text, self.at)
@@ -2015,7 +2012,8 @@ class HuggingFace:
         self.model_config = self.read("config.json")
         self.generation = self.read("generation_config.json")
         self.special_map = self.read("special_tokens_map.json")
-        self.ids = self.vocab | {token["content"]: token["id"] for token in self.added}
+        self.added_ids: dict[str, int] = {token["content"]: token["id"] for token in self.added}
+        self.ids = self.vocab | self.added_ids
 
     def read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
@@ -2037,8 +2035,7 @@ class HuggingFace:
         for config in (self.generation, self.model_config):
             value = config.get(key)
             found += value if isinstance(value, list) else [value]
-        added = {token["id"] for token in self.added}
-        return [id for id in found if id in added]
+        return [id for id in found if id in self.added_ids.values()]
 
     def stop_ids(self) -> list[int]:
         eos = self.ids.get(self.special().get("eos_token", ""))
@@ -2096,9 +2093,8 @@ class HuggingFace:
         model = self.model
         kinds = flattened(self.json.get("pre_tokenizer"), "pretokenizers")
         normalizers = flattened(self.json.get("normalizer"), "normalizers")
-        steps = len(normalizers)
+        nfc = nfc_tables() if any(normalizer["type"] == "NFC" for normalizer in normalizers) else None
         normalizers = [normalizer for normalizer in normalizers if normalizer["type"] != "NFC"]
-        nfc = nfc_tables() if len(normalizers) < steps else None
         byte_level = any(kind["type"] == "ByteLevel" for kind in kinds)
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
@@ -2113,9 +2109,7 @@ class HuggingFace:
             tokens = [t._replace(text=library_nfc(t.text)) if t.type == LATE else t for t in tokens]
         unk = self.ids.get(model.get("unk_token") or "", -1)
         if byte_level and unk >= 0 and model.get("fuse_unk") and sum(t.type == BYTE for t in tokens) < 256:
-            raise ModelError(
-                "a byte-level tokenizer that lacks some bytes and fuses unknown ones (not supported)"
-            )
+            raise ModelError("a byte-level tokenizer that lacks bytes and fuses unknown ones (not supported)")
         if not byte_level and unk >= 0:
             tokens[unk] = tokens[unk]._replace(type=UNKNOWN)
         bos, add_bos = self.bos()
@@ -2137,8 +2131,7 @@ class HuggingFace:
             machines=machines(patterns),
             nfc=nfc,
         )
-        added = {token["content"]: token["id"] for token in self.added}
-        chatty = tokenizer.with_template(self.chat_template(), self.special(), added)
+        chatty = tokenizer.with_template(self.chat_template(), self.special(), self.added_ids)
         used = {item for piece in chatty.template.pieces for item in piece} if chatty.template else set()
         for token in self.added:
             if token["id"] in used and (token.get("lstrip") or token.get("rstrip")):
@@ -2153,9 +2146,7 @@ class HuggingFace:
         before "each" text, even so.
         """
         if normalizers:
-            raise ModelError(
-                f"a byte-level tokenizer with an unknown normalizer: {json.dumps(normalizers[0])}"
-            )
+            raise ModelError(f"a tokenizer with an unknown normalizer: {json.dumps(normalizers[0])}")
         patterns = []
         space = False
         for kind in kinds:
@@ -2559,9 +2550,8 @@ def tokenizer_file(source: Source, wanted: Path | None) -> Path:
     found = wanted or source.tokenizer_file
     if found is None:
         size = source.config.vocab_size
-        raise ExportError(
-            f"no tokenizer of {size} tokens (tokenizer.json or tokenizer.model) at hand, use --tokenizer FILE"
-        )
+        names = "tokenizer.json or tokenizer.model"
+        raise ExportError(f"no tokenizer of {size} tokens ({names}) at hand, use --tokenizer FILE")
     return found
 
 
