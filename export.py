@@ -1576,14 +1576,11 @@ class Tokenizer:
             if 0 <= id < len(tokens) and len(tokens[id].text) > 1:
                 tokens[id] = tokens[id]._replace(type=CONTROL)
         ids = {name: id for id, name in enumerate(names)}
-        pre = get("ggml.pre", "default")
-        merges: tuple[Merge, ...] = ()
-        if byte_level:
-            if pre not in GGUF_PATTERNS:
-                raise ModelError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
-            merges = to_merges(get("ggml.merges", ()), ids, tokens)
+        pre = get("ggml.pre", "default") if byte_level else ""
+        if byte_level and pre not in GGUF_PATTERNS:
+            raise ModelError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
         add_space = bool(get("ggml.add_space_prefix", not byte_level))
-        special = {"bos_token": bos, "eos_token": eos, "unk_token": get("ggml.unknown_token_id", -1)}
+        special_ids = {"bos_token": bos, "eos_token": eos, "unk_token": get("ggml.unknown_token_id", -1)}
         unk = -1 if byte_level else get("ggml.unknown_token_id", 0)  # llama.cpp leaves out unknown bytes
         tokenizer = cls(
             tokens,
@@ -1594,16 +1591,15 @@ class Tokenizer:
             add_space=add_space,
             space_anew=add_space,
             by_merges=byte_level,
-            whole_words=byte_level and pre in GGUF_WHOLE_WORDS,
+            whole_words=pre in GGUF_WHOLE_WORDS,
             kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
-            merges=merges,
+            merges=to_merges(get("ggml.merges", ()), ids, tokens) if byte_level else (),
             machines=machines(GGUF_PATTERNS[pre] if byte_level else words_at_spaces(tokens)),
-            nfc=nfc_tables() if byte_level and pre in GGUF_NFC else None,
+            nfc=nfc_tables() if pre in GGUF_NFC else None,
         )
         added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
-        return tokenizer.with_template(
-            get("chat_template"), {key: names[id] for key, id in special.items() if id >= 0}, added
-        )
+        special = {key: names[id] for key, id in special_ids.items() if id >= 0}
+        return tokenizer.with_template(get("chat_template"), special, added)
 
     def with_template(
         self, source: str | None, special: Mapping[str, str], added: Mapping[str, int]
