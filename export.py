@@ -2336,20 +2336,20 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
 def find_trimming(render: Renderer, system: str | None) -> int:
     """Flags for the left and the right end of: the system text, the user's first text after it, others, answers."""
     flags = 0
-    for bit in range(8):
-        kind = bit // 2
-        for place in ([0], [1], [1, 3], [2])[kind]:  # in MARKS
-            given = system if kind in (0, 1) else None
-            if given is None and kind in (0, 1):
-                continue
+    for bit in range(0 if system is not None else 4, 8):
+        given = system if bit < 4 else None
+        plain = render(MARKS[1:4], True, given)
+        found = set()
+        for place in ([0], [1], [1, 3], [2])[bit // 2]:  # in MARKS
             spaced = f"{MARKS[place]}\n " if bit % 2 else f" \n{MARKS[place]}"
             first, *turns = [spaced if i == place else mark for i, mark in enumerate(MARKS[:4])]
-            plain = render(MARKS[1:4], True, given)
             text = render(turns, True, first if given else None)
-            if text == plain:
-                flags |= 4 << bit
-            elif kind < 3 and (text != plain.replace(MARKS[place], spaced) or flags & 4 << bit):
-                raise TemplateError("spaces around a text are treated in an unknown way")
+            kept = text == plain.replace(MARKS[place], spaced) or bit >= 6  # whatever is done to an answer
+            found.add("trimmed" if text == plain else "kept" if kept else "changed")
+        if found == {"trimmed"}:
+            flags |= 4 << bit
+        elif found != {"kept"}:
+            raise TemplateError("spaces around a text are treated in an unknown way")
     return flags
 
 

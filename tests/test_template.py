@@ -307,6 +307,10 @@ def test_tokens_that_take_spaces_with_them(tmp_path: Path, capsys: pytest.Captur
         ("{{ messages[-1]['content'] }}", "left out"),
         ("{% for m in messages %}{{ m['role'] ~ loop.index ~ m['content'] }}{% endfor %}", "differently"),
         ("{% for m in messages %}[{{ m['content'].replace(' ', '') }}]{% endfor %}", "spaces"),
+        (
+            "{% for m in messages %}[{{ m['content'] if loop.first else m['content'] | trim }}]{% endfor %}",
+            "spaces",
+        ),
         ("{{ raise_exception('not today') }}", "not today"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
         ("{{ messages.clear() }}", "SecurityError"),
