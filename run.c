@@ -298,7 +298,7 @@ static Model open_model(const char *path) {
 
 enum {
     TILE_ROWS = 4,      // rows of weights that are multiplied at a time
-    TILE_TOKENS = 6,    // tokens that each of them is multiplied with at a time
+    TILE_TOKENS = 6,    // tokens that pass each of them before the next
     BLOCK_ROWS = 128,   // rows of weights that stay in the cache while all tokens pass
     CHUNK_BYTES = 4096, // of each row of tokens, multiplied at a time
     KEYS = 64,          // keys and values that attention handles at a time
@@ -805,7 +805,7 @@ static void feed(const Model *m, State *s, const uint32_t *tokens, size_t n, siz
 
 typedef struct {
     float key;
-    uint32_t index, id, bytes; // the latter two are the tokenizer's
+    uint32_t index, id, bytes; // id and bytes are the tokenizer's
 } Item;
 
 // A binary heap of Items: the one with the largest key is on top, of equal ones that with the smallest index.
@@ -1205,6 +1205,13 @@ static Text first_character(Text text, uint32_t *number) {
     return (Text){text.bytes, length > 0 ? (size_t)length : 1};
 }
 
+static bool is_utf8(Text text) {
+    uint32_t number = 0;
+    for (size_t at = 0; at < text.n && number < CHARACTERS;)
+        at += first_character((Text){text.bytes + at, text.n - at}, &number).n;
+    return number < CHARACTERS;
+}
+
 // Writes a character as UTF-8, or a stray byte, and returns its length.
 static size_t put_character(uint32_t c, unsigned char *out) {
     size_t n = c < 0x80 || c >= CHARACTERS ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
@@ -1395,9 +1402,9 @@ enum { AS_WRITTEN, NORMALISED, WORDS }; // stages of encoding
 static void encode_stage(const Tokenizer *t, Encoder *e, Text text, uint32_t stage) {
     if (stage == NORMALISED)
         text = normalise(t, e, text);
-    // Some tokenizers, those with NO_SECOND_SPACE, add a space to what is cut into words; others before late tokens.
-    bool second = t->h.flags & NO_SECOND_SPACE;
-    if (e->add_space && stage == (second ? WORDS : NORMALISED) && !(second && *text.bytes == ' ')) {
+    // With NO_SECOND_SPACE, a space is added to what is cut into words, else before late tokens are sought.
+    bool to_words = t->h.flags & NO_SECOND_SPACE;
+    if (e->add_space && stage == (to_words ? WORDS : NORMALISED) && !(to_words && *text.bytes == ' ')) {
         text = (Text){text.bytes - 1, text.n + 1};
         *(unsigned char *)text.bytes = ' ';
     }
@@ -1499,7 +1506,7 @@ typedef struct {
     size_t n_cached;                // so many of the tokens are in the KV cache
     size_t n_guesses, n_right;      // behind the tokens, in the cache too, and how many of them have proved right
     Buffer turns;                   // of a conversation
-    size_t first;                   // those before it are forgotten
+    size_t first_turn;              // those before it are forgotten
     size_t n_read, n_said, n_after; // tokens read, said, and said after the first one of an answer
     size_t n_saved;                 // of these, those that had been guessed
     double reading, saying;         // seconds
@@ -1606,7 +1613,7 @@ static void end_text(Session *s) {
     s->text.n = 0;
 }
 
-enum { PIECE = 1 << 20 }; // bytes of a text that become tokens at a time
+enum { READ_AT_ONCE = 1 << 20 }; // bytes of a text that become tokens at a time
 
 // Reads on until there are so many tokens, or SIZE_MAX: to the end of the text, at once. A piece ends between lines,
 // before what is no space: no token of the usual tokenizers lies across that. If there is no such place, it is longer.
@@ -1617,7 +1624,7 @@ static void read_tokens(Session *s, size_t least) {
             const char byte = (char)c;
             append(&s->text, &byte, 1);
             expect(s->text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
-            if (c == '\n' && s->text.n >= PIECE && least != SIZE_MAX) {
+            if (c == '\n' && s->text.n >= READ_AT_ONCE && least != SIZE_MAX) {
                 int next = ungetc(getc(s->input), s->input); // a look at it
                 complete = next != EOF && !is_space((unsigned char)next);
             }
@@ -1665,10 +1672,17 @@ static void print_legend(void) {
 // The logits after the last token.
 static float *logits_of(const Session *s) { return s->state.logits + s->n_right * s->m.h.vocab_size; }
 
-// A token at position pos as a JSON object, open for more; `text` is what it prints there.
+// A token at position pos as a JSON object, open for more; `text` is what it prints there, and `bytes` the same if that
+// is no whole character, as JSON has no text of those.
 static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double logprob) {
+    Text text = decode(t, token, pos);
     printf("{\"id\": %u, \"text\": ", token);
-    print_quoted(decode(t, token, pos), JSON);
+    print_quoted(text, JSON);
+    if (!is_utf8(text)) {
+        for (size_t i = 0; i < text.n; i++)
+            printf("%s%u", i ? ", " : ", \"bytes\": [", text.bytes[i]);
+        putchar(']');
+    }
     printf(", \"logprob\": %.6f", logprob);
 }
 
@@ -2024,13 +2038,13 @@ static void write_script(Session *s) {
         add_text(s, text_of(system), SYSTEM_TEXT);
         add_template(s, AFTER_SYSTEM);
     }
-    for (size_t i = s->first; i < n_turns(s); i++) {
-        if (i > s->first) {
+    for (size_t i = s->first_turn; i < n_turns(s); i++) {
+        if (i > s->first_turn) {
             add_template(s, AFTER_ANSWER);
             add_template(s, NEXT_USER);
         }
         Text said = {turns[i].said.data, turns[i].said.n};
-        add_text(s, said, system && i == s->first ? FIRST_AFTER_SYSTEM : OTHER_TEXT);
+        add_text(s, said, system && i == s->first_turn ? FIRST_AFTER_SYSTEM : OTHER_TEXT);
         add_template(s, AFTER_USER);
         end_text(s);
         append(&s->tokens, turns[i].answer.data, turns[i].answer.n);
@@ -2046,21 +2060,21 @@ static void write_script(Session *s) {
 // When the script is longer than the context, forgets the oldest turns until half of it is free. Returns whether
 // there is room now; if not even the last turn fits, nothing is forgotten.
 static bool make_room(Session *s) {
-    size_t before = s->first;
+    size_t before = s->first_turn;
     if (n_tokens(s->tokens) <= s->context)
         return true;
     bool speaking = ((Turn *)s->turns.data)[n_turns(s) - 1].answer.n;
     fprintf(stderr, "%srun: the context of %zu tokens is full: ", s->terminal && speaking ? "\n" : "", s->context);
-    while (s->first + 1 < n_turns(s) && n_tokens(s->tokens) > s->context / 2) {
-        s->first++;
+    while (s->first_turn + 1 < n_turns(s) && n_tokens(s->tokens) > s->context / 2) {
+        s->first_turn++;
         write_script(s);
     }
     bool room = n_tokens(s->tokens) <= s->context;
     if (room)
-        fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", s->first - before);
+        fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", s->first_turn - before);
     else
         fprintf(stderr, "this message and its answer alone take %zu\n", n_tokens(s->tokens));
-    s->first = room ? s->first : before;
+    s->first_turn = room ? s->first_turn : before;
     return room;
 }
 
@@ -2412,28 +2426,44 @@ static Options parse_options(int argc, char **argv) {
     return o;
 }
 
-// The tokenizer file: -z FILE, else MODEL.tokenizer.bin beside MODEL.bin, else tokenizer.bin beside it, else here.
+// The length of a path without .bin at its end.
+static int stem(const char *path) {
+    size_t n = strlen(path);
+    return (int)(n >= 4 && !strcmp(path + n - 4, ".bin") ? n - 4 : n);
+}
+
+// The length of a path's folder, with the / at its end.
+static int folder(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return (int)(slash ? slash + 1 - path : 0);
+}
+
+// The tokenizer file: -z FILE, else MODEL.tokenizer.bin beside MODEL.bin, else tokenizer.bin beside it, else here. If
+// MODEL is a link, beside it and beside what it leads to.
 static const char *tokenizer_path(const Options *o) {
     if (o->tokenizer)
         return o->tokenizer;
-    const char *slash = strrchr(o->model, '/');
-    size_t length = strlen(o->model), folder = slash ? (size_t)(slash - o->model) + 1 : 0;
-    size_t stem = length > 4 && !strcmp(o->model + length - 4, ".bin") ? length - 4 : length;
-    size_t size = length + sizeof ".tokenizer.bin";
+    char target[PATH_MAX];
+    const char *names[] = {o->model, realpath(o->model, target) ? target : o->model};
+    size_t size = larger(strlen(names[0]), strlen(names[1])) + sizeof ".tokenizer.bin";
     char *path = allocate(size, 1, "a path");
-    const size_t kept[] = {stem, folder, 0}; // of the model's path
-    for (size_t i = 0; i < 3; i++) {
-        snprintf(path, size, "%.*s%s", (int)kept[i], o->model, i == 0 ? ".tokenizer.bin" : "tokenizer.bin");
+    for (size_t i = 0; i < 5; i++) {
+        const char *name = names[i % 2];
+        if (i < 2)
+            snprintf(path, size, "%.*s.tokenizer.bin", stem(name), name);
+        else
+            snprintf(path, size, "%.*stokenizer.bin", i < 4 ? folder(name) : 0, name);
         if (!access(path, F_OK))
             return path;
     }
     die(CANNOT, "%s: no tokenizer file: expected %.*s.tokenizer.bin, or tokenizer.bin beside it or here, or -z FILE",
-        o->model, (int)stem, o->model);
+        o->model, stem(o->model), o->model);
 }
 
 static void check_pair(const Model *m, const Tokenizer *t) {
-    expect(m->h.vocab_size == t->h.vocab_size, "%s: the wrong tokenizer for %s: expected %u tokens, found %u", t->path,
-           m->file.path, m->h.vocab_size, t->h.vocab_size);
+    expect(m->h.vocab_size == t->h.vocab_size,
+           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens, found %u", t->path, m->file.path,
+           m->h.vocab_size, t->h.vocab_size);
     expect(m->h.vocab_hash == t->h.vocab_hash,
            "%s: the wrong tokenizer for %s: expected a vocabulary with the hash %016llx, found %016llx", t->path,
            m->file.path, (unsigned long long)m->h.vocab_hash, (unsigned long long)t->h.vocab_hash);
@@ -2460,6 +2490,10 @@ static void end_at_lost_page(int signal) {
 }
 
 int main(int argc, char **argv) {
+    // A standard stream that is closed stays one that fails; else the next file opened would be taken for it.
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+        if (fcntl(fd, F_GETFD) < 0)
+            open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
     spin_briefly(argv);
     sigaction(SIGBUS, &(struct sigaction){.sa_handler = end_at_lost_page}, NULL);
     Session s = {.o = parse_options(argc, argv)};
@@ -2627,6 +2661,7 @@ INLINE vec accumulate(vec a, vec b, vec sum, bool pairs) {
 }
 
 _Static_assert(TILE_ROWS == 4, "sum4 adds up the four rows of a tile");
+_Static_assert(CHAINS >= PAIR_CHAINS, "an array of CHAINS has room for either");
 
 // out[0 to 3] = the sums over the lanes of four vectors, or += them
 INLINE void put4(float *out, vec a, vec b, vec c, vec d, bool add) {
@@ -2652,7 +2687,7 @@ INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows,
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     const size_t n = group == 1 ? chains : 1; // chains at a time
-    vec sums[GROUP][TILE_ROWS], chain[GROUP][TILE_ROWS][CHAINS > PAIR_CHAINS ? CHAINS : PAIR_CHAINS];
+    vec sums[GROUP][TILE_ROWS], chain[GROUP][TILE_ROWS][CHAINS];
     for (size_t first = 0; first < chains; first += n) {
         for (size_t t = 0; t < group; t++)
             for (size_t r = 0; r < rows; r++)

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 
 def whole(least: int) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and value >= least
@@ -33,7 +35,13 @@ PERPLEXITY = {
 
 def check_shape(value: Any, shape: Any, where: str = "") -> None:
     if isinstance(shape, dict):
-        assert isinstance(value, dict) and list(value) == list(shape), f"{where}: {value}"
+        assert isinstance(value, dict), f"{where}: {value}"
+        if value.get("bytes"):  # beside a text that does not say them
+            shape = {"id": whole(0), "text": string, "bytes": [whole(0)]} | shape
+            assert "\ufffd" in value["text"]
+            with pytest.raises(UnicodeDecodeError):
+                bytes(value["bytes"]).decode()
+        assert list(value) == list(shape), f"{where}: {value}"
         for name in shape:
             check_shape(value[name], shape[name], f"{where}.{name}")
     elif isinstance(shape, list):

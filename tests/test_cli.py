@@ -468,7 +468,7 @@ def test_json_of_generate(run: Program, tiny: Model, tiny_path: Path) -> None:
     lines = json_lines(run.ok(tiny_path, "--json", "-s", 3, "-p", 1).stdout)
     assert len(lines) > 5
     for line in lines:
-        assert set(line) == {"id", "text", "logprob"}
+        assert set(line) - {"bytes"} == {"id", "text", "logprob"}
         assert 0 <= int(str(line["id"])) < tiny.vocab_size
         assert float(str(line["logprob"])) <= 0
 
@@ -738,6 +738,33 @@ def test_where_the_tokenizer_is_found(run: Program, tmp_path: Path) -> None:
     assert found() == "y"
     write(here / "any", b"z")
     assert found("-z", "any") == "z"
+
+
+def test_a_link_to_a_model(run: Program, tmp_path: Path) -> None:
+    """Its tokenizer is beside what it leads to; another, of a common name, is where the link is."""
+    (tmp_path / "far").mkdir()
+    chain_model([BOS, *byte_ids(b"hey"), STOP]).write(tmp_path / "far" / "m.bin")
+    write_tokenizer(tmp_path / "tokenizer.bin", default_vocabulary(extra=[b"zz"]))
+    (tmp_path / "link.bin").symlink_to("far/m.bin")
+    assert run.ok(Path("link.bin"), cwd=tmp_path).stdout == b"hey\n"
+    (tmp_path / "far" / "m.tokenizer.bin").rename(tmp_path / "link.tokenizer.bin")
+    assert run.ok(Path("link.bin"), cwd=tmp_path).stdout == b"hey\n"
+
+
+@pytest.mark.parametrize("mode", ["chat", "tokenize", "generate"])
+def test_a_closed_standard_input(run: Program, tiny_path: Path, mode: str) -> None:
+    done = run(tiny_path, "-m", mode, "-f", "-", preexec=lambda: os.close(0), leaks=False)
+    assert (done.status, done.stdout) == (1, b"")
+    assert "cannot read" in done.stderr and "Bad file descriptor" in done.stderr or "template" in done.stderr
+
+
+def test_bytes_of_characters_across_tokens(run: Program, tmp_path: Path) -> None:
+    path = chain_model([BOS, *byte_ids("é😀".encode()), STOP]).write(tmp_path / "m.bin")
+    lines = json_lines(run.ok(path, "-t", 0, "--json").stdout)
+    said = b"".join(bytes(line.get("bytes") or line["text"].encode()) for line in lines)
+    assert said == "é😀".encode()
+    assert [line["text"] for line in lines] == ["\ufffd"] * 6 + [""]
+    assert "bytes" not in lines[-1]
 
 
 def test_a_model_without_bin_at_its_end(run: Program, tmp_path: Path) -> None:
