@@ -26,6 +26,7 @@ import os
 import pickle
 import pickletools
 import re
+import signal
 import struct
 import sys
 import zipfile
@@ -42,10 +43,13 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
+try:
+    import numpy as np
+    from numpy.typing import NDArray
+    from safetensors import SafetensorError, safe_open
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"export.py: error: {error} (pip install -r requirements.txt)")
 
 Array = NDArray[Any]  # float32, float16, or uint16: the bits of a bf16, which numpy does not have
 
@@ -86,6 +90,28 @@ def say(kind: str, message: object) -> None:
 # 1. Configuration
 
 
+FLT_MIN, FLT_MAX = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+LIMITS: dict[str, tuple[float, float]] = {  # least and most, as run.c checks them
+    "dim": (1, 1 << 20),
+    "hidden_dim": (1, 1 << 22),
+    "n_layers": (1, 1 << 12),
+    "n_heads": (1, 1 << 14),
+    "n_kv_heads": (1, 1 << 14),
+    "head_dim": (2, 1024),
+    "vocab_size": (1, 1 << 24),
+    "max_seq_len": (1, 1 << 28),
+    "norm_eps": (0, 1),
+    "rope_theta": (1, FLT_MAX),
+    "rope_scaling": (0, 2),
+}
+ROPE_LIMITS: dict[str, tuple[float, float]] = {  # the first with linear scaling, all with llama3's
+    "rope_factor": (1, FLT_MAX),
+    "rope_low_freq_factor": (FLT_MIN, 1e6),
+    "rope_high_freq_factor": (FLT_MIN, 1e7),
+    "rope_original_max_seq_len": (1, 1 << 28),
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """The shape of a Llama-like model; up to `tied`, in the order of the header."""
@@ -110,24 +136,24 @@ class Config:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
-        for field, value in list(vars(self).items())[:8]:  # the sizes
-            if not 0 < value < 2**31:
-                raise ModelError(f"{field} is {value}, expected 1 to 2^31 - 1")
+        for name, (least, most) in LIMITS.items():
+            self.check(name, least, most)
+        for name, (least, most) in list(ROPE_LIMITS.items())[: (0, 1, 4)[self.rope_scaling]]:
+            self.check(name, least, most)
         if self.n_heads % self.n_kv_heads:
             raise ModelError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ModelError(f"head_dim is {self.head_dim}, expected an even number")
-        if not (0 < self.norm_eps < 1 and 1 <= self.rope_theta < math.inf):
-            raise ModelError(f"norm_eps {self.norm_eps} or rope_theta {self.rope_theta} is out of range")
-        if self.rope_scaling not in (0, 1, 2):
-            raise ModelError(f"rope_scaling is {self.rope_scaling}, expected 0, 1 or 2")
-        if self.rope_scaling and not 0 < self.rope_factor < math.inf:
-            raise ModelError(f"rope_factor is {self.rope_factor}, expected more than 0")
-        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
-        if self.rope_scaling == 2 and not (
-            0 < low < high < math.inf and 0 < self.rope_original_max_seq_len < 2**31
-        ):
-            raise ModelError("RoPE's low_freq_factor, high_freq_factor or original length is out of range")
+        low, high = np.float32(self.rope_low_freq_factor), np.float32(self.rope_high_freq_factor)
+        if self.rope_scaling == 2 and high < low * np.float32(1.001):
+            raise ModelError(
+                f"rope_high_freq_factor is {high}, expected more than rope_low_freq_factor, {low}"
+            )
+
+    def check(self, name: str, least: float, most: float) -> None:
+        value = getattr(self, name)
+        if not least <= value <= most:  # nor is it NaN
+            raise ModelError(f"{name} is {value}, expected {least} to {most}")
 
     @property
     def q_dim(self) -> int:
@@ -1732,7 +1758,7 @@ class RegexParser:
         self.text, self.at = text, 0
 
     def parse(self) -> Node:
-        node = self.alternatives(False)
+        node = self.alternatives(False, whole=True)
         if self.at != len(self.text):
             self.refuse()
         return node
@@ -1745,13 +1771,14 @@ class RegexParser:
         self.at += len(text) if found else 0
         return found
 
-    def alternatives(self, any_case: bool) -> Node:
-        parts = [self.sequence(any_case)]
+    def alternatives(self, any_case: bool, whole: bool = False) -> Node:
+        """Parts between |; `whole`: nothing follows them."""
+        parts = [self.sequence(any_case, whole)]
         while self.taken("|"):
-            parts.append(self.sequence(any_case))
+            parts.append(self.sequence(any_case, whole))
         return Node("any", tuple(parts))
 
-    def sequence(self, any_case: bool) -> Node:
+    def sequence(self, any_case: bool, whole: bool) -> Node:
         parts: list[Node] = []
         possessive: list[int] = []
         while self.at < len(self.text) and self.text[self.at] not in "|)":
@@ -1780,6 +1807,9 @@ class RegexParser:
                     self.refuse()
                 if not other.optional():
                     break
+            else:
+                if not whole:  # what follows the group may be what it would have to give back
+                    self.refuse()
         return Node("all", tuple(parts))
 
     def item(self, any_case: bool) -> Node:
@@ -2202,7 +2232,7 @@ class HuggingFace:
 
     def chat_template(self) -> str | None:
         if (self.folder / "chat_template.jinja").is_file():
-            return (self.folder / "chat_template.jinja").read_text()
+            return (self.folder / "chat_template.jinja").read_text("utf-8")
         found = self.config.get("chat_template")
         if isinstance(found, list):  # several of them, by name
             found = next((t.get("template") for t in found if t.get("name") == "default"), None)
@@ -2592,6 +2622,8 @@ def main() -> int:
     parser.add_argument("--seed", metavar="N", type=natural, default=0, help="for random:SHAPE")
     parser.add_argument("--max-seq-len", metavar="N", type=positive, help="instead of the checkpoint's")
     args = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # an end like any other, so that no half a file is left
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         export(args)
     except UsageError as error:

@@ -656,8 +656,8 @@ def on_terminal(run: Program, *args: object, columns: int = 0, stderr_too: bool 
     return output.decode(), stderr
 
 
-def interrupt_export(folder: Path, *args: str | Path) -> None:
-    """Ctrl-C in the middle of writing `folder`/out.bin: silent, status 130, and nothing is left behind."""
+def interrupt_export(folder: Path, *args: str | Path, number: int = signal.SIGINT) -> None:
+    """A signal in the middle of writing `folder`/out.bin: silent, its status, and nothing is left behind."""
     command = [sys.executable, ROOT / "export.py", *args, "-o", folder / "out.bin"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -665,9 +665,9 @@ def interrupt_export(folder: Path, *args: str | Path) -> None:
         while not any(p.stat().st_size > 10_000_000 for p in folder.glob("out.bin.tmp*")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert (process.returncode, stdout, stderr) == (130, "", "")
+    assert (process.returncode, stdout, stderr) == (128 + number, "", "")
     assert os.listdir(folder) == []

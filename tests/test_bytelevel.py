@@ -651,6 +651,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
                 r"(?>a)",
                 r"\p{L}++\p{Lu}",
                 r"(?:ab)++c",
+                r"(?:a++)ab?",
+                r"(a++)*ab",
                 "(?!ab)c",
                 r"[\w]",
                 "[a&&b]",

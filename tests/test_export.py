@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -423,6 +424,25 @@ def test_header_with_rope_scaling(tmp_path, rng, tokenizer):
     assert (model.rope_scaling, model.rope_factors, model.rope_original) == (2, (8, 1, 4), 8192)
 
 
+def test_limits_are_those_of_run_c():
+    text = (TOP / "run.c").read_text()
+    names = {"MAX_HEAD": 1024, "FLT_MAX": export.FLT_MAX, "FLT_MIN": export.FLT_MIN}
+    names |= {"ROPE_PLAIN": 0, "ROPE_LLAMA3": 2}
+    assert "MAX_HEAD = 1024" in text
+    found = {}
+    for name, least, most in re.findall(
+        r'check\(path, "(\w+)", h->\1, (.+), (.+)\);', text[: text.index("check_size(path, h->file_size")]
+    ):
+        if name not in ("version", "dtype", "flags"):
+            found[name] = (least, most)
+    assert found.pop("n_kv_heads") == ("1", "h->n_heads")  # of which it is a divisor
+    assert found.pop("rope_high_freq_factor") == ("h->rope_low_freq_factor * 1.001f", "1e7f")
+    limits = export.LIMITS | export.ROPE_LIMITS
+    assert set(found) | {"n_kv_heads", "rope_high_freq_factor"} == set(limits)
+    for name, bounds in found.items():
+        assert tuple(eval(bound.removesuffix("f"), names) for bound in bounds) == limits[name]
+
+
 @pytest.mark.parametrize("change", [{"n_kv_heads": 4}, {"head_dim": 5}, {"dim": 0}, {"rope_scaling": 3}])
 def test_impossible_configuration(change):
     with pytest.raises(export.ExportError):
@@ -606,8 +626,9 @@ def test_existing_outputs_are_replaced(tmp_path, tiny, tokenizer):
     exported(tmp_path, tiny, "--tokenizer", tokenizer)
 
 
-def test_interrupt_leaves_nothing(tmp_path):
-    interrupt_export(tmp_path, "random:7b")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupt_leaves_nothing(tmp_path, number):
+    interrupt_export(tmp_path, "random:7b", number=number)
 
 
 # ---------------------------------------------------------------------------------------------------------
