@@ -86,6 +86,7 @@ NOT_RUN = {
     "apt-get install clang libomp-dev shellcheck qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross": "root",
     "tests/speed.py --rounds 9 --shapes 1b": "needs llama-cpp-python, which make peers builds",
     "tests/speed.py --rounds 3": "the same",
+    "tests/speed.py --rounds 5 --prompts 8,32,128,512": "the same",
     "tests/speed.py --few --shapes 1b --threads 2 --rounds 2": "the same",
 }
 # Commands that run are these.
