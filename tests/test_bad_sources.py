@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
@@ -804,3 +805,55 @@ def test_interrupt_leaves_nothing(tmp_path: Path, originals: Path) -> None:
     folder = zeros(tmp_path / "model", export.replace(export.SHAPES["7b"], n_layers=8, tied=True))
     (tmp_path / "out").mkdir()
     interrupt_export(tmp_path / "out", folder, "--tokenizer", EXPORT.with_name("tokenizer.bin"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizers that are damaged
+
+
+def test_many_states_of_no_classes(bad: Path) -> None:
+    """Of a tokenizer file: refused at once, though there would be 4 billion of what takes no bytes."""
+    data = bytearray(EXPORT.with_name("tokenizer.bin").read_bytes())
+    n_classes = export.TOKENIZER_HEADER.size - struct.calcsize("<4IQ")
+    struct.pack_into("<2I", data, n_classes, 0, 0xFFFFFFFF)
+    (bad / "t.bin").write_bytes(data)
+    with pytest.raises(export.ExportError):
+        export.read_tokenizer(bad / "t.bin")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"token_type": [2, 3, 3, 6]},  # a byte, of which the name does not say which
+        {"token_type": ["a"] * 4},
+        {"bos_token_id": "x"},
+        {"scores": ["a"] * 4},
+        {"tokens": [1, 2, 3, 4]},
+        {"unknown_token_id": 77},
+    ],
+    ids=str,
+)
+def test_gguf_tokenizers_with_wrong_types(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    fields = {
+        "tokens": ["<unk>", "<s>", "</s>", "abc"],
+        "scores": [0.0] * 4,
+        "token_type": [2, 3, 3, 1],
+        "model": "llama",
+    }
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in (fields | wrong).items():
+        add = (
+            writer.add_array
+            if isinstance(value, list)
+            else writer.add_string
+            if isinstance(value, str)
+            else writer.add_uint32
+        )
+        add(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(export.ExportError, match=re.escape(str(path))):
+        export.read_tokenizer(path)
