@@ -90,8 +90,9 @@ def say(kind: str, message: object) -> None:
 # 1. Configuration
 
 
+Limits = dict[str, tuple[float, float]]  # least and most, as run.c checks them
 FLT_MIN, FLT_MAX = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-LIMITS: dict[str, tuple[float, float]] = {  # least and most, as run.c checks them
+LIMITS: Limits = {
     "dim": (1, 1 << 20),
     "hidden_dim": (1, 1 << 22),
     "n_layers": (1, 1 << 12),
@@ -104,12 +105,13 @@ LIMITS: dict[str, tuple[float, float]] = {  # least and most, as run.c checks th
     "rope_theta": (1, FLT_MAX),
     "rope_scaling": (0, 2),
 }
-ROPE_LIMITS: dict[str, tuple[float, float]] = {  # the first with linear scaling, all with llama3's
-    "rope_factor": (1, FLT_MAX),
+LINEAR_LIMITS: Limits = {"rope_factor": (1, FLT_MAX)}
+LLAMA3_LIMITS: Limits = {
     "rope_low_freq_factor": (FLT_MIN, 1e6),
     "rope_high_freq_factor": (FLT_MIN, 1e7),
     "rope_original_max_seq_len": (1, 1 << 28),
 }
+ROPE_LIMITS: tuple[Limits, ...] = ({}, LINEAR_LIMITS, LINEAR_LIMITS | LLAMA3_LIMITS)  # by rope_scaling
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,17 @@ class Config:
     def __post_init__(self) -> None:
         for name, (least, most) in LIMITS.items():
             self.check(name, least, most)
-        for name, (least, most) in list(ROPE_LIMITS.items())[: (0, 1, 4)[self.rope_scaling]]:
+        for name, (least, most) in ROPE_LIMITS[self.rope_scaling].items():
             self.check(name, least, most)
         if self.n_heads % self.n_kv_heads:
             raise ModelError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ModelError(f"head_dim is {self.head_dim}, expected an even number")
-        low, high = np.float32(self.rope_low_freq_factor), np.float32(self.rope_high_freq_factor)
-        if self.rope_scaling == 2 and high < low * np.float32(1.001):
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        least = float(np.float32(low) * np.float32(1.001))  # as the header and run.c have it
+        if self.rope_scaling == 2 and np.float32(high) < least:
             raise ModelError(
-                f"rope_high_freq_factor is {high}, expected more than rope_low_freq_factor, {low}"
+                f"rope_high_freq_factor is {high}, expected {least:g} (1.001 rope_low_freq_factor) at least"
             )
 
     def check(self, name: str, least: float, most: float) -> None:

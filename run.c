@@ -397,7 +397,7 @@ static inline float exp_negative(float x) {
     return x < -87.0f ? 0.0f : p * float_of((bits_of(shifted) + 127) << 23);
 }
 
-typedef struct Paging Paging; // see the appendix
+typedef struct Paging Paging; // see section 9
 
 // The memory of one run: the KV cache and the activations of one batch.
 typedef struct {
@@ -723,7 +723,8 @@ static State open_state(const Model *m, size_t context, size_t rows, size_t thre
     s.scratch_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, widest); // in floats; bf16 takes half
 
     double bytes = 2 * cache_bytes(m, context);
-    s.kv_type = s.input_type == BF16 && !ask_for_tiles() ? BF16 : F16; // with tiles, processors are slow at pairs
+    bool tiles = s.input_type == BF16 && ask_for_tiles();
+    s.kv_type = s.input_type == BF16 && !tiles ? BF16 : F16; // with tiles, processors are slow at pairs
     // Zeros, from the system, which gives a page when it is first touched: half of a pair may be behind the last position,
     // and counts 0 times, so it has to be finite. And weigh reads a little more.
     s.k = bytes < 0x1p62 ? mmap(NULL, (size_t)bytes + 64, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)

@@ -154,6 +154,18 @@ def refused(
             },
             ["low_freq_factor"],
         ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4.002,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+            ["rope_high_freq_factor is 4.002"],
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
         ({"rope_parameters": {"rope_theta": 0.5}}, ["rope_theta is 0.5"]),
         ({"rope_parameters": {"rope_type": 3}}, ["rope_type", "expected a text"]),

@@ -495,6 +495,11 @@ def test_control_c_twice_leaves(run: Program, chatterbox: Path) -> None:
     assert process.returncode == 130
 
 
+def test_a_closed_standard_input(run: Program, hello: Path) -> None:
+    says = ["cannot read", "Bad file descriptor"]
+    run.fails(1, hello, "-m", "chat", preexec=lambda: os.close(0), says=says)
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".tokenizer.bin"])
 def test_a_file_that_is_cut_short_meanwhile(run: Program, hello: Path, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "m.bin"

@@ -751,11 +751,11 @@ def test_a_link_to_a_model(run: Program, tmp_path: Path) -> None:
     assert run.ok(Path("link.bin"), cwd=tmp_path).stdout == b"hey\n"
 
 
-@pytest.mark.parametrize("mode", ["chat", "tokenize", "generate"])
+@pytest.mark.parametrize("mode", ["tokenize", "generate"])
 def test_a_closed_standard_input(run: Program, tiny_path: Path, mode: str) -> None:
-    done = run(tiny_path, "-m", mode, "-f", "-", preexec=lambda: os.close(0), leaks=False)
-    assert (done.status, done.stdout) == (1, b"")
-    assert "cannot read" in done.stderr and "Bad file descriptor" in done.stderr or "template" in done.stderr
+    """Is not taken for the first file that is opened, the weights."""
+    says = ["cannot read", "Bad file descriptor"]
+    run.fails(1, tiny_path, "-m", mode, "-f", "-", preexec=lambda: os.close(0), says=says)
 
 
 def test_bytes_of_characters_across_tokens(run: Program, tmp_path: Path) -> None:

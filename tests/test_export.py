@@ -437,7 +437,7 @@ def test_limits_are_those_of_run_c():
             found[name] = (least, most)
     assert found.pop("n_kv_heads") == ("1", "h->n_heads")  # of which it is a divisor
     assert found.pop("rope_high_freq_factor") == ("h->rope_low_freq_factor * 1.001f", "1e7f")
-    limits = export.LIMITS | export.ROPE_LIMITS
+    limits = export.LIMITS | export.ROPE_LIMITS[2]
     assert set(found) | {"n_kv_heads", "rope_high_freq_factor"} == set(limits)
     for name, bounds in found.items():
         assert tuple(eval(bound.removesuffix("f"), names) for bound in bounds) == limits[name]
