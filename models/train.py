@@ -1,30 +1,36 @@
 #!/usr/bin/env python3
-"""Trains the small story-teller that ships with the project: stories, tokenizer, model, export.
+"""Trains the small story-teller that ships with the project: vocabulary, model, export.
 
-    python3 models/train.py                  # an hour on two idle cores; stop it and start it again as you like
-    python3 models/train.py --steps 50       # a short try
+    python3 models/train.py --data tinystories.jsonl.xz     # stop it and start it again as you like
 
-The stories come from make_stories.py, the same ones each time. All that is made on the way stays in --work:
-stories.txt and heldout.txt, the tokenizer, checkpoint.pt, and log.csv with the loss and the held-out bits per
-byte. The model is Llama's architecture in PyTorch, whose parameters bear the names of a Hugging Face checkpoint,
-so that export.py's classes write it as they write any other. It needs what tests/requirements.txt lists.
+--data holds a story a line, as JSON with a field "text", plain or compressed by xz. One story in forty, chosen by
+its hash, is held out. All that is made on the way stays in --work: the tokenizer, checkpoint.pt, heldout.jsonl, and
+log.csv with the loss and the held-out bits per byte. The model is Llama's architecture in PyTorch, whose parameters
+bear the names of a Hugging Face checkpoint, so that export.py's classes write it as they write any other. It needs
+what tests/requirements.txt lists.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
+import io
+import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -33,23 +39,39 @@ TOP = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
 
 from export import ArraySource, Config, Tokenizer, write_model
-from models.make_stories import GRAMMAR, read_grammar, stories
+from models.stories import read_stories, split
 
-N_STORIES, N_HELDOUT = 120_000, 500
 CONFIG = Config(
     dim=256,
     hidden_dim=640,
-    n_layers=5,
-    n_heads=8,
-    n_kv_heads=4,
-    head_dim=32,
-    vocab_size=2048,
+    n_layers=6,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=64,
+    vocab_size=3072,
     max_seq_len=512,
     tied=True,
+    qk_norm=True,
 )
-PEAK_RATE, WARMUP = 1.5e-3, 300
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096  # of each process
+WARMUP = 100  # steps
 IGNORED = -100  # a target that does not count
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was tried, and what the shipped model was trained with."""
+
+    muon_rate: float = 5e-3
+    adam_rate: float = 3e-3
+    decay: float = 0.2  # of weights, times the rate
+    dropout: float = 0.1
+    decay_from: float = 0.4  # the rate is constant until this part of the training is done
+    suffixes: float = 0.25  # share of stories that are told from a later sentence on
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Model
 
 
 def rope(length: int, c: Config) -> tuple[Tensor, Tensor]:
@@ -73,18 +95,24 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.dim, c.kv_dim, bias=False)
         self.v_proj = nn.Linear(c.dim, c.kv_dim, bias=False)
         self.o_proj = nn.Linear(c.q_dim, c.dim, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
+        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         def heads(y: Tensor) -> Tensor:
-            return y.view(*y.shape[:2], -1, self.c.head_dim).transpose(1, 2)
+            return y.view(*y.shape[:2], -1, self.c.head_dim)
 
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q = self.q_norm(heads(self.q_proj(x))).transpose(1, 2)
+        k = self.k_norm(heads(self.k_proj(x))).transpose(1, 2)
+        v = heads(self.v_proj(x)).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = self.c.n_heads // self.c.n_kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        with torch.autocast("cpu", enabled=False):  # the backward pass is 4 times as fast in f32 as in bf16
-            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
-        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+        # On a CPU, this is faster than scaled_dot_product_attention once torch.compile has fused it.
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        scores = (q @ k.mT).float() / math.sqrt(self.c.head_dim)
+        weights = scores.masked_fill(later, -math.inf).softmax(-1)
+        out: Tensor = self.o_proj((weights @ v).transpose(1, 2).flatten(2))
         return out
 
 
@@ -101,31 +129,33 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Config, dropout: float) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
         self.mlp = FeedForward(c)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+        out: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return out
 
 
 class Body(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Config, dropout: float) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
+        self.layers = nn.ModuleList(Layer(c, dropout) for _ in range(c.n_layers))
         self.norm = nn.RMSNorm(c.dim, c.norm_eps)
+        self.dropout = nn.Dropout(dropout)
 
 
 class Llama(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Config, dropout: float = 0.0) -> None:
         super().__init__()
-        self.c, self.model = c, Body(c)
+        self.c, self.model = c, Body(c, dropout)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 # What a layer adds to the stream starts small, the smaller the more layers add to it.
@@ -135,85 +165,10 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (batch, length) -> logits (batch, length, vocab_size)."""
         cos, sin = rope(tokens.shape[1], self.c)
-        x = self.model.embed_tokens(tokens)
+        x = self.model.dropout(self.model.embed_tokens(tokens))
         for layer in self.model.layers:
             x = layer(x, cos, sin)
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
-
-
-def write_corpus(work: Path, count: int) -> None:
-    """stories.txt and heldout.txt, a story a line; no story is in both."""
-    if (work / "stories.txt").exists():
-        return
-    told = [text for _, text in stories(N_HELDOUT + count, seed=1, grammar=read_grammar(GRAMMAR))]
-    (work / "heldout.txt").write_text("\n".join(told[:N_HELDOUT]) + "\n")
-    part = work / "stories.part"
-    part.write_text("\n".join(told[N_HELDOUT:]) + "\n")
-    part.rename(work / "stories.txt")
-
-
-def train_tokenizer(work: Path) -> sentencepiece.SentencePieceProcessor:
-    """BPE that takes the text as it is, with a byte's piece for whatever it has never seen."""
-    path = work / "tokenizer.model"
-    if not path.exists():
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(work / "stories.txt"),
-            model_prefix=str(work / "tokenizer"),
-            model_type="bpe",
-            vocab_size=CONFIG.vocab_size,
-            input_sentence_size=50_000,
-            byte_fallback=True,
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=1,
-        )
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
-
-
-@dataclass
-class Texts:
-    """Texts as tokens, each with bos before and eos after, one behind the other."""
-
-    tokens: NDArray[np.uint16]
-    starts: NDArray[np.int64]  # and at last the end
-    n_bytes: int
-
-    def rows(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """The inputs and targets of some texts, (texts, length of the longest)."""
-        texts = [self.tokens[self.starts[i] : self.starts[i + 1]].astype(np.int64) for i in chosen]
-        length = max(map(len, texts)) - 1
-        inputs = np.zeros((len(texts), length), np.int64)
-        targets = np.full((len(texts), length), IGNORED, np.int64)
-        for row, text in enumerate(texts):
-            inputs[row, : len(text) - 1], targets[row, : len(text) - 1] = text[:-1], text[1:]
-        return torch.from_numpy(inputs), torch.from_numpy(targets)
-
-
-def read_texts(path: Path, processor: sentencepiece.SentencePieceProcessor) -> Texts:
-    lines = path.read_text().splitlines()
-    encoded = processor.encode(lines, add_bos=True, add_eos=True)
-    starts = np.cumsum([0, *map(len, encoded)])
-    tokens = np.fromiter(chain.from_iterable(encoded), np.uint16, int(starts[-1]))
-    return Texts(tokens, starts, sum(len(line.encode()) for line in lines))
-
-
-def batches(texts: Texts, seed: int) -> Iterator[NDArray[np.int64]]:
-    """All texts once, in batches of about BATCH_TOKENS; those of one batch are of like length."""
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(texts.starts) - 1)
-    lengths = np.diff(texts.starts)
-    for pool in np.array_split(order, max(1, len(order) // 4096)):
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        cuts = np.flatnonzero(np.diff(np.cumsum(lengths[pool]) // BATCH_TOKENS)) + 1
-        groups = np.split(pool, cuts)
-        random.shuffle(groups)
-        yield from groups
-
-
-def learning_rate(step: int, done: float) -> float:
-    """`done` goes from 0 to 1: a cosine down to a fiftieth of the peak, which begins with a warm-up."""
-    return PEAK_RATE * min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def loss_of(model: Llama, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -222,89 +177,277 @@ def loss_of(model: Llama, inputs: Tensor, targets: Tensor, reduction: str = "mea
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Data
+
+
+def train_tokenizer(stories: list[str], work: Path) -> sentencepiece.SentencePieceProcessor:
+    """BPE that takes the text as it is, with a byte's piece for whatever it has never seen."""
+    path = work / "tokenizer.model"
+    if not path.exists():
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(stories),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=CONFIG.vocab_size,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=1,
+        )
+        path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+@dataclass
+class Texts:
+    """Texts as tokens, each with eos after it, one behind the other."""
+
+    tokens: NDArray[np.uint16]
+    starts: NDArray[np.int64]  # and at last the end
+    sentences: NDArray[np.int64]  # where in `tokens` a sentence begins with a space
+    bos: int
+    n_bytes: int
+
+    def row(self, start: int, end: int) -> NDArray[np.int64]:
+        return np.concatenate([[self.bos], self.tokens[start:end].astype(np.int64)])
+
+    def rows(self, slices: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """The inputs and targets of some slices, (slices, length of the longest)."""
+        length = max(end - start for start, end in slices)
+        inputs = np.zeros((len(slices), length), np.int64)
+        targets = np.full((len(slices), length), IGNORED, np.int64)
+        for row, (start, end) in enumerate(slices):
+            text = self.row(start, end)
+            inputs[row, : len(text) - 1], targets[row, : len(text) - 1] = text[:-1], text[1:]
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def encode(stories: list[str], processor: sentencepiece.SentencePieceProcessor) -> Texts:
+    encoded = processor.encode(stories, add_eos=True)
+    starts = np.cumsum([0, *map(len, encoded)])
+    tokens = np.fromiter(chain.from_iterable(encoded), np.uint16, int(starts[-1]))
+    pieces = [processor.id_to_piece(id) for id in range(processor.vocab_size())]
+    ends = np.array([piece.rstrip('"').endswith((".", "!", "?")) for piece in pieces])
+    spaced = np.array([piece.startswith("\u2581") for piece in pieces])
+    sentences = np.flatnonzero(ends[tokens[:-1]] & spaced[tokens[1:]]) + 1
+    return Texts(tokens, starts, sentences, processor.bos_id(), sum(len(text.encode()) for text in stories))
+
+
+def slices(texts: Texts, suffixes: float, random: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """Every story once, some from a later sentence on; of one that is too long, the beginning or the end."""
+    limit = CONFIG.max_seq_len
+    for begin, end in zip(texts.starts[:-1].tolist(), texts.starts[1:].tolist(), strict=True):
+        first, last = np.searchsorted(texts.sentences, [begin + 1, end - 12])
+        if first < last and random.random() < suffixes:
+            begin = int(texts.sentences[random.integers(first, last)])
+        if end - begin > limit:
+            later = np.searchsorted(texts.sentences, end - limit)
+            if random.random() < 0.5 or later >= last:
+                end = begin + limit
+            else:
+                begin = int(texts.sentences[later])
+        yield begin, end
+
+
+def batches(chosen: list[tuple[int, int]], seed: int) -> Iterator[list[tuple[int, int]]]:
+    """All of them once, in batches of about BATCH_TOKENS; those of one batch are of like length."""
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(chosen))
+    lengths = np.array([end - start for start, end in chosen])
+    for pool in np.array_split(order, max(1, len(order) // 4096)):
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        cuts = np.flatnonzero(np.diff(np.cumsum(lengths[pool]) // BATCH_TOKENS)) + 1
+        groups = np.split(pool, cuts)
+        random.shuffle(groups)
+        yield from ([chosen[i] for i in group] for group in groups)
+
+
+def epochs(texts: Texts, suffixes: float) -> Iterator[list[tuple[int, int]]]:
+    for epoch in range(1000):
+        yield from batches(list(slices(texts, suffixes, np.random.default_rng(epoch))), epoch)
+
+
 def bits_per_byte(model: Llama, texts: Texts) -> float:
+    """As run's -m perplexity counts: eos costs nothing."""
+    eos = int(texts.tokens[-1])
     total = 0.0
+    model.eval()
     with torch.no_grad():
-        for chosen in batches(texts, 0):
-            total += loss_of(model, *texts.rows(chosen), reduction="sum").item()
+        for chosen in batches(list(slices(texts, 0, np.random.default_rng(0))), 0):
+            inputs, targets = texts.rows(chosen)
+            targets[targets == eos] = IGNORED
+            total += loss_of(model, inputs, targets, "sum").item()
+    model.train()
     return total / math.log(2) / texts.n_bytes
 
 
-def optimizer_of(model: Llama) -> torch.optim.AdamW:
-    """Weight decay is for matrices alone."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() == 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+# ---------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Brings the singular values of each matrix, (matrices, rows, columns), near to 1 by Newton-Schulz."""
+    x = x.bfloat16()
+    flipped = x.shape[-2] > x.shape[-1]
+    if flipped:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.mT if flipped else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Keller Jordan, 2024), in steps as long as Adam's (Liu et al., 2025)."""
+
+    def __init__(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
+        shapes = {p.shape for p in parameters}
+        groups = [{"params": [p for p in parameters if p.shape == shape]} for shape in sorted(shapes)]
+        super().__init__(groups, {"lr": rate, "peak": rate, "weight_decay": decay, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            parameters = group["params"]
+            gradients = torch.stack([p.grad for p in parameters])
+            state = self.state[parameters[0]]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(gradients)
+            state["momentum"].lerp_(gradients, 1 - group["momentum"])
+            updates = orthogonal(gradients.lerp_(state["momentum"], group["momentum"]))
+            scale = 0.2 * math.sqrt(max(updates.shape[-2:]))
+            for p, update in zip(parameters, updates, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+
+def optimizers_of(model: Llama, r: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest; vectors do not decay."""
+    embedding = model.model.embed_tokens.weight
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p is not embedding]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": [embedding], "weight_decay": r.decay, "peak": r.adam_rate},
+        {"params": vectors, "weight_decay": 0.0, "peak": r.adam_rate},
     ]
-    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
+    return [
+        Muon(matrices, r.muon_rate, r.decay),
+        torch.optim.AdamW(groups, lr=r.adam_rate, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
 
 
 class Run:
     """A training that can stop at any time and go on from its last checkpoint."""
 
-    def __init__(self, work: Path, steps: int, minutes: float = math.inf) -> None:
+    def __init__(self, work: Path, r: Recipe, steps: int, minutes: float = math.inf) -> None:
         torch.manual_seed(1)
-        self.work, self.steps, self.minutes, self.step, self.seconds = work, steps, minutes, 0, 0.0
-        self.model = Llama(CONFIG)
-        self.optimizer = optimizer_of(self.model)
+        self.work, self.r, self.steps, self.minutes, self.step, self.seconds = work, r, steps, minutes, 0, 0.0
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.model = Llama(CONFIG, r.dropout)
+        self.average = Llama(CONFIG)
+        self.average.load_state_dict(self.model.state_dict())
+        self.optimizers = optimizers_of(self.model, r)
         if (work / "checkpoint.pt").exists():
             state = torch.load(work / "checkpoint.pt", weights_only=True)
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.average.load_state_dict(state["average"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                peaks = [group["peak"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(saved)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["peak"] = peak
             self.step, self.seconds = state["step"], state["seconds"]
+        torch.manual_seed(1000 * self.step + self.rank)
+        self.loss, self.clock = loss_of, 0.0
 
     def done(self) -> float:
         return min(1, max(self.step / self.steps, self.seconds / 60 / self.minutes))
 
+    def rate(self) -> float:
+        """Relative to the peak: a warm-up, a plateau, and then down to 0."""
+        return min(1, (self.step + 1) / WARMUP, (1 - self.done()) / (1 - self.r.decay_from))
+
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state | {"step": self.step, "seconds": self.seconds}, self.work / "checkpoint.part")
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        torch.save(state, self.work / "checkpoint.part")
         (self.work / "checkpoint.part").rename(self.work / "checkpoint.pt")
 
     def log(self, loss: float, heldout: Texts) -> None:
         path = self.work / "log.csv"
         new = not path.exists()
+        bits, average = bits_per_byte(self.model, heldout), bits_per_byte(self.average, heldout)
+        row = [self.step, f"{self.seconds:.0f}", f"{self.rate():.3f}", f"{loss:.4f}"]
+        row += [f"{bits:.4f}", f"{average:.4f}"]
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(["step", "seconds", "rate", "loss", "heldout_bits_per_byte"])
-            rate = learning_rate(self.step, self.done())
-            bits = bits_per_byte(self.model, heldout)
-            row = [self.step, f"{self.seconds:.0f}", f"{rate:.2e}", f"{loss:.4f}", f"{bits:.4f}"]
+                writer.writerow(["step", "seconds", "rate", "loss", "heldout", "heldout_of_average"])
             writer.writerow(row)
         print(*row, flush=True)
 
     def take_step(self, inputs: Tensor, targets: Tensor) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.done())
-        loss = loss_of(self.model, inputs, targets)
-        self.optimizer.zero_grad()
+        """Returns the loss; it, the gradients and the clock are the same in all processes."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * self.rate()
+        loss = self.loss(self.model, inputs, targets)
         torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        parameters = list(self.model.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        now = time.monotonic()
+        numbers = torch.tensor(
+            [loss.item(), self.seconds + min(now - self.clock, 10)]
+        )  # a pause is not training
+        self.clock = now
+        if self.ranks > 1:
+            flat = torch.cat([*(gradient.flatten() for gradient in gradients), numbers])
+            dist.all_reduce(flat)
+            flat /= self.ranks
+            *parts, numbers = torch.split(flat, [p.numel() for p in parameters] + [2])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+        self.seconds = numbers[1].item()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
-        return loss.item()
+        if self.rank == 0:
+            with torch.no_grad():
+                share = max(1 / self.step, 1 / 500)
+                for mean, p in zip(self.average.parameters(), parameters, strict=True):
+                    mean.lerp_(p, share)
+        return numbers[0].item()
 
     def train(self, texts: Texts, heldout: Texts, every: float) -> None:
         """Goes on to the last step; `every` so many seconds it writes the log and a checkpoint."""
-        order = chain.from_iterable(batches(texts, epoch) for epoch in range(1000))
         losses: list[float] = []
-        began = saved = time.monotonic()
-        before = self.seconds
-        for number, chosen in enumerate(order):
-            if number < self.step:
-                continue  # it has seen this batch before it stopped
+        self.clock = saved = time.monotonic()
+        for number, chosen in enumerate(epochs(texts, self.r.suffixes)):
+            if number < self.step * self.ranks or number % self.ranks != self.rank:
+                continue  # it has seen this batch before it stopped, or another process sees it
             if self.done() >= 1:
                 break
             losses.append(self.take_step(*texts.rows(chosen)))
-            now = time.monotonic()
-            self.seconds = before + now - began
-            if now - saved >= every or self.done() >= 1:
+            if self.rank == 0 and (time.monotonic() - saved >= every or self.done() >= 1):
                 self.log(sum(losses) / len(losses), heldout)
                 self.save()
                 losses.clear()
-                saved = now
+                self.clock = saved = time.monotonic()
 
 
 def export(model: Llama, tokenizer: Path, path: Path) -> None:
@@ -313,32 +456,68 @@ def export(model: Llama, tokenizer: Path, path: Path) -> None:
     write_model(path, source, Tokenizer.from_sentencepiece(tokenizer.read_bytes()))
 
 
+def work(rank: int, args: argparse.Namespace) -> None:
+    """One of the processes that train together."""
+    # glibc gives every large block back to the kernel at once, and clearing it anew costs a third of the time.
+    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    torch.set_num_threads(args.threads)
+    if args.processes > 1:
+        address = f"file://{args.work.resolve()}/meeting"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=args.processes)
+    stories, held = split(read_stories(args.data))
+    processor = train_tokenizer(stories, args.work)
+    if rank == 0:
+        lines = [json.dumps({"text": text}) + "\n" for text in held]
+        (args.work / "heldout.jsonl").write_text("".join(lines))
+    texts, heldout = encode(stories, processor), encode(held[:128], processor)
+    names = ("muon_rate", "adam_rate", "decay", "dropout", "decay_from", "suffixes")
+    recipe = Recipe(**{name: getattr(args, name) for name in names})
+    run = Run(args.work, recipe, args.steps, args.minutes)
+    if rank == 0:
+        numbers = f"{len(stories):,} stories, {len(texts.tokens):,} tokens, {texts.n_bytes:,} bytes"
+        print(
+            f"{numbers}; {len(held)} held out; {sum(p.numel() for p in run.model.parameters()):,}", flush=True
+        )
+    if args.compile:
+        run.loss = torch.compile(loss_of, dynamic=True)
+    run.train(texts, heldout, args.every)
+    if rank == 0:
+        export(run.average if args.average else run.model, args.work / "tokenizer.model", args.output)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument(
         "--work", type=Path, default=TOP / "build" / "stories", help="where all but the model goes"
     )
-    parser.add_argument("--stories", type=int, default=N_STORIES)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end by then, if not by the steps")
     parser.add_argument("--every", type=float, default=300, help="seconds from one checkpoint to the next")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--average", action="store_true")
+    for name in ("muon_rate", "adam_rate", "decay", "dropout", "decay_from", "suffixes"):
+        parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(Recipe, name))
     parser.add_argument("-o", "--output", type=Path, default=TOP / "models" / "stories.bin")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    write_corpus(args.work, args.stories)
-    processor = train_tokenizer(args.work)
-    texts, heldout = (read_texts(args.work / f"{name}.txt", processor) for name in ("stories", "heldout"))
-    print(
-        f"{len(texts.starts) - 1:,} stories, {len(texts.tokens):,} tokens, {texts.n_bytes:,} bytes",
-        flush=True,
-    )
-    run = Run(args.work, args.steps, args.minutes)
-    run.train(texts, heldout, args.every)
-    export(run.model, args.work / "tokenizer.model", args.output)
+    (args.work / "meeting").unlink(missing_ok=True)
+    if args.processes == 1:
+        work(0, args)
+    else:
+        context = torch.multiprocessing.get_context("spawn")
+        others = [context.Process(target=work, args=(rank, args)) for rank in range(1, args.processes)]
+        for process in others:
+            process.start()
+        (args.work / "pids").write_text("".join(f"{p}\n" for p in [os.getpid(), *(q.pid for q in others)]))
+        work(0, args)
+        for process in others:
+            process.join()
     return 0
 
 
