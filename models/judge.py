@@ -33,7 +33,7 @@ BEGINNINGS = TOP / "models" / "beginnings.txt"
 
 def run(model: Path, *options: str, text: str = "") -> list[dict[str, float | str]]:
     """The JSON objects that it prints; the prompt is `text`."""
-    command: list[str | Path] = [RUN, model, "--json", *options, "-f", "-"]
+    command: list[str | Path] = [RUN, model, "--json", "-j", "1", *options, "-f", "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
