@@ -1,38 +1,42 @@
 /* run.c: a large language model is two files: the weights, and this program, which runs them.
  *
- * A language model continues a text. The text is cut into tokens, which are words or parts of words; each token of the
- * vocabulary has a number, its id. From the tokens so far, the model computes one score for each token of the
- * vocabulary: how well it would fit as the next one. These scores are called logits. The program chooses a token by its
- * logit, appends it to the text, and repeats. Stories, answers and programs are all written this way, token by token.
+ * A language model continues a text. The text is cut into tokens: words, or parts of words, from a fixed list, the
+ * vocabulary. The place of a token in the list is its id. From the tokens so far, the model computes one score for each
+ * token of the vocabulary: how well it would fit as the next one. These scores are called logits. They are computed
+ * with billions of fixed numbers, the weights, also called parameters. The weights were found beforehand, by training:
+ * they were adjusted, little by little, until the scores suited a very large amount of text. The program chooses the
+ * next token with the help of the logits, appends it to the text, and repeats. Stories, answers and programs are all
+ * written in this way, token by token.
  *
  * The program runs every model of the Llama family that export.py has converted to a weights file, in which each
- * parameter takes 2 bytes. It does not train and does not quantise. It needs libc and libm, and uses OpenMP, if the
- * compiler has it, to run on all cores.
+ * parameter takes 2 bytes. It does not train models. It needs libc and libm, and it uses OpenMP, if the compiler has
+ * it, to run on all cores.
  *
- *    1 The model file       what it contains, and how it is mapped into memory and checked
+ *    1 The model file       what it contains, and how it is mapped into memory
  *    2 The Transformer      from token ids to logits
  *    3 Sampling             from logits to the next token
  *    4 Generation           the loop that writes a text
  *    5 The tokenizer        from text to token ids and back
- *    6 Chat
- *    7 Other modes          next, perplexity, tokenize, bench
+ *    6 Chat                 conversations
+ *    7 Output, other modes  what may come next, how well a text is predicted, how fast the machine is
  *    8 The command line
- *    9 Plumbing             memory, errors, files, number formats, output
- *   10 Fast kernels         section 2's loops for AVX-512, AMX, AVX2 and NEON
- *   11 Larger than memory   how to read a weights file that does not fit in memory
+ *    9 Plumbing             errors, memory, files, number formats, the process
+ *   10 Fast kernels         the loops of section 2 for AVX-512, AMX, AVX2 and NEON
+ *   11 Larger than memory   how to use a weights file that does not fit in memory
  *
- * Sections 1 to 4 are a complete language model in plain loops. They call functions of later sections only for things
- * that are not about language models, such as printing. Two functions, the matrix product and attention, take nearly
- * all of the time. Section 2 shows them as plain loops (matmul_ref, attention_ref), and section 10 computes the same
- * with the vector instructions of the CPU. `make plain` builds a program from the plain loops alone.
+ * Sections 1 to 4 are the language model, written as plain loops. Two functions take nearly all of the time: the matrix
+ * product and attention. Section 2 shows both as plain loops, matmul_ref and attention_ref, and section 10 computes the
+ * same results with the vector instructions of the CPU, in what is called kernels. `make plain` builds a program from
+ * the plain loops alone. Everything else that sections 1 to 4 call is explained where it is declared.
  *
- * Comments give the shape of an array as (rows, columns), stored row after row, with these letters:
+ * Comments give the shape of an array as (rows, columns), stored row after row, with letters that sections 1 and 2
+ * explain:
  *
  *   T tokens in this batch    D dim            H n_heads       d head_dim    Q = H*d
  *   C positions of context    F hidden_dim     G n_kv_heads    V vocab_size  K = G*d
  *
  * Logits are reproducible bit for bit: they depend neither on the number of threads nor on how a text is split into
- * batches, because every sum is accumulated in one fixed order.
+ * batches, because a build of the program accumulates every sum in one fixed order.
  */
 #define _GNU_SOURCE // for sched_getaffinity
 #include <math.h>
@@ -42,14 +46,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-// How numbers are stored: 32 bits, or one of two 16-bit formats. BF16 is the upper half of an F32; F16 has more digits
-// and a smaller range. BF16_AMX is BF16 in the order in which AMX instructions read it, see section 10.
+// How numbers are stored: in 32 bits, or in one of two 16-bit formats. BF16 is the upper 16 bits of an F32; F16 has
+// more digits and a smaller range. BF16_AMX is BF16 in the order in which AMX instructions read it, see section 10.
 typedef enum { F32, BF16, F16, BF16_AMX } Dtype;
 
-// Helpers that all sections use. Section 9 defines them.
+// ---- Helpers that all sections use. Section 9 defines them.
 
-enum { EXIT_ERROR = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130 }; // exit status: bad file or no memory, bad flag, Ctrl-C
-
+// Exit status: a bad file or not enough memory; a bad flag; Ctrl-C.
+enum { EXIT_ERROR = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130 };
 // Prints one line on standard error and exits.
 __attribute__((format(printf, 2, 3))) static _Noreturn void die(int status, const char *format, ...);
 #define expect(condition, ...) ((condition) ? (void)0 : die(EXIT_ERROR, __VA_ARGS__))
@@ -59,8 +63,8 @@ static size_t max(size_t a, size_t b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 static float load_number(const void *array, Dtype dtype, size_t i);             // array[i] as f32
 static void convert_f32(void *out, Dtype dtype, const float *values, size_t n); // n f32 to an array of `dtype`
-static float exp_f32(float x);                                                  // e^x, fast
-static double seconds(void);                                                    // a clock
+static float exp_f32(float x);                                                  // e^x to 3 units in the last place
+static double seconds(void);                                                    // a clock, to measure times
 
 // An array that grows. data[0] to data[n - 1] are in use.
 #define ARRAY(type)                                                                                                    \
@@ -69,7 +73,7 @@ static double seconds(void);                                                    
         size_t n, capacity;                                                                                            \
     }
 static void *grow(void *data, size_t *capacity, size_t n, size_t size);
-// Makes room for `more` elements; appends one.
+// reserve makes room for `more` elements behind the last one. push appends one element.
 #define reserve(array, more)                                                                                           \
     ((array)->data = grow((array)->data, &(array)->capacity, (array)->n + (more), sizeof *(array)->data))
 #define push(array, value) (reserve(array, 1), (array)->data[(array)->n++] = (value))
@@ -84,8 +88,11 @@ typedef struct {
 // ------------------------------------------------------------------------------------------------
 // 1 The model file
 //
-// A header of 4,096 bytes, then the weights in the order in which the Transformer uses them. The file is mapped into
-// memory instead of being read: the system loads a page of it when the program first touches that page.
+// A header of 4,096 bytes, then the weights, in the order in which the Transformer uses them. The file is mapped into
+// memory instead of being read: the system loads a part of it when the program first touches that part. So the program
+// starts at once, needs no second copy of the weights, and several programs can share them.
+//
+// The fields below are listed here and explained in section 2. Skim them at a first reading.
 
 enum { TIED = 1, QKV_BIAS = 2, QK_NORM = 4, ALL_FLAGS = 7 }; // Header.flags
 enum { ROPE_PLAIN, ROPE_LINEAR, ROPE_LLAMA3 };               // Header.rope_scaling
@@ -93,27 +100,27 @@ enum { HEADER_SPACE = 4096, ALIGNMENT = 64, MAX_HEAD = 1024 };
 
 // The start of a weights file, byte for byte.
 typedef struct {
-    char magic[8];                      // "twofiles"
-    uint32_t version;                   // of the file format: 1
-    uint32_t dtype;                     // of all weights: BF16 or F16
-    uint32_t flags;                     // TIED: the embedding is also the classifier. QKV_BIAS, QK_NORM: see Layer
-    uint32_t dim;                       // D: the length of the vector that represents a token
-    uint32_t hidden_dim;                // F: the length of the vector inside the feed-forward block
-    uint32_t n_layers;                  // the number of layers
-    uint32_t n_heads;                   // H: the number of query heads
-    uint32_t n_kv_heads;                // G: the number of key and value heads
-    uint32_t head_dim;                  // d: the length of the vectors of one head
-    uint32_t vocab_size;                // V: the number of different tokens
-    uint32_t max_seq_len;               // the longest text that the model was trained for, in tokens
-    float norm_eps;                     // a small number that keeps RMSNorm from dividing by 0
-    float rope_theta;                   // RoPE's base frequency, see rope_frequency for this and the next five
-    uint32_t rope_scaling;              // how a context longer than that of the first training is reached
-    float rope_factor;                  // how many times longer
-    float rope_low_freq_factor;         // ROPE_LLAMA3: frequencies below this are divided by rope_factor
-    float rope_high_freq_factor;        // ROPE_LLAMA3: frequencies above this are kept
-    uint32_t rope_original_max_seq_len; // ROPE_LLAMA3: the context of the first training
-    uint64_t file_size;                 // in bytes
-    uint64_t vocab_hash;                // of the vocabulary, to find out whether a tokenizer file belongs to this model
+    char magic[8];               // "twofiles"
+    uint32_t version;            // the version of the file format: 1
+    uint32_t dtype;              // the type of all weights: BF16 or F16
+    uint32_t flags;              // TIED: the embedding is also the classifier. QKV_BIAS, QK_NORM: see Layer
+    uint32_t dim;                // D: the length of the vector that represents a token
+    uint32_t hidden_dim;         // F: the length of the vector inside the feed-forward block
+    uint32_t n_layers;           // the number of layers
+    uint32_t n_heads;            // H: the number of query heads
+    uint32_t n_kv_heads;         // G: the number of key and value heads
+    uint32_t head_dim;           // d: the length of the vectors of one head
+    uint32_t vocab_size;         // V: the number of different tokens
+    uint32_t max_seq_len;        // the longest text that the model was trained for, in tokens
+    float norm_eps;              // a small number that keeps RMSNorm from dividing by 0
+    float rope_theta;            // the base of RoPE's frequencies; rope_frequency explains this and the next five
+    uint32_t rope_scaling;       // how RoPE was adapted to texts longer than those of the first training
+    float rope_factor;           // ROPE_LINEAR, ROPE_LLAMA3: the factor by which frequencies are divided
+    float rope_low_freq_factor;  // ROPE_LLAMA3: pairs that make fewer turns than this are slowed down
+    float rope_high_freq_factor; // ROPE_LLAMA3: pairs that make more turns than this are kept
+    uint32_t rope_original_max_seq_len; // ROPE_LLAMA3: the longest text of the first training, in tokens
+    uint64_t file_size;                 // the size of the file, in bytes
+    uint64_t vocab_hash;                // a hash of the vocabulary: a tokenizer file with another one does not fit
 } Header;
 
 // A matrix, or a vector (rows = 1).
@@ -124,17 +131,17 @@ typedef struct {
     size_t stride; // the distance from one row to the next, in elements
 } Tensor;
 
-// The weights of one layer. Weight matrices are (outputs, inputs).
+// The weights of one layer. A matrix with 5 rows and 3 columns makes 5 numbers from 3: matrices are (outputs, inputs).
 typedef struct {
-    Tensor attn_norm; // (D)
-    Tensor wqkv;      // (Q + 2K, D)   makes queries, keys and values
-    Tensor bqkv;      // (Q + 2K)      added to them, only with QKV_BIAS, else without columns
-    Tensor q_norm;    // (d)           RMSNorm of each query, only with QK_NORM
-    Tensor k_norm;    // (d)           RMSNorm of each key, only with QK_NORM
+    Tensor attn_norm; // (D)           weights of the RMSNorm before attention
+    Tensor wqkv;      // (Q + 2K, D)   makes queries (Q numbers), keys (K) and values (K)
+    Tensor bqkv;      // (Q + 2K)      is added to them; has 0 columns without the flag QKV_BIAS
+    Tensor q_norm;    // (d)           weights of the RMSNorm of each query; 0 columns without QK_NORM
+    Tensor k_norm;    // (d)           weights of the RMSNorm of each key; 0 columns without QK_NORM
     Tensor wo;        // (D, Q)        combines the outputs of the heads
-    Tensor ffn_norm;  // (D)
-    Tensor w_gate_up; // (2F, D)       the gate's F rows, then those of "up"
-    Tensor w_down;    // (D, F)
+    Tensor ffn_norm;  // (D)           weights of the RMSNorm before the feed-forward block
+    Tensor w_gate_up; // (2F, D)       makes two vectors of F numbers, "gate" and "up"
+    Tensor w_down;    // (D, F)        makes the D numbers that the feed-forward block adds
 } Layer;
 
 // A file in memory.
@@ -152,15 +159,15 @@ typedef struct {
     Tensor embedding;     // (V, D)  the vector of each token
     Layer *layers;        // (n_layers)
     Tensor final_norm;    // (D)
-    Tensor classifier;    // (V, D)  turns the vector of a token into logits
-    size_t end;           // of the tensors found so far: an offset in the file
+    Tensor classifier;    // (V, D)  makes the logits
+    size_t end;           // the offset in the file where the last tensor found so far ends
 } Model;
 
-// Maps a file that starts with `magic`, and refuses a header with impossible values; section 9.
+// map_file maps a file that starts with `magic`. check_header refuses impossible values. Section 9.
 static File map_file(const char *path, const char *magic, size_t min_size, const char *what);
 static void check_header(const char *path, const Header *h);
 
-// The next tensor of the file.
+// Returns the next tensor of the file.
 static Tensor next_tensor(Model *m, size_t rows, size_t cols) {
     size_t start = round_up(m->end, ALIGNMENT);
     m->end = start + rows * cols * sizeof(uint16_t);
@@ -174,17 +181,17 @@ static Model open_model(const char *path) {
     size_t D = m.h.dim, F = m.h.hidden_dim, V = m.h.vocab_size, d = m.h.head_dim;
     size_t Q = m.q_dim = m.h.n_heads * d;
     size_t K = m.kv_dim = m.h.n_kv_heads * d;
-    size_t bias = m.h.flags & QKV_BIAS ? Q + 2 * K : 0; // 0 columns: the model has no such tensor
-    size_t norm = m.h.flags & QK_NORM ? d : 0;
+    size_t bias_cols = m.h.flags & QKV_BIAS ? Q + 2 * K : 0; // 0 columns: the model has no such tensor
+    size_t norm_cols = m.h.flags & QK_NORM ? d : 0;
 
     m.embedding = next_tensor(&m, V, D);
     m.layers = allocate(m.h.n_layers, sizeof *m.layers, "the table of layers");
     for (Layer *l = m.layers; l < m.layers + m.h.n_layers; l++) {
         l->attn_norm = next_tensor(&m, 1, D);
         l->wqkv = next_tensor(&m, Q + 2 * K, D);
-        l->bqkv = next_tensor(&m, 1, bias);
-        l->q_norm = next_tensor(&m, 1, norm);
-        l->k_norm = next_tensor(&m, 1, norm);
+        l->bqkv = next_tensor(&m, 1, bias_cols);
+        l->q_norm = next_tensor(&m, 1, norm_cols);
+        l->k_norm = next_tensor(&m, 1, norm_cols);
         l->wo = next_tensor(&m, D, Q);
         l->ffn_norm = next_tensor(&m, 1, D);
         l->w_gate_up = next_tensor(&m, 2 * F, D);
@@ -202,66 +209,83 @@ static Model open_model(const char *path) {
 // ------------------------------------------------------------------------------------------------
 // 2 The Transformer
 //
-// Each token is represented by a vector x of D numbers. It starts as the token's row of the embedding matrix, and each
-// layer adds to it what it has found out, so x is called the residual stream. Each layer has two blocks:
+// The Transformer is the function that computes logits from token ids. Each token is represented by a vector x of D
+// numbers, at first its row of the embedding matrix. The vectors pass through n_layers layers of the same form, each
+// with its own weights. A layer has two blocks. Each of them computes a vector from x and adds it to x. So nothing is
+// overwritten, each block only adds a correction (a "residual"), and x is called the residual stream.
 //
-//   Attention collects information from earlier tokens. From x, each token computes queries (what it looks for), keys
-//   (what it can be found by) and values (what it passes on). A query is compared with the keys of all tokens up to
-//   its own, and the token receives the average of their values, weighted by how well the keys match. A layer does this
-//   several times with vectors of d numbers, and each time is called a head. In grouped-query attention, H query heads
-//   share G < H key and value heads ("kv heads"), H/G of them each, so that there are fewer keys and values to keep.
+//   Attention collects information from earlier tokens. For each token, a weight matrix turns x into queries (what the
+//   token looks for), keys (what it can be found by) and values (what it passes on), vectors of d numbers. The dot
+//   product of a query with the key of a token says how well the two match. Softmax turns these scores into attention
+//   weights, which add up to 1, and the token receives the sum of the values, each multiplied by its weight. A token
+//   looks at itself and at earlier tokens, never at later ones, because the model was trained to predict these.
 //
-//   The feed-forward block then works on the vector of each token alone: it is where most of the weights are, and
-//   much of what a model knows.
+//   All this is done H times side by side. Each time is called a head; different heads look for different things. In
+//   grouped-query attention, H/G query heads use the same keys and values. A head of keys and values is called a kv
+//   head, and there are only G of them, so that fewer keys and values have to be kept.
 //
-// After the last layer, a matrix called the classifier turns the vector of a token into the logits of the next one.
+//   The feed-forward block works on the vector of each token alone. A matrix makes 2F numbers from x, a non-linear
+//   function makes F numbers from these, and a second matrix makes the D numbers that are added to x. Without the
+//   function, the two matrices could do no more than one. Most of the weights are in these blocks, and much of what a
+//   model knows.
 //
-// A token depends on earlier tokens only, so their keys and values never change. They are kept in the KV cache, and each
-// new token has to be computed once, instead of the whole text again. Reading the prompt is called prefill: its tokens
-// are all known, so they go through the layers together, as a batch, and each weight that is loaded from memory serves
-// all of them. Prefill is limited by arithmetic. Generation is called decode: each token depends on the one before, so
-// T = 1, each token needs all weights once, and the limit is how fast memory delivers them.
+// After the last layer, a matrix called the classifier turns the vector of a token into the logits for the token that
+// follows it. For short, they are called the logits of the token from which they are computed.
+//
+// The keys and values of a token depend on this token and earlier ones only, so they never change. They are kept in the
+// KV cache. Thanks to it, only the new token has to pass through the layers at each step, not the whole text again.
+//
+// The prompt is the text that the model is given to continue. To read it is called prefill: its tokens are all known,
+// so they pass through the layers together, as a batch, and each weight that is loaded from memory serves all of them.
+// Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one before,
+// so T = 1, each token needs all weights, and the limit is how fast memory delivers them.
 //
 // All threads call the functions of this section at the same time. `omp for` gives each thread a share of the loop that
-// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop.
+// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. Two functions have no
+// such loop, matmul_ref and attention_ref: the plain program, which uses them, has one thread.
 
 typedef struct Paging Paging; // section 11
 
 // The memory of a running model: the KV cache, and the numbers that are computed for one batch of tokens.
 typedef struct {
     size_t threads;  // the number of threads
-    size_t context;  // C: positions in the KV cache
+    size_t context;  // C: the number of positions in the KV cache
     size_t batch;    // the largest T
-    uint16_t *k, *v; // the KV cache: (layers, G, C, d) keys, and as many values; k_index and v_index say in which order
-    Dtype kv_type;   // of the KV cache: F16 or BF16
+    uint16_t *k, *v; // the KV cache: layers*G*C*d numbers of keys, and as many of values; section 10 chooses the order
+    Dtype kv_type;   // the type of these numbers: F16 or BF16
     float *x;        // (T, D)       the residual stream
     float *qkv;      // (T, Q + 2K)  queries, keys and values of one layer
-    float *gate_up;  // (T, 2F)      inside the feed-forward block; in the memory of qkv, which is not needed then
-    void *xb;        // (T, D), (T, Q) or (T, F)  the input of the next matrix product, see xb_view
-    Dtype xb_type;   // of xb: what the kernel of the matrix product reads
+    float *gate_up;  // (T, 2F)      inside the feed-forward block; uses the memory of qkv, which is free by then
+    void *xb;        // the input of the next matrix product, in the form that the product reads fastest; see xb_view
+    Dtype xb_type;   // the type of these numbers
     float *logits;   // (n, V)       of the last n tokens of a batch
     float *rope_cos; // (T, d/2)     RoPE's rotations for the positions of the batch
     float *rope_sin; // (T, d/2)
     float *scratch;  // (threads, scratch_size)  a buffer for each thread, see thread_scratch
     size_t scratch_size;
-    Paging *paging; // of a weights file that may not fit in memory, else NULL
+    Paging *paging; // section 11's record of a large weights file; NULL for a small one
 } RunState;
 
-// Functions of section 10, which knows the order of numbers in memory.
-// Writes a key and a value (d each) of kv head g at position pos into the KV cache, in 16 bits; reads element i.
+// ---- Access to numbers whose order in memory section 10 chooses
+
+// cache_kv writes the key and the value (d numbers each) of kv head g at position pos into the KV cache, as 16-bit
+// numbers. cached_k and cached_v read number i of them.
 static void cache_kv(const Model *m, RunState *s, size_t layer, size_t g, size_t pos, const float *k, const float *v);
 static float cached_k(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
 static float cached_v(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
-// Views s->xb as a matrix (T, cols).
+// xb_view returns s->xb as a matrix (T, cols).
 static Tensor xb_view(const RunState *s, size_t T, size_t cols);
-// Element (r, c) of a matrix; writes n values into its row r, from column c on.
+// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on.
 static float element(Tensor a, size_t r, size_t c);
 static void store_row(Tensor a, size_t r, size_t c, const float *values, size_t n);
-// The buffer of the calling thread. It has room for one vector of a token, or for one number per position.
+// thread_scratch returns the buffer of the calling thread. It has room for max(D, Q, F, C) numbers.
 static float *thread_scratch(const RunState *s);
+
+// ---- The matrix product
+
 typedef enum { SET, ADD } Update; // out = ..., or out += ...
 
-// The dot product of row r of w and row t of x.
+// Returns the dot product of row r of w and row t of x.
 static float dot_ref(Tensor w, size_t r, Tensor x, size_t t) {
     float sum = 0;
     for (size_t c = 0; c < w.cols; c++)
@@ -269,7 +293,8 @@ static float dot_ref(Tensor w, size_t r, Tensor x, size_t t) {
     return sum;
 }
 
-// The matrix product: each token's row of x (T, cols) is multiplied by w (rows, cols). Nearly all of the work is here.
+// Multiplies each token's row of x (T, cols) by the matrix w (rows, cols): out[t][r] = w[r] . x[t], or with ADD +=
+// that. The program spends nearly all of its time here.
 static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
     for (size_t t = 0; t < x.rows; t++)
         for (size_t r = 0; r < w.rows; r++) {
@@ -280,17 +305,22 @@ static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
         }
 }
 
-// The same as matmul_ref, but fast, and shared by all threads; section 10.
+// matmul_update is the fast version, shared by all threads; section 10.
 static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update);
-// out (T, rows) = x . w^T, and out += x . w^T
+// out (T, rows) = x . w^T, and out (T, rows) += x . w^T
 static void matmul(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, SET); }
 static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, ADD); }
 
-// RMSNorm scales a vector so that the mean of its squares is 1, whatever the layers before have added to it, and then
-// multiplies each element by a weight: out = x / sqrt(mean(x^2) + eps) * weight.           (Zhang and Sennrich 2019)
+// ---- The steps of a layer
+
+// RMSNorm (root mean square). The vector x grows as blocks add to it, more for some tokens than for others. RMSNorm
+// brings the input of each block back to the size that its weights were trained for: out = x / sqrt(mean(x^2) + eps) *
+// weight.
+//                                                                                            (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
     float squares = 0;
+    // allows vectors; the order of adding is the same for every vector in one build
 #pragma omp simd reduction(+ : squares)
     for (size_t i = 0; i < n; i++)
         squares += x[i] * x[i];
@@ -317,9 +347,11 @@ static void embed(float *x, Tensor embedding, const uint32_t *tokens, size_t T) 
             x[t * embedding.cols + i] = element(embedding, tokens[t], i);
 }
 
-// RoPE tells the heads where a token stands. Attention as such does not know the order of the tokens. So each query and
-// key is taken as d/2 pairs of numbers, and each pair is rotated by an angle proportional to the token's position. The
-// dot product of a query and a key then depends on the distance between them.                      (Su et al. 2021)
+// RoPE (rotary position embedding) tells attention where a token stands, since attention as such does not know the
+// order of the tokens. The numbers of each query and key are taken in pairs (i, i + d/2), and each pair is rotated by
+// an angle proportional to the position of the token. To rotate both by the same angle does not change their dot
+// product, so the score of a query and a key depends on how far apart their tokens are, not on where in the text.
+//                                                                                                      (Su et al. 2021)
 static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t half) {
     for (size_t i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
@@ -328,10 +360,11 @@ static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t 
     }
 }
 
-// The angle per position of pair i, in radians: theta^(-2i/d). A model that was first trained on short texts was
-// adapted to longer ones by slower rotations: ROPE_LINEAR divides all frequencies by a factor. ROPE_LLAMA3 keeps those
-// that make more than high_freq_factor turns within the original context, divides those that make fewer than
-// low_freq_factor, and interpolates in between.
+// Returns the angle of pair i per position, in radians: theta^(-2i/d). The first pairs turn fast and tell neighbours
+// apart; the last ones turn slowly and tell near from far. Some models were trained on short texts first and then
+// adapted to longer ones by slower rotations, so that far positions get angles which the first training has seen.
+// ROPE_LINEAR divides all frequencies by rope_factor. ROPE_LLAMA3 divides only those of slow pairs, which make fewer
+// than low_freq_factor turns within the original context, keeps those of fast pairs, and interpolates in between.
 static float rope_frequency(const Header *h, size_t i) {
     float freq = 1.0f / powf(h->rope_theta, (float)(2 * i) / (float)h->head_dim);
     if (h->rope_scaling == ROPE_PLAIN)
@@ -345,7 +378,7 @@ static float rope_frequency(const Header *h, size_t i) {
     return keep * freq + (1.0f - keep) * slow;
 }
 
-// Computes the rotations for T positions from pos on. They are the same in every layer and head.
+// Computes the rotations of T positions from pos on. They are the same in every layer and head.
 static void rope_cos_sin(RunState *s, const Header *h, size_t pos, size_t T) {
     size_t half = h->head_dim / 2;
 #pragma omp for
@@ -359,7 +392,8 @@ static void rope_cos_sin(RunState *s, const Header *h, size_t pos, size_t T) {
     }
 }
 
-// Completes queries and keys, by a bias and a norm if the model has them, and by RoPE. Caches keys and values.
+// Adds the biases to queries, keys and values, normalises queries and keys (each only if the model does this), applies
+// RoPE to queries and keys, and writes keys and values into the KV cache.
 static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t pos, size_t T) {
     const Layer *l = &m->layers[layer];
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
@@ -382,7 +416,8 @@ static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t 
 }
 
 // Softmax turns scores into weights, or probabilities: all are positive, they add up to 1, and a score that is larger
-// by 1 gets e times the weight. Subtracting the maximum changes nothing in the result and keeps e^x from overflowing.
+// by 1 gets e times the weight. To subtract the maximum keeps e^x from overflowing and changes nothing in the result,
+// because a factor common to all e^x cancels out.
 static void softmax(float *x, size_t n) {
     float largest = -INFINITY;
 #pragma omp simd reduction(max : largest)
@@ -397,15 +432,16 @@ static void softmax(float *x, size_t n) {
         x[i] = (float)((double)x[i] / sum);
 }
 
-// out (T, Q): for each token and query head, softmax(q . k / sqrt(d)) . v over all positions up to the token's own
-//                                                                                               (Vaswani et al. 2017)
+// Attention: out (T, Q). For each token and query head it computes the scores q . k / sqrt(d) of all positions up to
+// the token's own, turns them into attention weights, and adds up the values v with these weights.
+//                                                                                                 (Vaswani et al. 2017)
 static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
-    float *weights = thread_scratch(s); // one for each position
+    float *attn = thread_scratch(s); // the attention weight of each position
     for (size_t t = 0; t < out.rows; t++)
         for (size_t head = 0; head < H; head++) {
             const float *q = s->qkv + (t * (H + 2 * G) + head) * d;
-            size_t g = head / (H / G); // the kv head that this query head shares with its group
+            size_t g = head / (H / G); // the kv head that H/G query heads share
             size_t n = pos + t + 1;    // the positions that this token may look at
 
             // scores: how well does the key of each position match the query?
@@ -413,25 +449,26 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
                 float score = 0;
                 for (size_t i = 0; i < d; i++)
                     score += q[i] * cached_k(m, s, layer, g, j, i);
-                weights[j] = score / sqrtf((float)d); // keeps the scores in the same range for any d
+                attn[j] = score / sqrtf((float)d); // without it, large d would make softmax pick one position only
             }
-            softmax(weights, n);
+            softmax(attn, n);
 
             // the weighted sum of the values
             for (size_t i = 0; i < d; i++) {
                 float sum = 0;
                 for (size_t j = 0; j < n; j++)
-                    sum += weights[j] * cached_v(m, s, layer, g, j, i);
+                    sum += attn[j] * cached_v(m, s, layer, g, j, i);
                 store_row(out, t, head * d + i, &sum, 1);
             }
         }
 }
 
-// The same, but fast; section 10.
+// attention is the fast version, shared by all threads; section 10.
 static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos);
 
-// SwiGLU, the non-linear step of the feed-forward block: out (T, F) = silu(gate) * up, where silu(x) = x / (1 + e^-x).
-// The gate decides how much of each number in "up" passes.                                          (Shazeer 2020)
+// SwiGLU, the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up, where silu(x) = x / (1 +
+// e^-x).
+// A gate far below 0 blocks its number of "up"; a gate above 0 lets it pass, scaled.               (Shazeer 2020)
 static void swiglu(RunState *s, Tensor out, const float *gate_up) {
     size_t F = out.cols;
 #pragma omp for
@@ -444,7 +481,7 @@ static void swiglu(RunState *s, Tensor out, const float *gate_up) {
     }
 }
 
-// logits (n, V) of n tokens of the batch, from token t on
+// Computes the logits (n, V) of n tokens of the batch, from token t on.
 static void compute_logits(const Model *m, RunState *s, size_t t, size_t n) {
     Tensor normed = xb_view(s, n, m->h.dim);
     rmsnorm(s, normed, s->x + t * m->h.dim, m->final_norm, m->h.norm_eps);
@@ -452,8 +489,8 @@ static void compute_logits(const Model *m, RunState *s, size_t t, size_t n) {
 }
 
 // The Transformer: takes T tokens at the positions pos, pos + 1, ..., adds their keys and values to the KV cache, and
-// leaves the logits of the last n_logits of them in s->logits. In a prompt, only the last token needs logits, as the
-// tokens that follow the others are known.
+// leaves the logits of the last n_logits of them in s->logits. For a prompt, n_logits is 1: what follows the other
+// tokens is known.
 static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos, size_t n_logits) {
     // The inputs of the matrix products. Only one is in use at a time, so all three are views of s->xb.
     Tensor normed = xb_view(s, T, m->h.dim);
@@ -465,7 +502,7 @@ static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t 
     for (size_t i = 0; i < m->h.n_layers; i++) {
         const Layer *l = &m->layers[i];
 
-        // attention block
+        // attention block: keys and values of the whole batch are cached before any token looks at them
         rmsnorm(s, normed, s->x, l->attn_norm, m->h.norm_eps);
         matmul(s, s->qkv, l->wqkv, normed);
         rope_and_cache_kv(m, s, i, pos, T);
@@ -484,7 +521,8 @@ static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t 
 
 static void check_finite(const Model *m, const float *logits, size_t n, size_t pos); // exits if logits contain NaN
 
-// Runs forward on all threads. A single thread bypasses OpenMP, whose barriers would cost a system call each.
+// Runs forward on all threads. A single thread stays outside of OpenMP, where `omp for` is an ordinary loop: inside,
+// even one thread would pay for a barrier after each loop.
 static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos,
                              size_t n_logits) {
     if (s->threads == 1)
@@ -498,16 +536,17 @@ static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens
 // ------------------------------------------------------------------------------------------------
 // 3 Sampling
 //
-// To always choose the most likely token makes dull texts that repeat themselves. So the next token is drawn at random,
-// by the probabilities that softmax makes of the logits. Three settings keep unlikely tokens, of which there are very
-// many, from spoiling the text:
+// Always choosing the most likely token gives dull texts that repeat themselves. So the next token is drawn at random:
+// softmax turns the logits into probabilities. An unlikely token is rarely drawn, but there are so many of them that
+// together they would spoil the text. Three settings prevent this:
 //
-//   temperature   logits are divided by it: below 1, likely tokens get even more likely; 0 always takes the best one
+//   temperature   the logits are divided by it: below 1, likely tokens get more likely; 0 always takes the most likely
+//   one
 //   top-k         only the k most likely tokens can be drawn                                       (Fan et al. 2018)
-//   top-p         only the most likely tokens that together have the probability p can be drawn; also called nucleus
-//                 sampling                                                                    (Holtzman et al. 2020)
+//   top-p         only the most likely tokens can be drawn, as many as it takes for their probabilities to add up to p;
+//                 also called nucleus sampling                                                (Holtzman et al. 2020)
 
-// An entry of a heap: an array from which the entry with the largest key can be removed quickly. Section 9.
+// An entry of a heap: an array from which the entry with the largest key is removed quickly. Section 9.
 typedef struct {
     float key;
     uint32_t index;          // of two entries with equal keys, the one with the smaller index comes first
@@ -524,10 +563,10 @@ typedef struct {
     uint64_t random;      // the state of the random number generator; starts as the seed
     float *probabilities; // (V)
     Heap heap;            // of tokens, by their probabilities
-    Tokens candidates;    // the tokens that can be drawn, the most likely first
+    Tokens candidates;    // the tokens that can be drawn
 } Sampler;
 
-// A random number in [0, 1), by the generator splitmix64.                     (Steele, Lea and Flood 2014)
+// Returns a random number in [0, 1), by the generator splitmix64.                      (Steele, Lea and Flood 2014)
 static double random_f64(uint64_t *state) {
     *state += 0x9e3779b97f4a7c15;
     uint64_t z = *state;
@@ -536,7 +575,7 @@ static double random_f64(uint64_t *state) {
     return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
 }
 
-// The index of the largest value.
+// Returns the index of the largest value.
 static uint32_t argmax(const float *values, size_t n) {
     size_t best = 0;
     for (size_t i = 1; i < n; i++)
@@ -545,16 +584,16 @@ static uint32_t argmax(const float *values, size_t n) {
     return (uint32_t)best;
 }
 
-// Collects the candidates: the top_k most likely tokens, and of these the most likely ones that have top_p of their
-// probability. Returns the sum of the candidates' probabilities.
+// Collects the candidates, the most likely first: the top_k most likely tokens, cut off where their probabilities reach
+// the part top_p of the sum of all of them. Returns the sum of the candidates' probabilities.
 static double top_k_top_p(Sampler *s, size_t n) {
     const float *p = s->probabilities;
     size_t k = s->top_k ? s->top_k : n;
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
-    double enough = s->top_k ? 1 : top_p; // with top-k, top_p is a part of what top-k has left, see below
+    double enough = s->top_k ? 1 : top_p; // with top-k, top_p is a part of a sum that is not known yet, see below
 
-    // A heap gives the most likely tokens without sorting all. Tokens below the floor are never needed: even all of
-    // them together have less than 1 - enough.
+    // A heap gives the most likely tokens without sorting all. Tokens below the floor have less than 1 - enough in all,
+    // so the others are enough, and they come first.
     double floor = (1 - enough) / (double)n;
     s->heap.n = 0;
     for (size_t i = 0; i < n; i++)
@@ -579,13 +618,13 @@ static double top_k_top_p(Sampler *s, size_t n) {
     return kept;
 }
 
-// Chooses the next token by its logits (n).
+// Chooses the next token, given the logits (n).
 static uint32_t sample(Sampler *s, const float *logits, size_t n) {
     uint32_t best = argmax(logits, n);
     if (s->temperature == 0)
         return best;
     float *p = s->probabilities;
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) // minus the largest, so that a very small temperature does not make infinity
         p[i] = (logits[i] - logits[best]) / s->temperature;
     softmax(p, n);
 
@@ -593,12 +632,13 @@ static uint32_t sample(Sampler *s, const float *logits, size_t n) {
     double sum = 1;
     bool all = s->top_k == 0 && (s->top_p == 0 || s->top_p == 1);
     s->candidates.n = 0;
-    for (uint32_t i = 0; all && i < n; i++)
-        push(&s->candidates, i);
     if (!all)
         sum = top_k_top_p(s, n);
+    else
+        for (uint32_t i = 0; i < n; i++)
+            push(&s->candidates, i);
 
-    // draw one: each candidate has its probability as its share of the interval from 0 to sum
+    // draw one: the probabilities lie end to end from 0 to sum, and the candidate where a random number falls is chosen
     double coin = sum * random_f64(&s->random);
     for (size_t i = 0; i < s->candidates.n; i++) {
         coin -= (double)p[s->candidates.data[i]];
@@ -611,8 +651,8 @@ static uint32_t sample(Sampler *s, const float *logits, size_t n) {
 // ------------------------------------------------------------------------------------------------
 // 4 Generation
 //
-// A text grows by one token at a time. The first pass through the Transformer takes all tokens of the prompt (prefill),
-// and each later pass the one token that was chosen last (decode).
+// A text grows token by token. First, all tokens of the prompt pass through the Transformer (prefill). Then, one token
+// is chosen, appended, and passed through the Transformer alone (decode), again and again.
 
 typedef struct Options Options;     // the command line, section 8
 typedef struct Tokenizer Tokenizer; // section 5
@@ -622,15 +662,15 @@ typedef struct Printer Printer;     // the state of standard output, section 9
 // The text that the model has read and written.
 typedef struct {
     Tokens tokens;
-    size_t n_past;     // the KV cache holds the first n_past of them
-    size_t max_tokens; // the KV cache has room for so many
+    size_t n_past;     // the KV cache holds the keys and values of the first n_past tokens
+    size_t max_tokens; // the number of tokens for which the KV cache has room
 } Context;
 
-// What the statistics at the end are made of.
+// What the statistics at the end are computed from.
 typedef struct {
-    size_t n_prompt, n_generated;     // tokens that were read, and tokens that were generated
-    size_t n_decoded;                 // generated tokens without the first of each answer, which belongs to prefill
-    size_t n_accepted;                // those of the decoded tokens that had been guessed, see draft
+    size_t n_prompt, n_generated; // tokens that were read, and tokens that were generated
+    size_t n_decoded;             // generated tokens except the first of each answer, whose logits come from prefill
+    size_t n_accepted;            // decoded tokens that draft had guessed
     double prefill_time, decode_time; // in seconds
 } Stats;
 
@@ -646,22 +686,25 @@ typedef struct {
     Chat *chat; // NULL unless in a chat
 } Session;
 
-static bool interrupted(void);                               // Ctrl-C in a chat; section 6
-static void encode(Tokenizer *t, Tokens *tokens, Span text); // appends the tokens of a text
-static bool is_stop(const Tokenizer *t, uint32_t token);     // does it end a text or an answer?
-static Span read_prompt(const Options *o);                   // the text of -i or -f
+static bool interrupted(void);                               // has Ctrl-C been pressed in a chat? section 6
+static void encode(Tokenizer *t, Tokens *tokens, Span text); // appends the tokens of a text; section 5
+static bool is_stop(const Tokenizer *t, uint32_t token);     // does this token end a text or an answer? section 5
+static Span read_prompt(const Options *o);                   // the text of the flags -i or -f
 static size_t start_generation(Session *s); // allocates memory; returns the most tokens to generate, 0: no limit
 static void print_prompt(Session *s);
-static void print_token(Session *s, uint32_t token, const float *logits);
-static void end_reply(Session *s); // ends the line
+static void print_token(Session *s, uint32_t token, const float *logits); // prints nothing for a stop token
+static void end_reply(Session *s);                                        // ends the line
 static void print_stats(const Session *s);
-// Forgets the oldest turns of a chat if the context is full. Returns whether there is room for another token.
+// make_room returns whether the context has room for another token. A chat forgets its oldest turns for that.
 static bool make_room(Session *s);
-// Writes guesses of the next tokens behind the tokens and returns their number, 0 without --draft; section 10.
+// draft guesses the next tokens: it looks for an earlier place in the text that has the same tokens as its end, and
+// copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how many: 0 without
+// --draft, and never more than the batch and the context have room for. Section 10.
 static size_t draft(Session *s);
 
-// Computes the tokens that are not in the KV cache yet, batch by batch, and leaves the logits of the last one, and of
-// n_draft guesses that stand behind it. Ctrl-C ends it early.
+// Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch, and on n_draft guesses that
+// stand behind the last one. Then row 0 of the logits is for the token after the last one, and row i for the token
+// after guess i. Guesses do not count as cached: later tokens overwrite the wrong ones. Ctrl-C ends it early.
 static void evaluate(Session *s, size_t n_draft) {
     Context *c = &s->context;
     while (c->n_past < c->tokens.n && !interrupted()) {
@@ -672,15 +715,18 @@ static void evaluate(Session *s, size_t n_draft) {
     }
 }
 
-// Continues the tokens by up to max_new (0: no limit), until a stop token, Ctrl-C or the end of the context.
+// Continues the text by up to max_new tokens (0: no limit), until a stop token, Ctrl-C or the end of the context.
 //
-// The loop also does speculative decoding: if there are guesses for the next tokens, they are computed in the same pass
-// as the last token, which takes little longer than the last token alone. Where sampling then chooses what was guessed,
-// the next logits are already there. They are the same, bit for bit, as without a guess.      (prompt lookup: Saxena 2023)
+// The loop also does speculative decoding. Guesses of the next tokens pass through the Transformer together with the
+// last token. This takes little longer than the last token alone, because the time is that of loading the weights,
+// which are loaded once for all. Each token is still chosen by sampling. If it is the one that was guessed, the logits
+// that follow it are already there; if not, the other guesses are dropped. The text is the same as without guesses,
+// because logits do
+// not depend on how a text is split into batches.                                        (prompt lookup: Saxena 2023)
 static void generate_reply(Session *s, size_t max_new) {
     Context *c = &s->context;
     size_t vocab_size = s->model.h.vocab_size, n_new = 0;
-    size_t n_draft = 0, n_accepted = 0; // guesses of the last pass, and how many of them were right so far
+    size_t n_draft = 0, n_accepted = 0; // guesses in the last pass, and how many of them were chosen so far
 
     // prefill
     double start = seconds();
@@ -698,15 +744,15 @@ static void generate_reply(Session *s, size_t max_new) {
         if (is_stop(s->tokenizer, token))
             break;
 
-        // append it
+        // append it; the first guess that is not used yet stands where it goes
         bool guessed = n_accepted < n_draft && c->tokens.data[c->tokens.n] == token;
         push(&c->tokens, token);
         if (n_new == max_new || !make_room(s))
             break;
 
-        // decode: compute the logits that follow it
+        // decode: get the logits that follow it
         s->stats.n_decoded++;
-        if (guessed) {
+        if (guessed) { // the last pass has computed its keys, values and logits
             c->n_past++;
             n_accepted++;
             s->stats.n_accepted++;
@@ -1589,7 +1635,8 @@ typedef enum { PRINT_PLAIN, PRINT_TERMINAL, PRINT_QUOTED, PRINT_JSON } Style;
 
 // Prints a text in one of these styles:
 //   PRINT_PLAIN     as it is
-//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so that a model cannot control the terminal
+//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so that a model cannot control the
+//   terminal
 //   PRINT_QUOTED    the same, with \" \\ \n \t and \u001b, as between quotes
 //   PRINT_JSON      the same as a JSON string, which cannot express bytes that are not UTF-8: they become U+FFFD
 static void print_text(Span text, Style style) {
@@ -3104,7 +3151,8 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
         }
 }
 
-// Up to this many tokens, the matrix product is limited by memory: each few rows are used for all tokens as they arrive.
+// Up to this many tokens, the matrix product is limited by memory: each few rows are used for all tokens as they
+// arrive.
 enum { SMALL_BATCH = MR * NR };
 
 // Multiplies whole groups of MR rows and whole vectors of columns by several tokens. A chunk of TOKENS_IN_L1 tokens
@@ -3288,7 +3336,8 @@ static float online_softmax(float score[KV_BLOCK], size_t n_visible, float scale
 }
 
 // Attention for `count` queries that share kv head g, one block of keys and values after the other. Query `first` + i
-// is that of head (first + i) % (H/G) of the group, of token (first + i) / (H/G) of the batch.  (FlashAttention: Dao 2022)
+// is that of head (first + i) % (H/G) of the group, of token (first + i) / (H/G) of the batch.
+//                                                                                            (FlashAttention: Dao 2022)
 static void attention_block(const Model *m, RunState *s, Tensor result, size_t layer, size_t pos, size_t g,
                             size_t first, size_t count) {
     const size_t d = m->h.head_dim, group = m->h.n_heads / m->h.n_kv_heads, P = pair_size(s);
