@@ -61,7 +61,6 @@ static void *allocate(size_t count, size_t size, const char *what); // uninitial
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max(size_t a, size_t b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-static float load_number(const void *array, Dtype dtype, size_t i);             // array[i] as f32
 static void convert_f32(void *out, Dtype dtype, const float *values, size_t n); // n f32 to an array of `dtype`
 static float exp_f32(float x);                                                  // e^x to 3 units in the last place
 static double seconds(void);                                                    // a clock, to measure times
@@ -275,7 +274,7 @@ static float cached_k(const Model *m, const RunState *s, size_t layer, size_t g,
 static float cached_v(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
 // xb_view returns s->xb as a matrix (T, cols).
 static Tensor xb_view(const RunState *s, size_t T, size_t cols);
-// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on.
+// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on, an even number.
 static float element(Tensor a, size_t r, size_t c);
 static void store_row(Tensor a, size_t r, size_t c, const float *values, size_t n);
 // thread_scratch returns the buffer of the calling thread. It has room for max(D, Q, F, C) numbers.
@@ -326,7 +325,7 @@ static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
         squares += x[i] * x[i];
     float scale = 1.0f / sqrtf(squares / (float)n + eps);
     for (size_t i = 0; i < n; i++)
-        out[i] = x[i] * scale * load_number(weight.data, weight.dtype, i);
+        out[i] = x[i] * scale * element(weight, 0, i);
 }
 
 // out (T, D) = RMSNorm of each row of x (T, D)
@@ -403,7 +402,7 @@ static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t 
         float *k = q + H * d;
         float *v = k + G * d;
         for (size_t i = 0; i < l->bqkv.cols; i++) // adds the biases of q, k and v, which are adjacent
-            q[i] += load_number(l->bqkv.data, l->bqkv.dtype, i);
+            q[i] += element(l->bqkv, 0, i);
         for (size_t head = 0; head < H + G; head++) { // the query heads, then the key heads
             float *vector = q + head * d;
             if (m->h.flags & QK_NORM)
@@ -437,6 +436,7 @@ static void softmax(float *x, size_t n) {
 //                                                                                                 (Vaswani et al. 2017)
 static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
+    float result[MAX_HEAD];
     float *attn = thread_scratch(s); // the attention weight of each position
     for (size_t t = 0; t < out.rows; t++)
         for (size_t head = 0; head < H; head++) {
@@ -458,8 +458,9 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
                 float sum = 0;
                 for (size_t j = 0; j < n; j++)
                     sum += attn[j] * cached_v(m, s, layer, g, j, i);
-                store_row(out, t, head * d + i, &sum, 1);
+                result[i] = sum;
             }
+            store_row(out, t, head * d, result, d);
         }
 }
 
@@ -630,9 +631,8 @@ static uint32_t sample(Sampler *s, const float *logits, size_t n) {
 
     // collect the tokens that can be drawn
     double sum = 1;
-    bool all = s->top_k == 0 && (s->top_p == 0 || s->top_p == 1);
     s->candidates.n = 0;
-    if (!all)
+    if (s->top_k || (s->top_p > 0 && s->top_p < 1))
         sum = top_k_top_p(s, n);
     else
         for (uint32_t i = 0; i < n; i++)
@@ -2663,7 +2663,7 @@ static void check_finite(const Model *m, const float *logits, size_t n, size_t p
 
 // ---- The process
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && defined(__AVX2__)
 static void need(bool there, const char *name) {
     if (there)
         return;
@@ -2675,9 +2675,7 @@ static void need(bool there, const char *name) {
 // Runs before main, so that no instruction that the CPU lacks is used before this check.
 __attribute__((constructor)) static void check_cpu(void) {
     __builtin_cpu_init();
-#ifdef __AVX2__
     need(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"), "AVX2");
-#endif
 #ifdef __AVX512F__
     need(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
@@ -2797,13 +2795,16 @@ static void prepare_process(char **argv) {
 // with many sums takes the accumulators one after the other. The sums are the same, bit for bit.
 
 enum {
-    MR = 4,           // rows of weights that the micro-kernel multiplies at a time
-    MC = 128,         // rows of weights that stay in L2 while all tokens are multiplied with them
-    KC_BYTES = 4096,  // of each token's row, multiplied at a time
-    TOKENS_IN_L1 = 6, // tokens that stay in L1 while the rows of a block stream past
-    KV_BLOCK = 64,    // keys and values that attention handles at a time
-    Q_BLOCK = 64,     // queries that are multiplied with a block of keys while it is in cache
-    Q_TILE = 4        // queries that share each key and value that is loaded
+    MR = 4,             // rows of weights that the micro-kernel multiplies at a time
+    MC = 128,           // rows of weights that stay in L2 while all tokens are multiplied with them
+    KC_BYTES = 4096,    // of each token's row, multiplied at a time
+    TOKENS_IN_L1 = 6,   // tokens that stay in L1 while the rows of a block stream past
+    AMX_BLOCK = 32,     // AMX: rows and tokens that are multiplied at a time, and columns that an instruction takes
+    AMX_TOKENS = 256,   // AMX: tokens, and
+    AMX_COLUMNS = 2048, // AMX: columns of them, that stay in L2 while all rows are multiplied with them
+    KV_BLOCK = 64,      // keys and values that attention handles at a time
+    Q_BLOCK = 64,       // queries that are multiplied with a block of keys while it is in cache
+    Q_TILE = 4          // queries that share each key and value that is loaded
 };
 
 static void page_weights(Paging *p, Tensor w); // section 11
@@ -2839,7 +2840,11 @@ INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#define AMX
+#define BF16_DOT "AMX BF16"
+#elif defined(__AVX512BF16__)
 #define BF16_DOT "AVX-512 BF16"
 #endif
 #ifdef __AVX512BF16__
@@ -2912,7 +2917,7 @@ static const char *isa(void) { return ISA; }
 
 // How many bytes ahead the weights of one token are prefetched, and how close to the CPU (3: L1, 2: L2). These were
 // fastest on Zen 5, which is known by its AVX-VNNI, and on Zen 4 and Xeons.
-#if defined(__AVXVNNI__) && !defined(__AMX_BF16__)
+#if defined(__AVXVNNI__) && !defined(AMX)
 enum { PREFETCH_BYTES = 4096, PREFETCH_LOCALITY = 3 };
 #else
 enum { PREFETCH_BYTES = 3072, PREFETCH_LOCALITY = 2 };
@@ -2920,25 +2925,58 @@ enum { PREFETCH_BYTES = 3072, PREFETCH_LOCALITY = 2 };
 
 // ---- The order of numbers in memory
 
-// The type of xb. The bf16 dot product takes both sides in bf16.
-static Dtype xb_type(uint32_t weights) { return weights == BF16 && has_bf16_dot() ? BF16 : F32; }
+// Returns the type of xb. The bf16 dot product takes both sides in bf16.
+static Dtype choose_xb_type(uint32_t weights) {
+    if (weights != BF16 || !has_bf16_dot())
+        return F32;
+#ifdef AMX
+    // Linux gives the tile registers only to programs that ask for them.
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+    expect(syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0,
+           "no AMX from the system: %s; make ARCH='-march=native -mno-amx-bf16' does without", strerror(errno));
+    return BF16_AMX;
+#endif
+    return BF16;
+}
 
 // The distance between rows of xb. With a power of two, all rows would compete for the same sets of the cache.
-static size_t xb_stride(size_t cols) { return round_up(cols, 64) + 32; }
+static size_t xb_stride(Dtype dtype, size_t cols) {
+    return dtype == BF16_AMX ? round_up(cols, AMX_BLOCK) : round_up(cols, 64) + 32;
+}
 
 static Tensor xb_view(const RunState *s, size_t T, size_t cols) {
-    return (Tensor){s->xb, s->xb_type, T, cols, xb_stride(cols)};
+    return (Tensor){s->xb, s->xb_type, T, cols, xb_stride(s->xb_type, cols)};
 }
 
-static inline float element(Tensor a, size_t r, size_t c) { return load_number(a.data, a.dtype, r * a.stride + c); }
+// Where element (r, c) of a matrix is. BF16_AMX is (T/16, cols/2, 16, 2): pairs of columns of 16 tokens stand together.
+static inline size_t element_index(Tensor a, size_t r, size_t c) {
+    if (a.dtype == BF16_AMX)
+        return r / 16 * 16 * a.stride + c / 2 * 32 + r % 16 * 2 + c % 2;
+    return r * a.stride + c;
+}
+
+static inline float element(Tensor a, size_t r, size_t c) {
+    return load_number(a.data, a.dtype, element_index(a, r, c));
+}
 
 static void store_row(Tensor a, size_t r, size_t c, const float *values, size_t n) {
-    convert_f32((char *)a.data + (r * a.stride + c) * size_of(a.dtype), a.dtype, values, n);
+    if (a.dtype != BF16_AMX) {
+        convert_f32((char *)a.data + element_index(a, r, c) * size_of(a.dtype), a.dtype, values, n);
+        return;
+    }
+    uint16_t *to = (uint16_t *)a.data + element_index(a, r, c); // c is even, and pairs are 32 numbers apart
+    for (size_t i = 0; i < n; i += AMX_BLOCK) {
+        uint16_t some[AMX_BLOCK] = {0};
+        convert_f32(some, BF16, values + i, min(AMX_BLOCK, n - i));
+        for (size_t j = 0; j < AMX_BLOCK && i + j < n; j += 2)
+            memcpy(to + (i + j) * 16, some + j, 2 * sizeof *some);
+    }
 }
 
-// `rows` rows of a matrix, from row r on, and of these `cols` columns, from column c on.
+// Returns `rows` rows of a matrix, from row r on, and of these `cols` columns, from column c on. With BF16_AMX, r has
+// to be a multiple of 16 and c of 2.
 static inline Tensor slice(Tensor a, size_t r, size_t rows, size_t c, size_t cols) {
-    return (Tensor){(char *)a.data + (r * a.stride + c) * size_of(a.dtype), a.dtype, rows, cols, a.stride};
+    return (Tensor){(char *)a.data + element_index(a, r, c) * size_of(a.dtype), a.dtype, rows, cols, a.stride};
 }
 
 // bf16 numbers of the KV cache are stored in pairs (P = 2), which the bf16 dot product takes together.
@@ -2990,9 +3028,9 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
     size_t widest = max(max(D, Q), F), outputs = max(Q + 2 * K, 2 * F); // per token: input and output of a product
     const char *what = "the activations";
     RunState s = {.threads = threads, .context = round_up(context, KV_BLOCK)};
-    s.xb_type = xb_type(m->h.dtype);
+    s.xb_type = choose_xb_type(m->h.dtype);
     s.kv_type = s.xb_type == BF16 ? BF16 : F16; // a CPU that has AMX is slow at bf16 dot products of vectors
-    size_t per_token = (D + outputs + d) * sizeof(float) + xb_stride(widest) * size_of(s.xb_type);
+    size_t per_token = (D + outputs + d) * sizeof(float) + xb_stride(s.xb_type, widest) * size_of(s.xb_type);
     size_t room = BATCH_BYTES - min(BATCH_BYTES / 2, n_logits * m->h.vocab_size * sizeof(float));
     s.batch = min(min(max(room / per_token, 1), MAX_BATCH), context);
 
@@ -3007,7 +3045,7 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
     s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
     s.x = allocate(s.batch * D, sizeof *s.x, what);
     s.qkv = s.gate_up = allocate(s.batch * outputs, sizeof *s.qkv, what);
-    s.xb = allocate(s.batch * xb_stride(widest), size_of(s.xb_type), what);
+    s.xb = allocate(round_up(s.batch, AMX_BLOCK) * xb_stride(s.xb_type, widest), size_of(s.xb_type), what);
     s.logits = allocate(n_logits * m->h.vocab_size, sizeof *s.logits, "the logits");
     s.rope_cos = allocate(s.batch * d / 2, sizeof *s.rope_cos, what);
     s.rope_sin = allocate(s.batch * d / 2, sizeof *s.rope_sin, what);
@@ -3185,6 +3223,18 @@ INLINE void gemm_blocked(float *out, size_t stride, Tensor w, Dtype w_type, Tens
     }
 }
 
+// Adds what whole vectors, or tiles, leave of a product: the columns from `cols` on, and the rows from `rows` on.
+static void gemm_rest(float *out, size_t stride, Tensor w, Tensor x, size_t rows, size_t cols, Update update) {
+    for (size_t r = 0; r < w.rows; r++) {
+        size_t c = r < rows ? cols : 0;
+        Tensor row = slice(w, r, 1, c, w.cols - c), tokens = slice(x, 0, x.rows, c, w.cols - c);
+        for (size_t t = 0; t < x.rows && row.cols; t++) {
+            float *at = out + t * stride + r;
+            *at = (update == ADD || c ? *at : 0) + dot_ref(row, 0, tokens, t);
+        }
+    }
+}
+
 INLINE void gemm_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, Update update) {
     w.dtype = w_type;
     x.dtype = x_type;
@@ -3212,13 +3262,7 @@ INLINE void gemm_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor
                     micro_kernel(at, stride, row, w_type, 1, 1, token, x_type, 1, 1, c ? ADD : update, NULL);
             }
         }
-    // The last columns, fewer than a vector has.
-    Tensor last_w = slice(w, 0, w.rows, cols, x.cols - cols), last_x = slice(x, 0, x.rows, cols, x.cols - cols);
-    for (size_t t = 0; t < x.rows && last_w.cols; t++)
-        for (size_t r = 0; r < w.rows; r++) {
-            float dot = dot_ref(last_w, r, last_x, t);
-            out[t * stride + r] = (update == ADD || cols ? out[t * stride + r] : 0) + dot;
-        }
+    gemm_rest(out, stride, w, x, w.rows, cols, update);
 }
 
 // out[t][r] = sum_c w[r][c] x[t][c], or += it; rows of out are `stride` apart
@@ -3231,6 +3275,88 @@ static void gemm(float *out, size_t stride, Tensor w, Tensor x, Update update) {
         gemm_typed(out, stride, w, F16, x, F32, update);
 }
 
+#ifdef AMX
+
+// AMX has eight tile registers of 16 rows of 64 bytes, and an instruction that multiplies two of them: A, 16 rows and
+// 32 columns of weights, as they are in the file, and B, 16 pairs of columns of 16 tokens, as store_row has written
+// them. It adds the products to a third tile of 16 x 16 sums, in the same order for each sum. A batch is padded to
+// whole tiles; the sums of the padding are not used. So a token has the same bits alone as in a batch.
+
+// Multiplies 32 rows of w, from row r on, by up to 32 tokens, from token t on, over the columns from c to end. Each
+// pass over these rows prefetches: a single pass two tiles ahead in these rows, and then in the next 32; pass number
+// `pass` of several `passes` its share of the next 32 rows.
+static void amx_micro_kernel(float *out, size_t stride, Tensor w, size_t r, size_t c, size_t end, Tensor x, size_t t,
+                             Update update, size_t pass, size_t passes) {
+    const size_t tokens = min(AMX_BLOCK, x.rows - t), share = (AMX_BLOCK + passes - 1) / passes;
+    const size_t distance = passes == 1 ? 2 * AMX_BLOCK : w.cols;
+    const uint16_t *weights = (const uint16_t *)w.data + r * w.stride;
+    const uint16_t *left = (const uint16_t *)x.data + t * x.stride, *right = left + 16 * x.stride; // 16 tokens each
+    const long row = (long)(w.stride * sizeof *weights), sums_row = AMX_BLOCK * sizeof(float);
+    float sums[AMX_BLOCK][AMX_BLOCK];
+    __asm__ volatile("" : : : "memory"); // gcc does not know that tiles are loaded from memory
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (; c < end; c += AMX_BLOCK) {
+        _tile_loadd(4, weights + c, row);
+        _tile_loadd(5, weights + 16 * w.stride + c, row);
+        _tile_loadd(6, left + c * 16, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (tokens > 16) {
+            _tile_loadd(7, right + c * 16, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        size_t ahead = pass * share * w.stride + c + distance;
+        if (c + distance >= w.cols) // goes on in the next 32 rows
+            ahead += AMX_BLOCK * w.stride - w.cols;
+        for (size_t i = 0; i < share; i++)
+            __builtin_prefetch(weights + ahead + i * w.stride, 0, 3);
+    }
+    _tile_stored(0, sums[0], sums_row);
+    _tile_stored(1, sums[16], sums_row);
+    _tile_stored(2, sums[0] + 16, sums_row);
+    _tile_stored(3, sums[16] + 16, sums_row);
+    for (size_t j = 0; j < tokens; j++)
+        for (size_t i = 0; i < AMX_BLOCK; i++) {
+            float *at = out + (t + j) * stride + r + i;
+            *at = (update == ADD ? *at : 0) + sums[i][j];
+        }
+}
+
+// Up to 32 tokens: each few rows are read once, from end to end. More: a part of x stays in L2 while a thread's rows
+// pass.
+static void matmul_amx(RunState *s, float *out, Tensor w, Tensor x, Update update) {
+    size_t share = AMX_BLOCK, cols = w.cols / AMX_BLOCK * AMX_BLOCK, end, passes;
+    if (x.rows > AMX_BLOCK)
+        share = round_up((w.rows + s->threads - 1) / s->threads, AMX_BLOCK);
+    uint8_t config[64] = {1}; // makes all eight tiles of this thread 16 rows of 64 bytes
+    for (size_t i = 0; i < 8; i++) {
+        config[16 + 2 * i] = 64;
+        config[48 + i] = 16;
+    }
+    _tile_loadconfig(config);
+#pragma omp for schedule(static)
+    for (size_t first = 0; first < w.rows; first += share) {
+        Tensor part = slice(w, first, min(share, w.rows - first), 0, w.cols);
+        size_t rows = part.rows / AMX_BLOCK * AMX_BLOCK;
+        for (size_t start = 0; start < x.rows; start = end) {
+            end = min(start + AMX_TOKENS, x.rows);
+            passes = (end - start + AMX_BLOCK - 1) / AMX_BLOCK;
+            for (size_t c = 0; c < cols; c += AMX_COLUMNS)
+                for (size_t r = 0; r < rows; r += AMX_BLOCK)
+                    for (size_t t = start; t < end; t += AMX_BLOCK)
+                        amx_micro_kernel(out + first, w.rows, part, r, c, min(c + AMX_COLUMNS, cols), x, t,
+                                         c ? ADD : update, (t - start) / AMX_BLOCK, passes);
+        }
+        gemm_rest(out + first, w.rows, part, x, rows, cols, update);
+    }
+    _tile_release();
+}
+#endif
+
 // Splits the rows of w among the threads. One token: each thread has a range of rows to stream. A small batch: each
 // few rows are used for all tokens as they arrive. A large batch: a block of rows stays in L2.
 static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update) {
@@ -3240,6 +3366,12 @@ static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update up
     }
 #pragma omp master
     page_weights(s->paging, w);
+#ifdef AMX
+    if (x.dtype == BF16_AMX) {
+        matmul_amx(s, out, w, x, update);
+        return;
+    }
+#endif
     size_t block = MC;
     if (x.rows == 1)
         block = (w.rows + s->threads - 1) / s->threads;
@@ -3355,7 +3487,8 @@ static void attention_block(const Model *m, RunState *s, Tensor result, size_t l
         largest[i] = -INFINITY;
         sum[i] = 0;
     }
-    for (size_t start = 0; start < kv_len[count - 1]; start += KV_BLOCK) {
+    size_t end = pos + (first + count - 1) / group + 1; // the last query looks at the most positions
+    for (size_t start = 0; start < end; start += KV_BLOCK) {
         size_t block = kv_offset(m, s, layer, g, start);
         for (size_t i = 0, queries; i < count; i += queries) {
             queries = count - i >= Q_TILE ? Q_TILE : 1;
