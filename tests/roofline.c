@@ -38,12 +38,41 @@ INLINE double multiply_registers(bool pairs, size_t rounds) {
     return (double)rounds * NR * MR * W * (pairs ? 4 : 2);
 }
 
+#ifdef AMX
+// The same with tiles: each instruction computes 16 x 16 sums of 32 products.
+static double multiply_tiles(size_t rounds) {
+    uint8_t config[64] = {1};
+    for (size_t i = 0; i < 8; i++) {
+        config[16 + 2 * i] = 64;
+        config[48 + i] = 16;
+    }
+    _tile_loadconfig(config);
+    for (size_t i = 0; i < rounds; i++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_release();
+    return (double)rounds * 4 * 16 * 16 * 32 * 2;
+}
+#endif
+
+// As many rounds of the instruction that multiplies for xb of this type.
+static double multiply_as(Dtype xb_type, size_t rounds) {
+#ifdef AMX
+    if (xb_type == BF16_AMX)
+        return multiply_tiles(rounds);
+#endif
+    return xb_type == BF16 ? multiply_registers(true, rounds) : multiply_registers(false, rounds);
+}
+
 // Floating-point operations per second of the instruction that a prompt's matrix products are made of.
 static double peak_flops(const Session *s) {
     const size_t rounds = 400000;
     double operations = 0, start = seconds();
 #pragma omp parallel num_threads((int)s->run.threads) reduction(+ : operations)
-    operations += s->run.xb_type == BF16 ? multiply_registers(true, rounds) : multiply_registers(false, rounds);
+    operations += multiply_as(s->run.xb_type, rounds);
     return operations / (seconds() - start);
 }
 
