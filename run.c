@@ -3332,12 +3332,13 @@ static void matmul_amx(RunState *s, float *out, Tensor w, Tensor x, Update updat
     size_t share = AMX_BLOCK, cols = w.cols / AMX_BLOCK * AMX_BLOCK, end, passes;
     if (x.rows > AMX_BLOCK)
         share = round_up((w.rows + s->threads - 1) / s->threads, AMX_BLOCK);
-    uint8_t config[64] = {1}; // makes all eight tiles of this thread 16 rows of 64 bytes
-    for (size_t i = 0; i < 8; i++) {
-        config[16 + 2 * i] = 64;
-        config[48 + i] = 16;
-    }
-    _tile_loadconfig(config);
+    // All eight tiles of this thread are 16 rows of 64 bytes.
+    static const struct {
+        uint8_t palette, reserved[15];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } tiles = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&tiles);
 #pragma omp for schedule(static)
     for (size_t first = 0; first < w.rows; first += share) {
         Tensor part = slice(w, first, min(share, w.rows - first), 0, w.cols);
