@@ -419,7 +419,6 @@ static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t 
 // because a factor common to all e^x cancels out.
 static void softmax(float *x, size_t n) {
     float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
     for (size_t i = 0; i < n; i++)
         largest = x[i] > largest ? x[i] : largest;
     for (size_t i = 0; i < n; i++)
