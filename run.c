@@ -772,7 +772,7 @@ static void check(const char *path, const char *name, double value, double low, 
 static void append_bytes(Bytes *array, Span text);
 static Span span_of(const char *string);
 static File read_file(const char *path, const char *magic, size_t min_size, const char *what);
-static FILE *open_chat_input(const Options *o);
+static FILE *open_text(const char *path);
 static void start_note(const Session *s); // on standard error
 static void print_ids(Tokens tokens, const char *between);
 static size_t n_params(const Model *m);
@@ -863,10 +863,11 @@ struct Tokenizer {
     const TemplateItem *items;   // (n_template_items)
     const uint8_t *char_class;   // (N_CODEPOINTS + 256)   only with automata
     const unsigned char *text;   // (n_text)
-    bool prefix;                 // encode: the next text gets a space in front
-    Bytes normalised;            // encode: the text, with room for that space
-    ARRAY(Symbol) symbols;       // encode_word: the symbols of a word
-    Heap pairs;                  // encode_word: neighbours that can be merged, the next merge on top
+    uint32_t starts[0x10001]; // where in by_text the texts with the same first_bytes start; the next one is their end
+    bool prefix;              // encode: the next text gets a space in front
+    Bytes normalised;         // encode: the text, with room for that space
+    ARRAY(Symbol) symbols;    // encode_word: the symbols of a word
+    Heap pairs;               // encode_word: neighbours that can be merged, the next merge on top
 };
 
 // FNV-1a, over 32-bit words.
@@ -890,9 +891,17 @@ static int compare(Span a, Span b) {
     return order;
 }
 
-// The token with this text, NONE if there is none.
+// The first two bytes of a text as a number. Texts that are sorted by their bytes are sorted by this number, too.
+static size_t first_bytes(Span text) {
+    size_t second = 0;
+    if (text.n > 1)
+        second = text.bytes[1];
+    return (size_t)*text.bytes << 8 | second;
+}
+
+// The token with this text, NONE if there is none. Bisects the tokens that start with the same two bytes.
 static uint32_t find_piece(const Tokenizer *t, Span text) {
-    size_t low = 0, high = t->h.n_by_text;
+    size_t first = first_bytes(text), low = t->starts[first], high = t->starts[first + 1];
     while (low < high) {
         size_t middle = (low + high) / 2;
         int order = compare(piece_text(t, t->by_text[middle]), text);
@@ -912,12 +921,6 @@ static int compare_merges(const void *a, const void *b) {
     if (x->left != y->left)
         return x->left < y->left ? -1 : 1;
     return (x->right > y->right) - (x->right < y->right);
-}
-
-// What two tokens merge into, NULL if they do not.
-static const Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right) {
-    Merge key = {left, right, 0, 0};
-    return bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
 }
 
 static bool is_user_defined(uint32_t type) { return type == USER_DEFINED || type == LATE_USER_DEFINED; }
@@ -980,8 +983,10 @@ static void check_tokenizer(const Tokenizer *t) {
     }
     for (size_t i = 0; i < (size_t)h->n_states * h->n_classes; i++)
         check(path, "a transition", t->transitions[i], 0, 2 * (double)h->n_states - 1);
+    uint8_t last_class = 0;
     for (size_t i = 0; i < N_CODEPOINTS + 256 && h->n_classes; i++)
-        check(path, "a character's class", t->char_class[i], 0, h->n_classes - 1);
+        last_class = (uint8_t)max(last_class, t->char_class[i]);
+    check(path, "a character's class", last_class, 0, h->n_classes - 1);
     for (size_t i = 0; i < h->n_template_items; i++) {
         const TemplateItem *item = &t->items[i];
         check(path, "a template's token", item->token == NONE ? 0 : item->token, 0, last_id);
@@ -1020,6 +1025,10 @@ static Tokenizer *open_tokenizer(const char *path) {
     expect(hash == h->hash, "%s: hash: expected %016llx, found %016llx: damaged", path, (unsigned long long)h->hash,
            (unsigned long long)hash);
     check_tokenizer(t);
+    for (uint32_t i = 0; i < h->n_by_text; i++)
+        t->starts[first_bytes(piece_text(t, t->by_text[i])) + 1] = i + 1; // the last of these texts decides
+    for (size_t i = 1; i < sizeof t->starts / sizeof *t->starts; i++)
+        t->starts[i] = (uint32_t)max(t->starts[i], t->starts[i - 1]);
     return t;
 }
 
@@ -1105,20 +1114,21 @@ static void push_pair(Tokenizer *t, uint32_t first) {
     if (first == NONE || symbols[first].next == NONE)
         return;
     const Symbol *a = &symbols[first], *b = &symbols[a->next];
-    HeapEntry pair = {.index = first, .merged = NONE, .length = (uint32_t)(a->text.n + b->text.n)};
+    HeapEntry pair = {.index = first, .length = (uint32_t)(a->text.n + b->text.n)};
     if (t->h.flags & MERGES_BY_RANK) {
-        const Merge *merge = find_merge(t, a->id, b->id);
-        if (merge) {
-            pair.merged = merge->merged;
-            pair.key = -(float)merge->rank;
-        }
+        Merge key = {a->id, b->id, NONE, 0};
+        const Merge *merge = bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
+        if (!merge)
+            return;
+        pair.merged = merge->merged;
+        pair.key = -(float)merge->rank;
     } else {
         pair.merged = find_piece(t, (Span){a->text.bytes, pair.length});
-        if (pair.merged != NONE)
-            pair.key = t->pieces[pair.merged].score;
+        if (pair.merged == NONE)
+            return;
+        pair.key = t->pieces[pair.merged].score;
     }
-    if (pair.merged != NONE)
-        heap_push(&t->pairs, pair);
+    heap_push(&t->pairs, pair);
 }
 
 // Merges the best pair, of equals the leftmost, until none is left. With the heap, this takes n log n steps.
@@ -1144,22 +1154,23 @@ static void merge_symbols(Tokenizer *t) {
     }
 }
 
+// Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes a token for each byte, or one <unk>
+// for all.
 static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
-    uint32_t whole = NONE;
-    if (t->h.flags & IGNORE_MERGES)
-        whole = find_piece(t, word);
-    if (whole != NONE) {
-        push(tokens, whole);
-        return;
+    if (t->h.flags & IGNORE_MERGES) {
+        uint32_t whole = find_piece(t, word);
+        if (whole != NONE) {
+            push(tokens, whole);
+            return;
+        }
     }
     split_symbols(t, word);
     merge_symbols(t);
     for (size_t i = 0; i < t->symbols.n; i++) {
         const Symbol *symbol = &t->symbols.data[i];
-        if (symbol->text.n && symbol->id != NONE)
+        if (symbol->id != NONE && symbol->text.n)
             push(tokens, symbol->id);
-        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE;
-             b++) { // a token for each byte, or one <unk> for all
+        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE; b++) {
             uint32_t id = t->byte_id[symbol->text.bytes[b]];
             if (id != (uint32_t)t->h.unk_id || tokens->n == 0 || tokens->data[tokens->n - 1] != id)
                 push(tokens, id);
@@ -1333,6 +1344,7 @@ struct Chat {
     FILE *input;   // where the user's messages come from
     bool terminal; // they are typed on a terminal
     ARRAY(Turn) turns;
+    size_t first_turn;  // the turns before this one are forgotten
     size_t reply_start; // the index of the first token of the last turn's answer
     Bytes pending;      // text that is to follow the tokens; text that meets is encoded as one
 };
@@ -1414,16 +1426,6 @@ static void keep_reply(Session *s) {
         push(assistant, s->context.tokens.data[i]);
 }
 
-// Frees the first n turns.
-static void forget_turns(Chat *chat, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        free(chat->turns.data[i].user.data);
-        free(chat->turns.data[i].assistant.data);
-    }
-    chat->turns.n -= n;
-    memmove(chat->turns.data, chat->turns.data + n, chat->turns.n * sizeof *chat->turns.data);
-}
-
 // Shifts the context: if it is full, forgets turns from the oldest on, until half of it is free. Returns whether there
 // is room now. If not even the last turn fits, nothing is forgotten.
 static bool make_room(Session *s) {
@@ -1436,15 +1438,15 @@ static bool make_room(Session *s) {
     if (!chat)
         return false;
     keep_reply(s);
-    size_t first = 0;
+    size_t first = chat->first_turn;
     while (first + 1 < chat->turns.n && c->tokens.n > c->max_tokens / 2)
         render_chat(s, ++first);
     if (c->tokens.n > c->max_tokens || c->tokens.n == 0) {
         fprintf(stderr, "this message and its answer alone take %zu\n", c->tokens.n);
         return false;
     }
-    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first);
-    forget_turns(chat, first);
+    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first - chat->first_turn);
+    chat->first_turn = first;
     return true;
 }
 
@@ -1454,7 +1456,7 @@ static void chat_turn(Session *s, Span message) {
     Turn turn = {0};
     append_bytes(&turn.user, message);
     push(&chat->turns, turn);
-    render_chat(s, 0);
+    render_chat(s, chat->first_turn);
     bool empty = s->context.tokens.n == 0;
     if (empty)
         fputs("run: an empty message is left out: the chat template adds no tokens to it\n", stderr);
@@ -1553,7 +1555,7 @@ static void chat(Session *s) {
     expect(!s->options->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system prompt",
            t->file.path);
     t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
-    s->chat = &(Chat){.input = open_chat_input(s->options)};
+    s->chat = &(Chat){.input = open_text(s->options->prompt_file)};
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
     start_run(s, s->context.max_tokens);
     install_sigint(SA_RESTART);
@@ -1809,11 +1811,8 @@ static void print_model(const Session *s, size_t context) {
 
 static void print_stats(const Session *s) {
     const Stats *stats = &s->stats;
-    double prefill = 0, decode = 0;
-    if (stats->prefill_time > 0)
-        prefill = (double)stats->n_prompt / stats->prefill_time;
-    if (stats->decode_time > 0)
-        decode = (double)stats->n_decoded / stats->decode_time;
+    double prefill = (double)stats->n_prompt / fmax(stats->prefill_time, 1e-9); // an answer may take no time
+    double decode = (double)stats->n_decoded / fmax(stats->decode_time, 1e-9);
     fprintf(stderr, "\nprefill: %zu tokens, %.*f tok/s; decode: %zu tokens, %.*f tok/s; seed %llu\n", stats->n_prompt,
             prefill < 10 ? 2 : 1, prefill, stats->n_generated, decode < 10 ? 2 : 1, decode,
             (unsigned long long)s->options->seed);
@@ -2163,12 +2162,9 @@ static void set_option(const Option *option, const char *text) {
 
 // Reads the command line. The table also is the text of --help; a flag that is "" is a heading there.
 static Options parse_options(int argc, char **argv) {
-    Options o = {.model = NULL, .mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX};
-    o.repeat = 5;
+    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX, .repeat = 5};
     o.threads = default_threads();
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    o.seed = (uint64_t)(now.tv_sec ^ now.tv_nsec);
+    o.seed = (uint64_t)(seconds() * 1e6);
     bool help = false, version = false;
     const Option options[] = {
         {"-m", TEXT, &o.mode, 0, 0, "MODE",
@@ -2472,16 +2468,14 @@ static File read_file(const char *path, const char *magic, size_t min_size, cons
     return f;
 }
 
+// Opens a file for reading. NULL and "-" mean standard input.
 static FILE *open_text(const char *path) {
-    if (!strcmp(path, "-"))
+    if (!path || !strcmp(path, "-"))
         return stdin;
     FILE *file = fopen(path, "rb");
     expect(file, "%s: cannot read: %s", path, strerror(errno));
     return file;
 }
-
-// Chat reads messages from -f, or else from standard input.
-static FILE *open_chat_input(const Options *o) { return open_text(o->prompt_file ? o->prompt_file : "-"); }
 
 // The text of -i or -f.
 static Span read_prompt(const Options *o) {
@@ -2502,22 +2496,13 @@ static Span read_prompt(const Options *o) {
 
 // ---- Number formats
 
-static inline float float_from_bits(uint32_t bits) {
-    return (
-               union {
-                   uint32_t u;
-                   float f;
-               }){bits}
-        .f;
-}
-static inline uint32_t float_bits(float value) {
-    return (
-               union {
-                   float f;
-                   uint32_t u;
-               }){value}
-        .u;
-}
+// A float and its bits.
+typedef union {
+    uint32_t bits;
+    float value;
+} FloatBits;
+static inline float float_from_bits(uint32_t bits) { return (FloatBits){.bits = bits}.value; }
+static inline uint32_t float_bits(float value) { return (FloatBits){.value = value}.bits; }
 static inline float bf16_to_f32(uint16_t h) { return float_from_bits((uint32_t)h << 16); }
 
 // Rounds to nearest, ties to even. NaN stays NaN.
@@ -2617,95 +2602,92 @@ static void check_finite(const Model *m, const float *logits, size_t n, size_t p
 // ---- The process
 
 #ifdef __x86_64__
-static void need(bool there, const char *name) {
-    if (there)
-        return;
-    fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
-            name);
-    _exit(EXIT_ERROR);
-}
-
 // Runs before main, so that no instruction that the CPU lacks is used before this check.
 __attribute__((constructor)) static void check_cpu(void) {
+    const char *missing = NULL;
     __builtin_cpu_init();
-#ifdef __AVX2__
-    need(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"), "AVX2");
+#ifdef __AVX512BF16__
+    if (!__builtin_cpu_supports("avx512bf16"))
+        missing = "AVX-512 BF16";
 #endif
 #ifdef __AVX512F__
-    need(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-         "AVX-512");
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        missing = "AVX-512";
 #endif
-#ifdef __AVX512BF16__
-    need(__builtin_cpu_supports("avx512bf16"), "AVX-512 BF16");
+#ifdef __AVX2__
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+        missing = "AVX2";
 #endif
+    if (missing) {
+        fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
+                missing);
+        _exit(EXIT_ERROR);
+    }
 }
 #endif
 
 #ifdef __linux__
+// Reads one or two numbers from a file of the system. Where there is no number, `a` or `b` stays as it is.
+__attribute__((format(printf, 3, 4))) static void read_numbers(double *a, double *b, const char *format, ...) {
+    char path[2 * PATH_MAX];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(path, sizeof path, format, args);
+    va_end(args);
+    FILE *file = fopen(path, "r");
+    if (!file)
+        return;
+    (void)!fscanf(file, "%lf %lf", a, b);
+    fclose(file);
+}
+
 // Hyper-threads of a core share its arithmetic and its path to memory, so one thread per core is best.
 static size_t physical_cores(void) {
     cpu_set_t allowed, cores; // a core is known by the number of its first hyper-thread
     CPU_ZERO(&cores);
     if (sched_getaffinity(0, sizeof allowed, &allowed))
         return 1;
-    for (size_t cpu = 0, first; cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
+    for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        double first = (double)cpu, last;
         if (!CPU_ISSET(cpu, &allowed))
             continue;
-        FILE *file = fopen(path, "r");
-        if (!file || fscanf(file, "%zu", &first) != 1)
-            first = cpu;
-        CPU_SET(first, &cores);
-        if (file)
-            fclose(file);
+        read_numbers(&first, &last, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
+        CPU_SET((size_t)first, &cores);
     }
     return (size_t)CPU_COUNT(&cores);
 }
 
-// Reads a number from a file of a control group; 0 if there is none, -1 or "max": no limit.
-static double read_cgroup(const char *folder, const char *name, size_t index) {
-    char path[PATH_MAX + 64];
-    double numbers[2] = {0};
-    snprintf(path, sizeof path, "/sys/fs/cgroup/%s/%s", folder, name);
-    FILE *file = fopen(path, "r");
-    if (file) {
-        if (fscanf(file, "%lf %lf", &numbers[0], &numbers[1]) < 1)
-            numbers[0] = 0;
-        fclose(file);
-    }
-    return numbers[index];
-}
-
-// The CPUs that a quota of CPU time amounts to, rounded up. Containers are often limited in this way. A quota is a part
-// of a period, in microseconds, and that of any control group above counts, too.
+// The CPUs that a quota of CPU time amounts to, rounded up, at most 1024. Containers are often limited in this way. A
+// quota is a part of a period, in microseconds, and that of any control group above counts, too.
 static size_t cpu_quota(void) {
-    char line[PATH_MAX], folder[PATH_MAX + 8];
-    double cpus = INFINITY;
+    char line[PATH_MAX];
+    double cpus = 1024;
     FILE *file = fopen("/proc/self/cgroup", "r");
     while (file && fgets(line, sizeof line, file)) {
         // version 2: "0::/group"; version 1: "4:cpu,cpuacct:/group"
-        char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!group)
-            continue;
-        *group++ = 0;
-        group[strcspn(group, "\n")] = 0;
-        bool v2 = !strcmp(controllers, ":");
-        if (!v2 && strncmp(controllers, ":cpu,", 5) && strcmp(controllers, ":cpu"))
+        char *rest = line;
+        strsep(&rest, ":");
+        const char *controllers = strsep(&rest, ":");
+        char *group = strsep(&rest, "\n");
+        if (!group || (*controllers && strcmp(controllers, "cpu") && strncmp(controllers, "cpu,", 4)))
             continue;
         for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
             *end = 0; // the group, then those above it
-            snprintf(folder, sizeof folder, "%s%s", v2 ? "" : "cpu", group);
-            double quota = v2 ? read_cgroup(folder, "cpu.max", 0) : read_cgroup(folder, "cpu.cfs_quota_us", 0);
-            double period = v2 ? read_cgroup(folder, "cpu.max", 1) : read_cgroup(folder, "cpu.cfs_period_us", 0);
+            double quota = 0, period = 0, none;
+            if (*controllers) {
+                read_numbers(&quota, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group); // -1: no limit
+                read_numbers(&period, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_period_us", group);
+            } else {
+                read_numbers(&quota, &period, "/sys/fs/cgroup%s/cpu.max", group); // "max 100000": no limit
+            }
             if (quota > 0 && period > 0)
                 cpus = fmin(cpus, ceil(quota / period));
         }
     }
     if (file)
         fclose(file);
-    return cpus < 1024 ? (size_t)cpus : 1024;
+    return (size_t)cpus;
 }
 
 static size_t default_threads(void) { return min(physical_cores(), cpu_quota()); }
