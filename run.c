@@ -768,12 +768,8 @@ typedef ARRAY(unsigned char) Bytes;
 #define VERSION "0.2.0"
 #define DEFAULT_MODEL "models/stories.bin"
 
-static void check(const char *path, const char *name, double value, double low, double high);
-static void append_bytes(Bytes *array, Span text);
-static Span span_of(const char *string);
 static File read_file(const char *path, const char *magic, size_t min_size, const char *what);
 static FILE *open_text(const char *path);
-static void start_note(const Session *s); // on standard error
 static void print_ids(Tokens tokens, const char *between);
 static size_t n_params(const Model *m);
 static size_t layer_params(const Model *m);
@@ -870,6 +866,21 @@ struct Tokenizer {
     Heap pairs;               // encode_word: neighbours that can be merged, the next merge on top
 };
 
+static void append_bytes(Bytes *array, Span text) {
+    reserve(array, text.n);
+    if (text.n)
+        memcpy(array->data + array->n, text.bytes, text.n);
+    array->n += text.n;
+}
+
+static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
+
+// Refuses a value in a file that is not from low to high.
+static void check(const char *path, const char *name, double value, double low, double high) {
+    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
+    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
+}
+
 // FNV-1a, over 32-bit words.
 static uint64_t hash_of(const void *data, size_t size) {
     const uint32_t *words = data;
@@ -938,7 +949,7 @@ static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
     for (size_t i = 0; i < h->n_stops; i++)
         check(path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
     check(path, "n_by_text", h->n_by_text, 0, h->vocab_size);
-    check(path, "n_merges", h->n_merges, 0, 1 << 26);
+    check(path, "n_merges", h->n_merges, 0, 1 << 24); // a float is exact up to there, see push_pair
     check(path, "n_dfas", h->n_dfas, 0, MAX_DFAS);
     check(path, "n_classes", h->n_classes, h->n_dfas ? 2 : 0, 256);
     check(path, "n_states", h->n_states, h->n_dfas ? h->n_dfas + 1 : 0, 1 << 20);
@@ -983,10 +994,8 @@ static void check_tokenizer(const Tokenizer *t) {
     }
     for (size_t i = 0; i < (size_t)h->n_states * h->n_classes; i++)
         check(path, "a transition", t->transitions[i], 0, 2 * (double)h->n_states - 1);
-    uint8_t last_class = 0;
     for (size_t i = 0; i < N_CODEPOINTS + 256 && h->n_classes; i++)
-        last_class = (uint8_t)max(last_class, t->char_class[i]);
-    check(path, "a character's class", last_class, 0, h->n_classes - 1);
+        check(path, "a character's class", t->char_class[i], 0, h->n_classes - 1);
     for (size_t i = 0; i < h->n_template_items; i++) {
         const TemplateItem *item = &t->items[i];
         check(path, "a template's token", item->token == NONE ? 0 : item->token, 0, last_id);
@@ -1426,6 +1435,13 @@ static void keep_reply(Session *s) {
         push(assistant, s->context.tokens.data[i]);
 }
 
+// A note on standard error starts on a line of its own.
+static void start_note(const Session *s) {
+    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
+    if (s->printer->terminal && in_reply)
+        fputc('\n', stderr);
+}
+
 // Shifts the context: if it is full, forgets turns from the oldest on, until half of it is free. Returns whether there
 // is room now. If not even the last turn fits, nothing is forgotten.
 static bool make_room(Session *s) {
@@ -1484,8 +1500,7 @@ static bool interrupted(void) { return interrupts; }
 
 // Exits from a signal handler, which may call very few functions.
 static _Noreturn void exit_from_signal(int status, const char *message) {
-    ssize_t written = write(STDERR_FILENO, message, strlen(message));
-    (void)written;
+    (void)!write(STDERR_FILENO, message, strlen(message));
     _exit(status);
 }
 
@@ -1507,12 +1522,13 @@ static void install_sigint(int flags) {
 static bool read_message(Chat *chat, Bytes *message) {
     char *line = NULL;
     size_t capacity = 0;
-    bool more = true, any = false;
+    bool more = true;
     message->n = 0;
     while (more) {
+        // wait for a line
         install_sigint(0);
         if (chat->terminal)
-            fputs(any ? ". " : "> ", stderr);
+            fputs(message->n ? ". " : "> ", stderr);
         errno = 0;
         ssize_t n = getline(&line, &capacity, chat->input);
         int error = errno;
@@ -1521,19 +1537,19 @@ static bool read_message(Chat *chat, Bytes *message) {
         expect(interrupted || !ferror(chat->input), "cannot read the next message: %s", strerror(error));
         if (n > 0)
             append_bytes(message, (Span){(unsigned char *)line, (size_t)n});
-        any = any || n > 0;
         if (interrupted) {
             clearerr(chat->input);
             if (chat->terminal) { // Ctrl-C drops what has been typed
                 fputs("\n(Ctrl-C again, or Ctrl-D, leaves)\n", stderr);
                 message->n = 0;
-                any = false;
             }
             continue;
         }
         if (n < 0)
             break;
         interrupts = 0;
+
+        // remove the end of the line; a backslash before it becomes a newline
         if (chat->terminal && n > 0 && line[n - 1] != '\n') // Ctrl-D ends a line, too
             fputc('\n', stderr);
         while (message->n && (message->data[message->n - 1] == '\n' || message->data[message->n - 1] == '\r'))
@@ -1543,7 +1559,7 @@ static bool read_message(Chat *chat, Bytes *message) {
             message->data[message->n - 1] = '\n';
     }
     free(line);
-    return any;
+    return !more || message->n;
 }
 
 // Answers -i, and then each message from the terminal, from standard input, or from -f.
@@ -1782,13 +1798,6 @@ static void print_token(Session *s, uint32_t token, const float *logits) {
     flush_output();
 }
 
-// A note on standard error starts on a line of its own.
-static void start_note(const Session *s) {
-    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
-    if (s->printer->terminal && in_reply)
-        fputc('\n', stderr);
-}
-
 // Ends the line of a text or an answer.
 static void end_reply(Session *s) {
     stream_text(s->printer, (Span){0}, 0, true);
@@ -1799,14 +1808,16 @@ static void end_reply(Session *s) {
 
 static const char *dtype_name(const Model *m) { return m->h.dtype == BF16 ? "bf16" : "f16"; }
 
-// On a terminal, says what is running.
-static void print_model(const Session *s, size_t context) {
+// Allocates the memory to run the model with `context` tokens and n_logits tokens' logits at a time. On a terminal, says
+// what is running.
+static void start_model(Session *s, size_t context, size_t n_logits) {
     const Model *m = &s->model;
-    if (s->options->json || !isatty(STDERR_FILENO))
-        return;
-    fprintf(stderr, "%s: %.*f M parameters, %s; context %zu, KV cache %.1f MB; %zu thread%s, %s\n", m->file.path,
-            n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context, kv_cache_bytes(m, context) / 1e6,
-            (size_t)s->options->threads, s->options->threads == 1 ? "" : "s", isa());
+    size_t threads = s->options->threads;
+    if (!s->options->json && isatty(STDERR_FILENO))
+        fprintf(stderr, "%s: %.*f M parameters, %s; context %zu, KV cache %.1f MB; %zu thread%s, %s\n", m->file.path,
+                n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context,
+                kv_cache_bytes(m, context) / 1e6, threads, threads == 1 ? "" : "s", isa());
+    s->run = alloc_run_state(m, context, n_logits, threads);
 }
 
 static void print_stats(const Session *s) {
@@ -1823,10 +1834,9 @@ static void print_stats(const Session *s) {
 // Allocates all that generation needs, for `context` tokens.
 static void start_run(Session *s, size_t context) {
     const Options *o = s->options;
-    print_model(s, context);
+    start_model(s, context, 1 + o->draft);
     if (s->printer->colours && isatty(STDERR_FILENO))
         print_legend();
-    s->run = alloc_run_state(&s->model, context, 1 + o->draft, o->threads);
     s->sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
     s->sampler.probabilities = allocate(s->model.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
 }
@@ -1872,14 +1882,6 @@ static void print_result(bool json, const char *separator, const char *key, cons
     fputs(json ? "" : "\n", stdout);
 }
 
-// Computes n tokens in batches and leaves the logits of the last one.
-static void eval_tokens(Session *s, const uint32_t *tokens, size_t n, size_t pos) {
-    for (size_t at = 0, T; at < n; at += T) {
-        T = min(s->run.batch, n - at);
-        forward_parallel(&s->model, &s->run, tokens + at, T, pos + at, at + T == n);
-    }
-}
-
 // -m tokenize: prints the token ids of the prompt on one line, as the model would receive them.
 static void tokenize(Session *s) {
     const Options *o = s->options;
@@ -1909,14 +1911,14 @@ static void next(Session *s) {
     Tokens *tokens = &s->context.tokens;
     size_t all = tokens->n, n = min(all, s->context.max_tokens);
     expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
-    uint32_t *window = tokens->data + all - n;
     if (n < all) {
-        begin_with_bos(s->tokenizer, window);
+        memmove(tokens->data, tokens->data + all - n, n * sizeof *tokens->data);
+        tokens->n = n;
+        begin_with_bos(s->tokenizer, tokens->data);
         fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
     }
-    print_model(s, n);
-    s->run = alloc_run_state(&s->model, n, 1, o->threads);
-    eval_tokens(s, window, n, 0);
+    start_model(s, n, 1);
+    evaluate(s, 0);
     const float *logits = s->run.logits;
     double total = log_sum_exp(logits, vocab_size), entropy = 0;
     for (size_t i = 0; i < vocab_size; i++) {
@@ -1976,8 +1978,7 @@ static void perplexity(Session *s) {
     context = min(context, all);
     expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
     size_t stride = min(o->stride ? o->stride : context - 1, context);
-    print_model(s, context);
-    s->run = alloc_run_state(&s->model, context, SCORED_AT_ONCE, o->threads);
+    start_model(s, context, SCORED_AT_ONCE);
     double *nll = allocate(context, sizeof *nll, "the scores of a window");
     double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
     size_t scored = 1; // the tokens before this one have been scored; nothing precedes the first
@@ -2060,11 +2061,11 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
     works[DECODE_AT_END] = (Work){"decode_at_end", decode, tail, 1, "gb_s", bytes + per_position * (double)tail, {0}};
 }
 
-// Computes one pass of a work, from its token t on, and returns how long it took, in seconds.
-static double bench_pass(Session *s, const Work *w, size_t t) {
-    double start = seconds();
-    eval_tokens(s, s->context.tokens.data + t, w->step, w->pos + t);
-    return seconds() - start;
+// Computes the n tokens from position pos on.
+static void eval_range(Session *s, size_t pos, size_t n) {
+    s->context.n_past = pos;
+    s->context.tokens.n = pos + n;
+    evaluate(s, 0);
 }
 
 static int ascending(const void *a, const void *b) {
@@ -2090,13 +2091,13 @@ static void bench(Session *s) {
     const Options *o = s->options;
     const Model *m = &s->model;
     prepare_bench(s, works);
-    bench_pass(s, &works[DECODE], 0); // loads the weights into memory
+    eval_range(s, 0, 1); // loads the weights into memory
     for (size_t i = 0; i < o->repeat; i++)
         for (Work *w = works; w < works + N_WORKS; w++) {
-            double time = 0;
+            double start = seconds();
             for (size_t t = 0; t < w->tokens; t += w->step)
-                time += bench_pass(s, w, t);
-            w->tok_s[i] = (double)w->tokens / time;
+                eval_range(s, w->pos + t, w->step);
+            w->tok_s[i] = (double)w->tokens / (seconds() - start);
         }
     uint64_t hash = hash_of(s->run.logits, m->h.vocab_size * sizeof(float));
     fputs(o->json ? "{\"model\": " : "", stdout);
@@ -2283,14 +2284,6 @@ static const char *tokenizer_path(const Options *o) {
         stem(o->model), o->model);
 }
 
-static void check_vocab_match(const Model *m, const Tokenizer *t) {
-    expect(m->h.vocab_size == t->h.vocab_size && m->h.vocab_hash == t->h.vocab_hash,
-           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
-           "%016llx",
-           t->file.path, m->file.path, m->h.vocab_size, (unsigned long long)m->h.vocab_hash, t->h.vocab_size,
-           (unsigned long long)t->h.vocab_hash);
-}
-
 #ifndef NO_MAIN // the tests include this file and have their own main
 int main(int argc, char **argv) {
     prepare_process(argv);
@@ -2309,8 +2302,12 @@ int main(int argc, char **argv) {
         o.threads = min(o.threads, max_useful_threads(&s.model));
     }
     s.tokenizer = open_tokenizer(tokenizer_path(&o));
-    if (o.model)
-        check_vocab_match(&s.model, s.tokenizer);
+    const TokenizerHeader *t = &s.tokenizer->h;
+    expect(!o.model || (s.model.h.vocab_size == t->vocab_size && s.model.h.vocab_hash == t->vocab_hash),
+           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
+           "%016llx",
+           s.tokenizer->file.path, o.model, s.model.h.vocab_size, (unsigned long long)s.model.h.vocab_hash,
+           t->vocab_size, (unsigned long long)t->vocab_hash);
     mode->run(&s);
     flush_output();
     exit(0); // instead of return, so that no memory counts as lost
@@ -2351,15 +2348,6 @@ static void *grow(void *data, size_t *capacity, size_t n, size_t size) {
     return data;
 }
 
-static void append_bytes(Bytes *array, Span text) {
-    reserve(array, text.n);
-    if (text.n)
-        memcpy(array->data + array->n, text.bytes, text.n);
-    array->n += text.n;
-}
-
-static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
-
 // An entry that comes before another in a heap.
 static bool heap_before(HeapEntry a, HeapEntry b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
 
@@ -2397,11 +2385,6 @@ static double seconds(void) {
 }
 
 // ---- Files
-
-static void check(const char *path, const char *name, double value, double low, double high) {
-    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
-    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
-}
 
 _Static_assert(sizeof(Header) == 96, "the compiler added padding to Header");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are little-endian and used as they are");
