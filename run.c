@@ -1571,13 +1571,15 @@ static void chat(Session *s) {
     expect(!s->options->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system prompt",
            t->file.path);
     t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
-    s->chat = &(Chat){.input = open_text(s->options->prompt_file)};
+    static Chat conversation;         // static, so that its memory is still in use when the program exits
+    s->chat = &conversation;
+    s->chat->input = open_text(s->options->prompt_file);
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
     start_run(s, s->context.max_tokens);
     install_sigint(SA_RESTART);
     if (s->options->prompt)
         chat_turn(s, span_of(s->options->prompt));
-    Bytes message = {0};
+    static Bytes message;
     while (read_message(s->chat, &message))
         if (message.n || !s->chat->terminal)
             chat_turn(s, (Span){message.data, message.n});
@@ -2464,7 +2466,7 @@ static FILE *open_text(const char *path) {
 static Span read_prompt(const Options *o) {
     if (!o->prompt_file)
         return span_of(o->prompt ? o->prompt : "");
-    Bytes text = {0};
+    static Bytes text; // static, because the result points into it
     FILE *file = open_text(o->prompt_file);
     while (!feof(file) && !ferror(file)) {
         reserve(&text, 1 << 16);
