@@ -2183,7 +2183,7 @@ static Options parse_options(int argc, char **argv) {
          "tokenizer (default: MODEL.tokenizer.bin, else" NEXT_LINE "tokenizer.bin beside it or here)"},
         {"", SWITCH, NULL, 0, 0, "", "Sampling"},
         {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
-         "stop after N tokens, prompt included (default 256; 0: end of context);" NEXT_LINE
+         "stop after N tokens with the prompt (default 256; 0: end of context);" NEXT_LINE
          "chat: N tokens per answer (default 0: until the model stops)"},
         {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (default 1.0; 0: always the most likely token)"},
         {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p (default 0.9; 1: off)"},
@@ -2192,8 +2192,7 @@ static Options parse_options(int argc, char **argv) {
         {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N",
          "speculate up to N tokens per step, output unchanged (default 0)"},
         {"", SWITCH, NULL, 0, 0, "", "Output"},
-        {"--probs", SWITCH, &o.probs, 0, 0, "",
-         "colour tokens by probability; with --json: list the top K (default 5)"},
+        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; with --json: list top K (default 5)"},
         {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
         {"", SWITCH, NULL, 0, 0, "", "Measuring"},
         {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N",
@@ -2225,7 +2224,7 @@ static Options parse_options(int argc, char **argv) {
         }
     }
     if (help) {
-        puts("usage: run [MODEL] [options]   MODEL: a weights file (default " DEFAULT_MODEL ")");
+        puts("usage: run [MODEL] [options]   MODEL: weights file (default " DEFAULT_MODEL ")");
         for (const Option *option = options; option < end; option++)
             if (option->help && !*option->flag)
                 puts(option->help);
