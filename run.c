@@ -1163,8 +1163,8 @@ static void merge_symbols(Tokenizer *t) {
     }
 }
 
-// Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes a token for each byte, or one <unk>
-// for all.
+// Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes a token for each byte, or one
+// <unk> for all.
 static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
     if (t->h.flags & IGNORE_MERGES) {
         uint32_t whole = find_piece(t, word);
@@ -2183,7 +2183,7 @@ static Options parse_options(int argc, char **argv) {
          "tokenizer (default: MODEL.tokenizer.bin, else" NEXT_LINE "tokenizer.bin beside it or here)"},
         {"", SWITCH, NULL, 0, 0, "", "Sampling"},
         {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
-         "stop after N tokens with the prompt (default 256; 0: end of context);" NEXT_LINE
+         "stop at N tokens, prompt included (default 256; 0: full context);" NEXT_LINE
          "chat: N tokens per answer (default 0: until the model stops)"},
         {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (default 1.0; 0: always the most likely token)"},
         {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p (default 0.9; 1: off)"},
@@ -2192,7 +2192,7 @@ static Options parse_options(int argc, char **argv) {
         {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N",
          "speculate up to N tokens per step, output unchanged (default 0)"},
         {"", SWITCH, NULL, 0, 0, "", "Output"},
-        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; with --json: list top K (default 5)"},
+        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; --json: list the top K (default 5)"},
         {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
         {"", SWITCH, NULL, 0, 0, "", "Measuring"},
         {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N",
