@@ -1810,8 +1810,8 @@ static void end_reply(Session *s) {
 
 static const char *dtype_name(const Model *m) { return m->h.dtype == BF16 ? "bf16" : "f16"; }
 
-// Allocates the memory to run the model with `context` tokens and n_logits tokens' logits at a time. On a terminal, says
-// what is running.
+// Allocates the memory to run the model with `context` tokens and n_logits tokens' logits at a time. On a terminal,
+// says what is running.
 static void start_model(Session *s, size_t context, size_t n_logits) {
     const Model *m = &s->model;
     size_t threads = s->options->threads;
@@ -2183,7 +2183,7 @@ static Options parse_options(int argc, char **argv) {
          "tokenizer (default: MODEL.tokenizer.bin, else" NEXT_LINE "tokenizer.bin beside it or here)"},
         {"", SWITCH, NULL, 0, 0, "", "Sampling"},
         {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
-         "stop at N tokens, prompt included (default 256; 0: full context);" NEXT_LINE
+         "stop at N tokens, prompt included (default 256; 0: no limit);" NEXT_LINE
          "chat: N tokens per answer (default 0: until the model stops)"},
         {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (default 1.0; 0: always the most likely token)"},
         {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p (default 0.9; 1: off)"},
@@ -2192,7 +2192,7 @@ static Options parse_options(int argc, char **argv) {
         {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N",
          "speculate up to N tokens per step, output unchanged (default 0)"},
         {"", SWITCH, NULL, 0, 0, "", "Output"},
-        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; --json: list the top K (default 5)"},
+        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; --json: list top K (default 5)"},
         {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
         {"", SWITCH, NULL, 0, 0, "", "Measuring"},
         {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N",
