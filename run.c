@@ -813,12 +813,8 @@ typedef ARRAY(unsigned char) Bytes;
 #define VERSION "0.2.0"
 #define DEFAULT_MODEL "models/stories.bin"
 
-static void check(const char *path, const char *name, double value, double low, double high);
-static void append_bytes(Bytes *array, Span text);
-static Span span_of(const char *string);
 static File read_file(const char *path, const char *magic, size_t min_size, const char *what);
-static FILE *open_chat_input(const Options *o);
-static void start_note(const Session *s); // on standard error
+static FILE *open_text(const char *path);
 static void print_ids(Tokens tokens, const char *between);
 static size_t n_params(const Model *m);
 static size_t layer_params(const Model *m);
@@ -908,11 +904,27 @@ struct Tokenizer {
     const TemplateItem *items;   // (n_template_items)
     const uint8_t *char_class;   // (N_CODEPOINTS + 256)   only with automata
     const unsigned char *text;   // (n_text)
-    bool prefix;                 // encode: the next text gets a space in front
-    Bytes normalised;            // encode: the text, with room for that space
-    ARRAY(Symbol) symbols;       // encode_word: the symbols of a word
-    Heap pairs;                  // encode_word: neighbours that can be merged, the next merge on top
+    uint32_t starts[0x10001]; // where in by_text the texts with the same first_bytes start; the next one is their end
+    bool prefix;              // encode: the next text gets a space in front
+    Bytes normalised;         // encode: the text, with room for that space
+    ARRAY(Symbol) symbols;    // encode_word: the symbols of a word
+    Heap pairs;               // encode_word: neighbours that can be merged, the next merge on top
 };
+
+static void append_bytes(Bytes *array, Span text) {
+    reserve(array, text.n);
+    if (text.n)
+        memcpy(array->data + array->n, text.bytes, text.n);
+    array->n += text.n;
+}
+
+static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
+
+// Refuses a value in a file that is not from low to high.
+static void check(const char *path, const char *name, double value, double low, double high) {
+    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
+    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
+}
 
 // FNV-1a, over 32-bit words.
 static uint64_t hash_of(const void *data, size_t size) {
@@ -935,9 +947,17 @@ static int compare(Span a, Span b) {
     return order;
 }
 
-// The token with this text, NONE if there is none.
+// The first two bytes of a text as a number. Texts that are sorted by their bytes are sorted by this number, too.
+static size_t first_bytes(Span text) {
+    size_t second = 0;
+    if (text.n > 1)
+        second = text.bytes[1];
+    return (size_t)*text.bytes << 8 | second;
+}
+
+// The token with this text, NONE if there is none. Bisects the tokens that start with the same two bytes.
 static uint32_t find_piece(const Tokenizer *t, Span text) {
-    size_t low = 0, high = t->h.n_by_text;
+    size_t first = first_bytes(text), low = t->starts[first], high = t->starts[first + 1];
     while (low < high) {
         size_t middle = (low + high) / 2;
         int order = compare(piece_text(t, t->by_text[middle]), text);
@@ -959,12 +979,6 @@ static int compare_merges(const void *a, const void *b) {
     return (x->right > y->right) - (x->right < y->right);
 }
 
-// What two tokens merge into, NULL if they do not.
-static const Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right) {
-    Merge key = {left, right, 0, 0};
-    return bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
-}
-
 static bool is_user_defined(uint32_t type) { return type == USER_DEFINED || type == LATE_USER_DEFINED; }
 
 static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
@@ -980,7 +994,7 @@ static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
     for (size_t i = 0; i < h->n_stops; i++)
         check(path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
     check(path, "n_by_text", h->n_by_text, 0, h->vocab_size);
-    check(path, "n_merges", h->n_merges, 0, 1 << 26);
+    check(path, "n_merges", h->n_merges, 0, 1 << 24); // a float is exact up to there, see push_pair
     check(path, "n_dfas", h->n_dfas, 0, MAX_DFAS);
     check(path, "n_classes", h->n_classes, h->n_dfas ? 2 : 0, 256);
     check(path, "n_states", h->n_states, h->n_dfas ? h->n_dfas + 1 : 0, 1 << 20);
@@ -1065,6 +1079,10 @@ static Tokenizer *open_tokenizer(const char *path) {
     expect(hash == h->hash, "%s: hash: expected %016llx, found %016llx: damaged", path, (unsigned long long)h->hash,
            (unsigned long long)hash);
     check_tokenizer(t);
+    for (uint32_t i = 0; i < h->n_by_text; i++)
+        t->starts[first_bytes(piece_text(t, t->by_text[i])) + 1] = i + 1; // the last of these texts decides
+    for (size_t i = 1; i < sizeof t->starts / sizeof *t->starts; i++)
+        t->starts[i] = (uint32_t)max(t->starts[i], t->starts[i - 1]);
     return t;
 }
 
@@ -1150,20 +1168,21 @@ static void push_pair(Tokenizer *t, uint32_t first) {
     if (first == NONE || symbols[first].next == NONE)
         return;
     const Symbol *a = &symbols[first], *b = &symbols[a->next];
-    HeapEntry pair = {.index = first, .merged = NONE, .length = (uint32_t)(a->text.n + b->text.n)};
+    HeapEntry pair = {.index = first, .length = (uint32_t)(a->text.n + b->text.n)};
     if (t->h.flags & MERGES_BY_RANK) {
-        const Merge *merge = find_merge(t, a->id, b->id);
-        if (merge) {
-            pair.merged = merge->merged;
-            pair.key = -(float)merge->rank;
-        }
+        Merge key = {a->id, b->id, NONE, 0};
+        const Merge *merge = bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
+        if (!merge)
+            return;
+        pair.merged = merge->merged;
+        pair.key = -(float)merge->rank;
     } else {
         pair.merged = find_piece(t, (Span){a->text.bytes, pair.length});
-        if (pair.merged != NONE)
-            pair.key = t->pieces[pair.merged].score;
+        if (pair.merged == NONE)
+            return;
+        pair.key = t->pieces[pair.merged].score;
     }
-    if (pair.merged != NONE)
-        heap_push(&t->pairs, pair);
+    heap_push(&t->pairs, pair);
 }
 
 // Merges the best pair, of equals the leftmost, until none is left. With the heap, this takes n log n steps.
@@ -1189,22 +1208,23 @@ static void merge_symbols(Tokenizer *t) {
     }
 }
 
+// Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes a token for each byte, or one
+// <unk> for all.
 static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
-    uint32_t whole = NONE;
-    if (t->h.flags & IGNORE_MERGES)
-        whole = find_piece(t, word);
-    if (whole != NONE) {
-        push(tokens, whole);
-        return;
+    if (t->h.flags & IGNORE_MERGES) {
+        uint32_t whole = find_piece(t, word);
+        if (whole != NONE) {
+            push(tokens, whole);
+            return;
+        }
     }
     split_symbols(t, word);
     merge_symbols(t);
     for (size_t i = 0; i < t->symbols.n; i++) {
         const Symbol *symbol = &t->symbols.data[i];
-        if (symbol->text.n && symbol->id != NONE)
+        if (symbol->id != NONE && symbol->text.n)
             push(tokens, symbol->id);
-        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE;
-             b++) { // a token for each byte, or one <unk> for all
+        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE; b++) {
             uint32_t id = t->byte_id[symbol->text.bytes[b]];
             if (id != (uint32_t)t->h.unk_id || tokens->n == 0 || tokens->data[tokens->n - 1] != id)
                 push(tokens, id);
@@ -1378,6 +1398,7 @@ struct Chat {
     FILE *input;   // where the user's messages come from
     bool terminal; // they are typed on a terminal
     ARRAY(Turn) turns;
+    size_t first_turn;  // the turns before this one are forgotten
     size_t reply_start; // the index of the first token of the last turn's answer
     Bytes pending;      // text that is to follow the tokens; text that meets is encoded as one
 };
@@ -1459,14 +1480,11 @@ static void keep_reply(Session *s) {
         push(assistant, s->context.tokens.data[i]);
 }
 
-// Frees the first n turns.
-static void forget_turns(Chat *chat, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        free(chat->turns.data[i].user.data);
-        free(chat->turns.data[i].assistant.data);
-    }
-    chat->turns.n -= n;
-    memmove(chat->turns.data, chat->turns.data + n, chat->turns.n * sizeof *chat->turns.data);
+// A note on standard error starts on a line of its own.
+static void start_note(const Session *s) {
+    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
+    if (s->printer->terminal && in_reply)
+        fputc('\n', stderr);
 }
 
 // Shifts the context: if it is full, forgets turns from the oldest on, until half of it is free. Returns whether there
@@ -1481,15 +1499,15 @@ static bool make_room(Session *s) {
     if (!chat)
         return false;
     keep_reply(s);
-    size_t first = 0;
+    size_t first = chat->first_turn;
     while (first + 1 < chat->turns.n && c->tokens.n > c->max_tokens / 2)
         render_chat(s, ++first);
     if (c->tokens.n > c->max_tokens || c->tokens.n == 0) {
         fprintf(stderr, "this message and its answer alone take %zu\n", c->tokens.n);
         return false;
     }
-    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first);
-    forget_turns(chat, first);
+    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first - chat->first_turn);
+    chat->first_turn = first;
     return true;
 }
 
@@ -1499,7 +1517,7 @@ static void chat_turn(Session *s, Span message) {
     Turn turn = {0};
     append_bytes(&turn.user, message);
     push(&chat->turns, turn);
-    render_chat(s, 0);
+    render_chat(s, chat->first_turn);
     bool empty = s->context.tokens.n == 0;
     if (empty)
         fputs("run: an empty message is left out: the chat template adds no tokens to it\n", stderr);
@@ -1527,8 +1545,7 @@ static bool interrupted(void) { return interrupts; }
 
 // Exits from a signal handler, which may call very few functions.
 static _Noreturn void exit_from_signal(int status, const char *message) {
-    ssize_t written = write(STDERR_FILENO, message, strlen(message));
-    (void)written;
+    (void)!write(STDERR_FILENO, message, strlen(message));
     _exit(status);
 }
 
@@ -1550,12 +1567,13 @@ static void install_sigint(int flags) {
 static bool read_message(Chat *chat, Bytes *message) {
     char *line = NULL;
     size_t capacity = 0;
-    bool more = true, any = false;
+    bool more = true;
     message->n = 0;
     while (more) {
+        // wait for a line
         install_sigint(0);
         if (chat->terminal)
-            fputs(any ? ". " : "> ", stderr);
+            fputs(message->n ? ". " : "> ", stderr);
         errno = 0;
         ssize_t n = getline(&line, &capacity, chat->input);
         int error = errno;
@@ -1564,19 +1582,19 @@ static bool read_message(Chat *chat, Bytes *message) {
         expect(interrupted || !ferror(chat->input), "cannot read the next message: %s", strerror(error));
         if (n > 0)
             append_bytes(message, (Span){(unsigned char *)line, (size_t)n});
-        any = any || n > 0;
         if (interrupted) {
             clearerr(chat->input);
             if (chat->terminal) { // Ctrl-C drops what has been typed
                 fputs("\n(Ctrl-C again, or Ctrl-D, leaves)\n", stderr);
                 message->n = 0;
-                any = false;
             }
             continue;
         }
         if (n < 0)
             break;
         interrupts = 0;
+
+        // remove the end of the line; a backslash before it becomes a newline
         if (chat->terminal && n > 0 && line[n - 1] != '\n') // Ctrl-D ends a line, too
             fputc('\n', stderr);
         while (message->n && (message->data[message->n - 1] == '\n' || message->data[message->n - 1] == '\r'))
@@ -1586,7 +1604,7 @@ static bool read_message(Chat *chat, Bytes *message) {
             message->data[message->n - 1] = '\n';
     }
     free(line);
-    return any;
+    return !more || message->n;
 }
 
 // Answers -i, and then each message from the terminal, from standard input, or from -f.
@@ -1598,13 +1616,15 @@ static void chat(Session *s) {
     expect(!s->options->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system prompt",
            t->file.path);
     t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
-    s->chat = &(Chat){.input = open_chat_input(s->options)};
+    static Chat conversation;         // static, so that its memory is still in use when the program exits
+    s->chat = &conversation;
+    s->chat->input = open_text(s->options->prompt_file);
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
     start_run(s, s->context.max_tokens);
     install_sigint(SA_RESTART);
     if (s->options->prompt)
         chat_turn(s, span_of(s->options->prompt));
-    Bytes message = {0};
+    static Bytes message;
     while (read_message(s->chat, &message))
         if (message.n || !s->chat->terminal)
             chat_turn(s, (Span){message.data, message.n});
@@ -1634,8 +1654,7 @@ typedef enum { PRINT_PLAIN, PRINT_TERMINAL, PRINT_QUOTED, PRINT_JSON } Style;
 
 // Prints a text in one of these styles:
 //   PRINT_PLAIN     as it is
-//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so that a model cannot control the
-//   terminal
+//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so a model cannot control the terminal
 //   PRINT_QUOTED    the same, with \" \\ \n \t and \u001b, as between quotes
 //   PRINT_JSON      the same as a JSON string, which cannot express bytes that are not UTF-8: they become U+FFFD
 static void print_text(Span text, Style style) {
@@ -1826,13 +1845,6 @@ static void print_token(Session *s, uint32_t token, const float *logits) {
     flush_output();
 }
 
-// A note on standard error starts on a line of its own.
-static void start_note(const Session *s) {
-    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
-    if (s->printer->terminal && in_reply)
-        fputc('\n', stderr);
-}
-
 // Ends the line of a text or an answer.
 static void end_reply(Session *s) {
     stream_text(s->printer, (Span){0}, 0, true);
@@ -1843,23 +1855,22 @@ static void end_reply(Session *s) {
 
 static const char *dtype_name(const Model *m) { return m->h.dtype == BF16 ? "bf16" : "f16"; }
 
-// On a terminal, says what is running.
-static void print_model(const Session *s, size_t context) {
+// Allocates the memory to run the model with `context` tokens and n_logits tokens' logits at a time. On a terminal,
+// says what is running.
+static void start_model(Session *s, size_t context, size_t n_logits) {
     const Model *m = &s->model;
-    if (s->options->json || !isatty(STDERR_FILENO))
-        return;
-    fprintf(stderr, "%s: %.*f M parameters, %s; context %zu, KV cache %.1f MB; %zu thread%s, %s\n", m->file.path,
-            n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context, kv_cache_bytes(m, context) / 1e6,
-            (size_t)s->options->threads, s->options->threads == 1 ? "" : "s", isa());
+    size_t threads = s->options->threads;
+    if (!s->options->json && isatty(STDERR_FILENO))
+        fprintf(stderr, "%s: %.*f M parameters, %s; context %zu, KV cache %.1f MB; %zu thread%s, %s\n", m->file.path,
+                n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context,
+                kv_cache_bytes(m, context) / 1e6, threads, threads == 1 ? "" : "s", isa());
+    s->run = alloc_run_state(m, context, n_logits, threads);
 }
 
 static void print_stats(const Session *s) {
     const Stats *stats = &s->stats;
-    double prefill = 0, decode = 0;
-    if (stats->prefill_time > 0)
-        prefill = (double)stats->n_prompt / stats->prefill_time;
-    if (stats->decode_time > 0)
-        decode = (double)stats->n_decoded / stats->decode_time;
+    double prefill = (double)stats->n_prompt / fmax(stats->prefill_time, 1e-9); // an answer may take no time
+    double decode = (double)stats->n_decoded / fmax(stats->decode_time, 1e-9);
     fprintf(stderr, "\nprefill: %zu tokens, %.*f tok/s; decode: %zu tokens, %.*f tok/s; seed %llu\n", stats->n_prompt,
             prefill < 10 ? 2 : 1, prefill, stats->n_generated, decode < 10 ? 2 : 1, decode,
             (unsigned long long)s->options->seed);
@@ -1870,10 +1881,9 @@ static void print_stats(const Session *s) {
 // Allocates all that generation needs, for `context` tokens.
 static void start_run(Session *s, size_t context) {
     const Options *o = s->options;
-    print_model(s, context);
+    start_model(s, context, 1 + o->draft);
     if (s->printer->colours && isatty(STDERR_FILENO))
         print_legend();
-    s->run = alloc_run_state(&s->model, context, 1 + o->draft, o->threads);
     s->sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
     s->sampler.probabilities = allocate(s->model.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
 }
@@ -1919,14 +1929,6 @@ static void print_result(bool json, const char *separator, const char *key, cons
     fputs(json ? "" : "\n", stdout);
 }
 
-// Computes n tokens in batches and leaves the logits of the last one.
-static void eval_tokens(Session *s, const uint32_t *tokens, size_t n, size_t pos) {
-    for (size_t at = 0, T; at < n; at += T) {
-        T = min(s->run.batch, n - at);
-        forward_parallel(&s->model, &s->run, tokens + at, T, pos + at, at + T == n);
-    }
-}
-
 // -m tokenize: prints the token ids of the prompt on one line, as the model would receive them.
 static void tokenize(Session *s) {
     const Options *o = s->options;
@@ -1956,14 +1958,14 @@ static void next(Session *s) {
     Tokens *tokens = &s->context.tokens;
     size_t all = tokens->n, n = min(all, s->context.max_tokens);
     expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
-    uint32_t *window = tokens->data + all - n;
     if (n < all) {
-        begin_with_bos(s->tokenizer, window);
+        memmove(tokens->data, tokens->data + all - n, n * sizeof *tokens->data);
+        tokens->n = n;
+        begin_with_bos(s->tokenizer, tokens->data);
         fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
     }
-    print_model(s, n);
-    s->run = alloc_run_state(&s->model, n, 1, o->threads);
-    eval_tokens(s, window, n, 0);
+    start_model(s, n, 1);
+    evaluate(s, 0);
     const float *logits = s->run.logits;
     double total = log_sum_exp(logits, vocab_size), entropy = 0;
     for (size_t i = 0; i < vocab_size; i++) {
@@ -2023,8 +2025,7 @@ static void perplexity(Session *s) {
     context = min(context, all);
     expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
     size_t stride = min(o->stride ? o->stride : context - 1, context);
-    print_model(s, context);
-    s->run = alloc_run_state(&s->model, context, SCORED_AT_ONCE, o->threads);
+    start_model(s, context, SCORED_AT_ONCE);
     double *nll = allocate(context, sizeof *nll, "the scores of a window");
     double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
     size_t scored = 1; // the tokens before this one have been scored; nothing precedes the first
@@ -2107,11 +2108,11 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
     works[DECODE_AT_END] = (Work){"decode_at_end", decode, tail, 1, "gb_s", bytes + per_position * (double)tail, {0}};
 }
 
-// Computes one pass of a work, from its token t on, and returns how long it took, in seconds.
-static double bench_pass(Session *s, const Work *w, size_t t) {
-    double start = seconds();
-    eval_tokens(s, s->context.tokens.data + t, w->step, w->pos + t);
-    return seconds() - start;
+// Computes the n tokens from position pos on.
+static void eval_range(Session *s, size_t pos, size_t n) {
+    s->context.n_past = pos;
+    s->context.tokens.n = pos + n;
+    evaluate(s, 0);
 }
 
 static int ascending(const void *a, const void *b) {
@@ -2137,13 +2138,13 @@ static void bench(Session *s) {
     const Options *o = s->options;
     const Model *m = &s->model;
     prepare_bench(s, works);
-    bench_pass(s, &works[DECODE], 0); // loads the weights into memory
+    eval_range(s, 0, 1); // loads the weights into memory
     for (size_t i = 0; i < o->repeat; i++)
         for (Work *w = works; w < works + N_WORKS; w++) {
-            double time = 0;
+            double start = seconds();
             for (size_t t = 0; t < w->tokens; t += w->step)
-                time += bench_pass(s, w, t);
-            w->tok_s[i] = (double)w->tokens / time;
+                eval_range(s, w->pos + t, w->step);
+            w->tok_s[i] = (double)w->tokens / (seconds() - start);
         }
     uint64_t hash = hash_of(s->run.logits, m->h.vocab_size * sizeof(float));
     fputs(o->json ? "{\"model\": " : "", stdout);
@@ -2209,12 +2210,9 @@ static void set_option(const Option *option, const char *text) {
 
 // Reads the command line. The table also is the text of --help; a flag that is "" is a heading there.
 static Options parse_options(int argc, char **argv) {
-    Options o = {.model = NULL, .mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX};
-    o.repeat = 5;
+    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX, .repeat = 5};
     o.threads = default_threads();
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    o.seed = (uint64_t)(now.tv_sec ^ now.tv_nsec);
+    o.seed = (uint64_t)(seconds() * 1e6);
     bool help = false, version = false;
     const Option options[] = {
         {"-m", TEXT, &o.mode, 0, 0, "MODE",
@@ -2230,7 +2228,7 @@ static Options parse_options(int argc, char **argv) {
          "tokenizer (default: MODEL.tokenizer.bin, else" NEXT_LINE "tokenizer.bin beside it or here)"},
         {"", SWITCH, NULL, 0, 0, "", "Sampling"},
         {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
-         "stop after N tokens, prompt included (default 256; 0: end of context);" NEXT_LINE
+         "stop at N tokens, prompt included (default 256; 0: no limit);" NEXT_LINE
          "chat: N tokens per answer (default 0: until the model stops)"},
         {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (default 1.0; 0: always the most likely token)"},
         {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p (default 0.9; 1: off)"},
@@ -2239,8 +2237,7 @@ static Options parse_options(int argc, char **argv) {
         {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N",
          "speculate up to N tokens per step, output unchanged (default 0)"},
         {"", SWITCH, NULL, 0, 0, "", "Output"},
-        {"--probs", SWITCH, &o.probs, 0, 0, "",
-         "colour tokens by probability; with --json: list the top K (default 5)"},
+        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; --json: list top K (default 5)"},
         {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
         {"", SWITCH, NULL, 0, 0, "", "Measuring"},
         {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N",
@@ -2272,7 +2269,7 @@ static Options parse_options(int argc, char **argv) {
         }
     }
     if (help) {
-        puts("usage: run [MODEL] [options]   MODEL: a weights file (default " DEFAULT_MODEL ")");
+        puts("usage: run [MODEL] [options]   MODEL: weights file (default " DEFAULT_MODEL ")");
         for (const Option *option = options; option < end; option++)
             if (option->help && !*option->flag)
                 puts(option->help);
@@ -2333,14 +2330,6 @@ static const char *tokenizer_path(const Options *o) {
         stem(o->model), o->model);
 }
 
-static void check_vocab_match(const Model *m, const Tokenizer *t) {
-    expect(m->h.vocab_size == t->h.vocab_size && m->h.vocab_hash == t->h.vocab_hash,
-           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
-           "%016llx",
-           t->file.path, m->file.path, m->h.vocab_size, (unsigned long long)m->h.vocab_hash, t->h.vocab_size,
-           (unsigned long long)t->h.vocab_hash);
-}
-
 #ifndef NO_MAIN // the tests include this file and have their own main
 int main(int argc, char **argv) {
     prepare_process(argv);
@@ -2359,8 +2348,12 @@ int main(int argc, char **argv) {
         o.threads = min(o.threads, max_useful_threads(&s.model));
     }
     s.tokenizer = open_tokenizer(tokenizer_path(&o));
-    if (o.model)
-        check_vocab_match(&s.model, s.tokenizer);
+    const TokenizerHeader *t = &s.tokenizer->h;
+    expect(!o.model || (s.model.h.vocab_size == t->vocab_size && s.model.h.vocab_hash == t->vocab_hash),
+           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
+           "%016llx",
+           s.tokenizer->file.path, o.model, s.model.h.vocab_size, (unsigned long long)s.model.h.vocab_hash,
+           t->vocab_size, (unsigned long long)t->vocab_hash);
     mode->run(&s);
     flush_output();
     exit(0); // instead of return, so that no memory counts as lost
@@ -2401,15 +2394,6 @@ static void *grow(void *data, size_t *capacity, size_t n, size_t size) {
     return data;
 }
 
-static void append_bytes(Bytes *array, Span text) {
-    reserve(array, text.n);
-    if (text.n)
-        memcpy(array->data + array->n, text.bytes, text.n);
-    array->n += text.n;
-}
-
-static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
-
 // An entry that comes before another in a heap.
 static bool heap_before(HeapEntry a, HeapEntry b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
 
@@ -2447,11 +2431,6 @@ static double seconds(void) {
 }
 
 // ---- Files
-
-static void check(const char *path, const char *name, double value, double low, double high) {
-    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
-    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
-}
 
 _Static_assert(sizeof(Header) == 96, "the compiler added padding to Header");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are little-endian and used as they are");
@@ -2518,22 +2497,20 @@ static File read_file(const char *path, const char *magic, size_t min_size, cons
     return f;
 }
 
+// Opens a file for reading. NULL and "-" mean standard input.
 static FILE *open_text(const char *path) {
-    if (!strcmp(path, "-"))
+    if (!path || !strcmp(path, "-"))
         return stdin;
     FILE *file = fopen(path, "rb");
     expect(file, "%s: cannot read: %s", path, strerror(errno));
     return file;
 }
 
-// Chat reads messages from -f, or else from standard input.
-static FILE *open_chat_input(const Options *o) { return open_text(o->prompt_file ? o->prompt_file : "-"); }
-
 // The text of -i or -f.
 static Span read_prompt(const Options *o) {
     if (!o->prompt_file)
         return span_of(o->prompt ? o->prompt : "");
-    Bytes text = {0};
+    static Bytes text; // static, because the result points into it
     FILE *file = open_text(o->prompt_file);
     while (!feof(file) && !ferror(file)) {
         reserve(&text, 1 << 16);
@@ -2548,22 +2525,13 @@ static Span read_prompt(const Options *o) {
 
 // ---- Number formats
 
-static inline float float_from_bits(uint32_t bits) {
-    return (
-               union {
-                   uint32_t u;
-                   float f;
-               }){bits}
-        .f;
-}
-static inline uint32_t float_bits(float value) {
-    return (
-               union {
-                   float f;
-                   uint32_t u;
-               }){value}
-        .u;
-}
+// A float and its bits.
+typedef union {
+    uint32_t bits;
+    float value;
+} FloatBits;
+static inline float float_from_bits(uint32_t bits) { return (FloatBits){.bits = bits}.value; }
+static inline uint32_t float_bits(float value) { return (FloatBits){.value = value}.bits; }
 static inline float bf16_to_f32(uint16_t h) { return float_from_bits((uint32_t)h << 16); }
 
 // Rounds to nearest, ties to even. NaN stays NaN.
@@ -2662,94 +2630,93 @@ static void check_finite(const Model *m, const float *logits, size_t n, size_t p
 
 // ---- The process
 
-#if defined(__x86_64__) && defined(__AVX2__)
-static void need(bool there, const char *name) {
-    if (there)
-        return;
-    fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
-            name);
-    _exit(EXIT_ERROR);
-}
-
+#ifdef __x86_64__
 // Runs before main, so that no instruction that the CPU lacks is used before this check.
 __attribute__((constructor)) static void check_cpu(void) {
+    const char *missing = NULL;
     __builtin_cpu_init();
-    need(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"), "AVX2");
-#ifdef __AVX512F__
-    need(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-         "AVX-512");
-#endif
 #ifdef __AVX512BF16__
-    need(__builtin_cpu_supports("avx512bf16"), "AVX-512 BF16");
+    if (!__builtin_cpu_supports("avx512bf16"))
+        missing = "AVX-512 BF16";
 #endif
+#ifdef __AVX512F__
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        missing = "AVX-512";
+#endif
+#ifdef __AVX2__
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+        missing = "AVX2";
+#endif
+    if (missing) {
+        fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
+                missing);
+        _exit(EXIT_ERROR);
+    }
 }
 #endif
 
 #ifdef __linux__
+// Reads one or two numbers from a file of the system. Where there is no number, `a` or `b` stays as it is.
+__attribute__((format(printf, 3, 4))) static void read_numbers(double *a, double *b, const char *format, ...) {
+    char path[2 * PATH_MAX];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(path, sizeof path, format, args);
+    va_end(args);
+    FILE *file = fopen(path, "r");
+    if (!file)
+        return;
+    (void)!fscanf(file, "%lf %lf", a, b);
+    fclose(file);
+}
+
 // Hyper-threads of a core share its arithmetic and its path to memory, so one thread per core is best.
 static size_t physical_cores(void) {
     cpu_set_t allowed, cores; // a core is known by the number of its first hyper-thread
     CPU_ZERO(&cores);
     if (sched_getaffinity(0, sizeof allowed, &allowed))
         return 1;
-    for (size_t cpu = 0, first; cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
+    for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        double first = (double)cpu, last;
         if (!CPU_ISSET(cpu, &allowed))
             continue;
-        FILE *file = fopen(path, "r");
-        if (!file || fscanf(file, "%zu", &first) != 1)
-            first = cpu;
-        CPU_SET(first, &cores);
-        if (file)
-            fclose(file);
+        read_numbers(&first, &last, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
+        CPU_SET((size_t)first, &cores);
     }
     return (size_t)CPU_COUNT(&cores);
 }
 
-// Reads a number from a file of a control group; 0 if there is none, -1 or "max": no limit.
-static double read_cgroup(const char *folder, const char *name, size_t index) {
-    char path[PATH_MAX + 64];
-    double numbers[2] = {0};
-    snprintf(path, sizeof path, "/sys/fs/cgroup/%s/%s", folder, name);
-    FILE *file = fopen(path, "r");
-    if (file) {
-        if (fscanf(file, "%lf %lf", &numbers[0], &numbers[1]) < 1)
-            numbers[0] = 0;
-        fclose(file);
-    }
-    return numbers[index];
-}
-
-// The CPUs that a quota of CPU time amounts to, rounded up. Containers are often limited in this way. A quota is a part
-// of a period, in microseconds, and that of any control group above counts, too.
+// The CPUs that a quota of CPU time amounts to, rounded up, at most 1024. Containers are often limited in this way. A
+// quota is a part of a period, in microseconds, and that of any control group above counts, too.
 static size_t cpu_quota(void) {
-    char line[PATH_MAX], folder[PATH_MAX + 8];
-    double cpus = INFINITY;
+    char line[PATH_MAX];
+    double cpus = 1024;
     FILE *file = fopen("/proc/self/cgroup", "r");
     while (file && fgets(line, sizeof line, file)) {
         // version 2: "0::/group"; version 1: "4:cpu,cpuacct:/group"
-        char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!group)
-            continue;
-        *group++ = 0;
-        group[strcspn(group, "\n")] = 0;
-        bool v2 = !strcmp(controllers, ":");
-        if (!v2 && strncmp(controllers, ":cpu,", 5) && strcmp(controllers, ":cpu"))
+        char *rest = line;
+        strsep(&rest, ":");
+        const char *controllers = strsep(&rest, ":");
+        char *group = strsep(&rest, "\n");
+        if (!group || (*controllers && strcmp(controllers, "cpu") && strncmp(controllers, "cpu,", 4)))
             continue;
         for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
             *end = 0; // the group, then those above it
-            snprintf(folder, sizeof folder, "%s%s", v2 ? "" : "cpu", group);
-            double quota = v2 ? read_cgroup(folder, "cpu.max", 0) : read_cgroup(folder, "cpu.cfs_quota_us", 0);
-            double period = v2 ? read_cgroup(folder, "cpu.max", 1) : read_cgroup(folder, "cpu.cfs_period_us", 0);
+            double quota = 0, period = 0, none;
+            if (*controllers) {
+                read_numbers(&quota, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group); // -1: no limit
+                read_numbers(&period, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_period_us", group);
+            } else {
+                read_numbers(&quota, &period, "/sys/fs/cgroup%s/cpu.max", group); // "max 100000": no limit
+            }
             if (quota > 0 && period > 0)
                 cpus = fmin(cpus, ceil(quota / period));
         }
     }
     if (file)
         fclose(file);
-    return cpus < 1024 ? (size_t)cpus : 1024;
+    return (size_t)cpus;
 }
 
 static size_t default_threads(void) { return min(physical_cores(), cpu_quota()); }
