@@ -195,7 +195,7 @@ def test_nobody_can_type_a_control_token(run: Program, peer: tuple[Peer, str]) -
 def test_each_line_is_a_turn(run: Program, hello: Path) -> None:
     done = run.ok(hello, "-m", "chat", "-t", 0, stdin=b"hi\nbye\n")
     assert done.stdout == b"Helo!\nHelo!\n"
-    assert done.stderr.startswith("\nprompt: ") and done.stderr.count("\n") == 2  # no prompts, no hints
+    assert done.stderr.startswith("\nprefill: ") and done.stderr.count("\n") == 2  # no prompts, no hints
 
 
 @pytest.mark.parametrize(("stdin", "count"), [(b"", 0), (b"hi", 1), (b"hi\r\n\nbye", 3), (b"\n\n", 2)])
@@ -314,7 +314,7 @@ def test_guesses_change_nothing_of_a_chat(
         assert slow.stderr.count("forgotten") >= 2 and fast.stderr.count("forgotten") == slow.stderr.count(
             "forgotten"
         )
-        found = re.search(r"guessed: (\d+) of (\d+) tokens", fast.stderr)
+        found = re.search(r"draft: (\d+) of (\d+) tokens accepted\n", fast.stderr)
         assert found and 0.1 < int(found[1]) / int(found[2]) < 1
         assert int(found[2]) == 4 * 59
 
