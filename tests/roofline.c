@@ -38,12 +38,42 @@ INLINE double multiply_registers(bool pairs, size_t rounds) {
     return (double)rounds * NR * MR * W * (pairs ? 4 : 2);
 }
 
-// Floating-point operations per second of the instruction that a prompt's matrix products are made of.
+#ifdef AMX
+// The same with tiles: four of 16 x 16 sums, each made of 16 pairs of products, as amx_micro_kernel has them.
+static double multiply_tiles(size_t rounds) {
+    uint8_t config[64] = {1}; // all eight tiles are 16 rows of 64 bytes
+    for (size_t i = 0; i < 8; i++) {
+        config[16 + 2 * i] = 64;
+        config[48 + i] = 16;
+    }
+    _tile_loadconfig(config);
+    for (size_t i = 0; i < rounds; i++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_release();
+    return (double)rounds * 4 * 16 * 16 * 16 * 4;
+}
+#else
+static double multiply_tiles(size_t rounds) { return (double)rounds; } // is never called
+#endif
+
+// The same with the instruction that a prompt's matrix products are made of.
+static double multiply_only(Dtype xb_type, size_t rounds) {
+    if (xb_type == BF16_AMX)
+        return multiply_tiles(rounds);
+    if (xb_type == BF16)
+        return multiply_registers(true, rounds);
+    return multiply_registers(false, rounds);
+}
+
+// Floating-point operations per second of that instruction.
 static double peak_flops(const Session *s) {
-    const size_t rounds = 400000;
     double operations = 0, start = seconds();
 #pragma omp parallel num_threads((int)s->run.threads) reduction(+ : operations)
-    operations += s->run.xb_type == BF16 ? multiply_registers(true, rounds) : multiply_registers(false, rounds);
+    operations += multiply_only(s->run.xb_type, 400000);
     return operations / (seconds() - start);
 }
 

@@ -215,8 +215,8 @@ static void test_weighted_sum(void) {
 
 // What matmul needs for T tokens and such weights.
 static RunState workspace(Dtype dtype, size_t T, size_t cols) {
-    RunState s = {.threads = 1, .xb_type = xb_type(dtype), .scratch_size = cols};
-    size_t room = round_up(T, 64) * xb_stride(cols);
+    RunState s = {.threads = 1, .xb_type = choose_xb_type(dtype), .scratch_size = cols};
+    size_t room = round_up(T, 64) * xb_stride(s.xb_type, cols);
     s.xb = allocate(room, sizeof(float), "a test");
     memset(s.xb, 0xff, room * sizeof(float)); // NaN, which nobody shall use
     s.scratch = allocate(s.scratch_size, sizeof *s.scratch, "a test");
@@ -355,7 +355,7 @@ static void check_attention(const Model *m, RunState *s, size_t pos, size_t T) {
     for (size_t i = 0; i < T * Q; i++)
         plain[i] = element(out, i / Q, i % Q);
     memset(out.data, 0xff, T * out.stride * size_of(out.dtype));
-    attention_fast(m, s, out, 0, pos);
+    attention(m, s, out, 0, pos);
     // Values are below 1. Where both are multiplied in bf16, weights are rounded to it, and so is the result.
     float bound = (s->kv_type == BF16 ? 0.0025f : 2e-6f) + (out.dtype == F32 ? 0 : 0.004f);
     for (size_t i = 0; i < T * Q; i++) {
@@ -422,7 +422,7 @@ static void test_room_for_a_batch(void) {
     m.h.vocab_size = 150000;
     for (size_t rows = 1; rows <= SCORED_AT_ONCE; rows += SCORED_AT_ONCE - 1) {
         RunState s = alloc_run_state(&m, 512, rows, 1);
-        size_t token = (2048 + 2 * 5632 + 64) * sizeof(float) + xb_stride(5632) * size_of(s.xb_type);
+        size_t token = (2048 + 2 * 5632 + 64) * sizeof(float) + xb_stride(s.xb_type, 5632) * size_of(s.xb_type);
         size_t bytes = s.batch * token + rows * m.h.vocab_size * sizeof(float);
         bool most = s.batch == MAX_BATCH || bytes + token > BATCH_BYTES;
         CHECK(bytes <= BATCH_BYTES && most, "%zu tokens, %zu logits: %zu bytes", s.batch, rows, bytes);
@@ -723,7 +723,10 @@ static void test_paging(void) {
 
 // ---- text
 
-static int length_of(const char *bytes, size_t n) { return utf8_length((Span){(const unsigned char *)bytes, n}); }
+static int length_of(const char *bytes, size_t n) {
+    uint32_t codepoint;
+    return decode_utf8((Span){(const unsigned char *)bytes, n}, &codepoint);
+}
 
 static void test_utf8(void) {
     CHECK(length_of("a", 1) == 1 && length_of("\x7f", 1) == 1 && length_of("\0", 1) == 1, "ASCII");
