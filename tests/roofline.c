@@ -41,12 +41,12 @@ INLINE double multiply_registers(bool pairs, size_t rounds) {
 #ifdef AMX
 // The same with tiles: four of 16 x 16 sums, each made of 16 pairs of products, as amx_micro_kernel has them.
 static double multiply_tiles(size_t rounds) {
-    uint8_t config[64] = {1}; // all eight tiles are 16 rows of 64 bytes
-    for (size_t i = 0; i < 8; i++) {
-        config[16 + 2 * i] = 64;
-        config[48 + i] = 16;
-    }
-    _tile_loadconfig(config);
+    static const struct {
+        uint8_t palette, reserved[15];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } tiles = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&tiles); // constant: gcc does not know that all of it is read
     for (size_t i = 0; i < rounds; i++) {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
