@@ -8,10 +8,13 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from files import (
     Model,
     Program,
     chain_model,
+    check_one_line,
     check_sanitizers,
     default_vocabulary,
     log_softmax,
@@ -36,7 +40,9 @@ from files import (
 )
 
 BOS, STOP = 1, 2
-STATISTICS = re.compile(r"prefill: (\d+) tokens, [\d.]+ tok/s; decode: (\d+) tokens, [\d.]+ tok/s; seed (\d+)\n\Z")
+STATISTICS = re.compile(
+    r"prefill: (\d+) tokens, [\d.]+ tok/s; decode: (\d+) tokens, [\d.]+ tok/s; seed (\d+)\n\Z"
+)
 
 # The beginning is what llama2.c's own test expects of this model.
 STORY = """\
@@ -131,7 +137,9 @@ def test_no_model_means_the_shipped_one(run: Program, tmp_path: Path) -> None:
     run.fails(1, says=["models/stories.bin", "expected"], cwd=tmp_path)
 
 
-FLAGS = "-m -i -f -y -c -j -z -n -t -p -k -s --draft --probs --json --stride --prefill --decode --repeat --help"
+FLAGS = (
+    "-m -i -f -y -c -j -z -n -t -p -k -s --draft --probs --json --stride --prefill --decode --repeat --help"
+)
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -540,6 +548,111 @@ def test_bench_has_the_same_logits_for_any_threads(run: Program, tmp_path: Path)
 
 def test_a_tiny_model_uses_one_thread(run: Program, tiny_path: Path) -> None:
     assert bench(run, tiny_path, "-j", 2)["threads"] == 1
+
+
+@contextmanager
+def cpus_of(quota: float, inner: bool = False) -> Iterator[Callable[[], object]]:
+    """A group of processes that have so many CPUs' time, or that are `inner` to such a group. Yields what makes a
+    process join it."""
+    one, two = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")  # versions of Linux's interface
+    first = (one / "cpu.cfs_quota_us").exists()
+    group = (one if first else two) / f"twofiles-cpu-{os.getpid()}"
+    joined = group / "inner" if inner else group
+    try:
+        joined.mkdir(parents=True)
+    except OSError as error:
+        pytest.skip(f"needs a cgroup of its own, which takes root: {error}")
+    try:
+        try:
+            if first:
+                (group / "cpu.cfs_period_us").write_text("50000")
+                (group / "cpu.cfs_quota_us").write_text(str(int(50000 * quota)))
+            else:
+                (group / "cpu.max").write_text(f"{int(50000 * quota)} 50000")
+        except OSError as error:
+            pytest.skip(f"this cgroup takes no quota of CPU time: {error}")
+        yield lambda: (joined / "cgroup.procs").write_text(str(os.getpid()))
+    finally:
+        for folder in {joined: 0, group: 0}:
+            for _ in range(50):
+                try:
+                    folder.rmdir()
+                    break
+                except OSError:  # the process is not quite gone
+                    time.sleep(0.1)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize(("quota", "most"), [(0.5, 1), (1, 1), (1.5, 2), (64, 64)])
+def test_threads_are_at_most_the_quota(
+    run: Program, tmp_path: Path, quota: float, most: int, inner: bool
+) -> None:
+    path = tmp_path / "m.bin"
+    write_wide_model(path)
+    args = [path, "-m", "bench", "--json", "--repeat", 1, "--prefill", 2, "--decode", 1]
+    free = json.loads(run.ok(*args).stdout)["threads"]
+    if free == 1:
+        pytest.skip("one thread is all that there is here without a quota")
+    with cpus_of(quota, inner) as join:
+        assert json.loads(run.ok(*args, preexec=join).stdout)["threads"] == min(free, most)
+        assert json.loads(run.ok(*args, "-j", 2, preexec=join).stdout)["threads"] == 2  # -j has its way
+
+
+LEVELS = [("x86-64-v3", "AVX2"), ("x86-64-v4", "AVX-512"), ("sapphirerapids", "AVX-512")]
+
+
+@pytest.mark.parametrize(("level", "lacks"), LEVELS)
+def test_a_cpu_that_lacks_the_instructions(root: Path, tmp_path: Path, level: str, lacks: str) -> None:
+    if not shutil.which("qemu-x86_64"):
+        pytest.skip("qemu-x86_64 is not installed")
+    for name in ("run.c", "Makefile"):
+        (tmp_path / name).symlink_to(root / name)
+    subprocess.run(["make", "-s", f"ARCH=-march={level}"], cwd=tmp_path, capture_output=True, check=True)
+    emulated = ["qemu-x86_64", "-cpu", "Nehalem", tmp_path / "run", "--version"]
+    done = subprocess.run(emulated, capture_output=True, text=True, check=False)
+    stderr = re.sub(r"qemu-x86_64: warning: .*\n", "", done.stderr)
+    assert (done.returncode, done.stdout) == (1, ""), stderr
+    check_one_line(stderr)
+    assert "AVX2" in stderr or lacks in stderr
+    assert "make portable" in stderr
+
+
+def test_a_cpu_that_has_the_instructions(root: Path, tmp_path: Path) -> None:
+    if not shutil.which("qemu-x86_64"):
+        pytest.skip("qemu-x86_64 is not installed")
+    for name in ("run.c", "Makefile"):
+        (tmp_path / name).symlink_to(root / name)
+    subprocess.run(["make", "-s", "portable"], cwd=tmp_path, capture_output=True, check=True)
+    emulated = ["qemu-x86_64", "-cpu", "Nehalem", tmp_path / "run", "--version"]
+    done = subprocess.run(emulated, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("(portable)\n"), done.stderr
+
+
+@pytest.mark.parametrize("mode", ["generate", "chat", "next", "perplexity"])
+def test_a_terminal_is_told_what_runs(run: Program, tmp_path: Path, mode: str) -> None:
+    """Parameters, type, context, KV cache, threads and instructions: the first line on standard error."""
+    path, text = tmp_path / "m.bin", tmp_path / "text"
+    text.write_text("the cat\n")
+    templates = {"templates": ((1,), (), (), (), (), (2,), ()), "template_flags": 1}
+    model = write_model(path, dtype="bf16", tokenizer=default_vocabulary(**templates), max_seq_len=200)
+    args = [path, "-m", mode, "-f", text, "-n", 9, "-c", 100, "-j", 1, "-t", 0]
+    first = on_terminal(run, *args, stderr_too=True)[0].splitlines()[0]
+    isa = re.search(r"\((.+)\)", run.ok("--version").text)
+    positions = {"generate": 9, "chat": 100}.get(mode) or len(tokens(run, path, "the cat\n"))
+    found = re.fullmatch(
+        rf"{re.escape(str(path))}: ([\d.]+) M parameters, bf16; context (\d+), KV cache ([\d.]+) MB; 1 thread, (.+)",
+        first,
+    )
+    assert found and isa, first
+    parameters = (path.stat().st_size - 4096) / 2
+    assert float(found[1]) == pytest.approx(parameters / 1e6, abs=0.1)
+    assert int(found[2]) == positions and found[4] == isa[1]
+    cache = 2 * model.n_layers * model.n_kv_heads * model.head_dim * 2 * ((positions + 63) // 64 * 64)
+    assert float(found[3]) == pytest.approx(cache / 1e6, abs=0.051)
+    for other in ([*args, "--json"],):
+        assert "parameters" not in on_terminal(run, *other, stderr_too=True)[0]
+    assert "parameters" not in run.ok(*args).stderr
+    assert "parameters" not in "".join(on_terminal(run, *args))  # only standard output is a terminal
 
 
 def test_bench_prints_a_markdown_table(run: Program, tiny_path: Path) -> None:

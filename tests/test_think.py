@@ -538,7 +538,9 @@ def test_a_long_text(run: Program, tmp_path: Path) -> None:
         (found,) = objects(done.stdout, PERPLEXITY)
         resident.append(int(done.stderr.split()[-1]))
         assert found["tokens"] == len(ids_of(run, path, "-f", file)) - 1
-    assert resident[1] - resident[0] < 12 * (4 << 10) or run.sanitized  # KB: 12 bytes for each more of the text
+    assert (
+        resident[1] - resident[0] < 12 * (4 << 10) or run.sanitized
+    )  # KB: 12 bytes for each more of the text
 
 
 def test_a_line_longer_than_a_piece(run: Program, tmp_path: Path) -> None:
