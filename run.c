@@ -6,7 +6,7 @@
  * with billions of fixed numbers, the weights, also called parameters. The weights were found beforehand, by training:
  * they were adjusted, little by little, until the scores suited a very large amount of text. The program chooses the
  * next token with the help of the logits, appends it to the text, and repeats. Stories, answers and programs are all
- * written in this way, token by token.
+ * written in this way, token by token. (A third, small file lists the vocabulary.)
  *
  * The program runs every model of the Llama family that export.py has converted to a weights file, in which each
  * parameter takes 2 bytes. It does not train models. It needs libc and libm, and it uses OpenMP, if the compiler has
@@ -35,8 +35,9 @@
  *   T tokens in this batch    D dim            H n_heads       d head_dim    Q = H*d
  *   C positions of context    F hidden_dim     G n_kv_heads    V vocab_size  K = G*d
  *
- * Logits are reproducible bit for bit: they depend neither on the number of threads nor on how a text is split into
- * batches, because a build of the program accumulates every sum in one fixed order.
+ * Several tokens can pass through the model together, as a batch. Logits are the same bit for bit however a text is
+ * split into batches, and for any number of threads, because a build of the program accumulates every sum in one fixed
+ * order. Section 4 relies on this.
  */
 #define _GNU_SOURCE // for sched_getaffinity
 #include <math.h>
@@ -119,7 +120,7 @@ typedef struct {
     float rope_high_freq_factor; // ROPE_LLAMA3: pairs that make more turns than this are kept
     uint32_t rope_original_max_seq_len; // ROPE_LLAMA3: the longest text of the first training, in tokens
     uint64_t file_size;                 // the size of the file, in bytes
-    uint64_t vocab_hash;                // a hash of the vocabulary: a tokenizer file with another one does not fit
+    uint64_t vocab_hash;                // a hash of the vocabulary: a tokenizer file with another one is refused
 } Header;
 
 // A matrix, or a vector (rows = 1).
@@ -127,7 +128,7 @@ typedef struct {
     void *data;
     Dtype dtype;
     size_t rows, cols;
-    size_t stride; // the distance from one row to the next, in elements
+    size_t stride; // the distance from one row to the next, in elements: cols, or more in a part of a matrix
 } Tensor;
 
 // The weights of one layer. A matrix with 5 rows and 3 columns makes 5 numbers from 3: matrices are (outputs, inputs).
@@ -211,17 +212,20 @@ static Model open_model(const char *path) {
 // The Transformer is the function that computes logits from token ids. Each token is represented by a vector x of D
 // numbers, at first its row of the embedding matrix. The vectors pass through n_layers layers of the same form, each
 // with its own weights. A layer has two blocks. Each of them computes a vector from x and adds it to x. So nothing is
-// overwritten, each block only adds a correction (a "residual"), and x is called the residual stream.
+// overwritten: each block can read what all blocks before it have found, and only adds a correction (a "residual").
+// Therefore x is called the residual stream.
 //
-//   Attention collects information from earlier tokens. For each token, a weight matrix turns x into queries (what the
-//   token looks for), keys (what it can be found by) and values (what it passes on), vectors of d numbers. The dot
-//   product of a query with the key of a token says how well the two match. Softmax turns these scores into attention
-//   weights, which add up to 1, and the token receives the sum of the values, each multiplied by its weight. A token
-//   looks at itself and at earlier tokens, never at later ones, because the model was trained to predict these.
+//   Attention collects information from earlier tokens. For each token, a weight matrix makes from x a query (what the
+//   token looks for), a key (what it can be found by) and a value (what it passes on), three vectors of d numbers. The
+//   dot product of a query with the key of a token says how well the two match. Softmax turns these scores into
+//   attention weights, which add up to 1, and the result is the sum of the values, each multiplied by its weight. A
+//   token looks at itself and at earlier tokens, never at later ones: it was trained to predict these.
 //
-//   All this is done H times side by side. Each time is called a head; different heads look for different things. In
-//   grouped-query attention, H/G query heads use the same keys and values. A head of keys and values is called a kv
-//   head, and there are only G of them, so that fewer keys and values have to be kept.
+//   All this is done H times side by side, each time with other rows of the weight matrix, so that each looks for
+//   something else. Each of them is called a head. The results of all heads stand side by side, and a second matrix
+//   makes from these Q numbers the D numbers that are added to x. In grouped-query attention, H/G query heads use the
+//   same keys and values. A head of keys and values is called a kv head, and there are only G of them, so that fewer
+//   keys and values have to be kept.
 //
 //   The feed-forward block works on the vector of each token alone. A matrix makes 2F numbers from x, a non-linear
 //   function makes F numbers from these, and a second matrix makes the D numbers that are added to x. Without the
@@ -235,13 +239,15 @@ static Model open_model(const char *path) {
 // KV cache. Thanks to it, only the new token has to pass through the layers at each step, not the whole text again.
 //
 // The prompt is the text that the model is given to continue. To read it is called prefill: its tokens are all known,
-// so they pass through the layers together, as a batch, and each weight that is loaded from memory serves all of them.
-// Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one before,
-// so T = 1, each token needs all weights, and the limit is how fast memory delivers them.
+// so they pass through the layers together, as a batch. In each layer, first the keys and values of all of them are
+// computed, then each token looks at the earlier ones. Each weight that is loaded from memory serves all tokens of the
+// batch. Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one
+// before, so T = 1, each token needs all weights, and the limit is how fast memory delivers them.
 //
 // All threads call the functions of this section at the same time. `omp for` gives each thread a share of the loop that
-// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. Two functions have no
-// such loop, matmul_ref and attention_ref: the plain program, which uses them, has one thread.
+// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. Functions without
+// such a loop work on one row, inside of one, or only call others. matmul_ref and attention_ref are the exception: only
+// the plain program runs them, and it has one thread.
 
 typedef struct Paging Paging; // section 11
 
@@ -274,7 +280,8 @@ static float cached_k(const Model *m, const RunState *s, size_t layer, size_t g,
 static float cached_v(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
 // xb_view returns s->xb as a matrix (T, cols).
 static Tensor xb_view(const RunState *s, size_t T, size_t cols);
-// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on, an even number.
+// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on. c has to be
+// even, because AMX stores numbers in pairs.
 static float element(Tensor a, size_t r, size_t c);
 static void store_row(Tensor a, size_t r, size_t c, const float *values, size_t n);
 // thread_scratch returns the buffer of the calling thread. It has room for max(D, Q, F, C) numbers.
@@ -293,7 +300,7 @@ static float dot_ref(Tensor w, size_t r, Tensor x, size_t t) {
 }
 
 // Multiplies each token's row of x (T, cols) by the matrix w (rows, cols): out[t][r] = w[r] . x[t], or with ADD +=
-// that. The program spends nearly all of its time here.
+// that. This takes most of the time.
 static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
     for (size_t t = 0; t < x.rows; t++)
         for (size_t r = 0; r < w.rows; r++) {
@@ -304,7 +311,7 @@ static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
         }
 }
 
-// matmul_update is the fast version, shared by all threads; section 10.
+// matmul_update, in section 10, is the fast version, shared by all threads. In the plain program it calls matmul_ref.
 static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update);
 // out (T, rows) = x . w^T, and out (T, rows) += x . w^T
 static void matmul(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, SET); }
@@ -312,14 +319,14 @@ static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_upd
 
 // ---- The steps of a layer
 
-// RMSNorm (root mean square). The vector x grows as blocks add to it, more for some tokens than for others. RMSNorm
-// brings the input of each block back to the size that its weights were trained for: out = x / sqrt(mean(x^2) + eps) *
-// weight.
-//                                                                                            (Zhang and Sennrich 2019)
+// RMSNorm (root mean square). The numbers in x get larger as blocks add to them, more for some tokens than for others.
+// RMSNorm brings them back to the magnitude that the next weights were trained for, and a weight for each number sets
+// how
+// much that number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
     float squares = 0;
-    // allows vectors; the order of adding is the same for every vector in one build
+    // allows vector instructions, which add in another order, but in one build in the same order for every x
 #pragma omp simd reduction(+ : squares)
     for (size_t i = 0; i < n; i++)
         squares += x[i] * x[i];
@@ -348,9 +355,10 @@ static void embed(float *x, Tensor embedding, const uint32_t *tokens, size_t T) 
 
 // RoPE (rotary position embedding) tells attention where a token stands, since attention as such does not know the
 // order of the tokens. The numbers of each query and key are taken in pairs (i, i + d/2), and each pair is rotated by
-// an angle proportional to the position of the token. To rotate both by the same angle does not change their dot
-// product, so the score of a query and a key depends on how far apart their tokens are, not on where in the text.
-//                                                                                                      (Su et al. 2021)
+// an angle proportional to the position of the token. Rotating a query and a key by the same angle does not change
+// their dot product. So only the difference of their two angles counts, and that is proportional to how far apart their
+// tokens
+// are, wherever in the text.                                                                        (Su et al. 2021)
 static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t half) {
     for (size_t i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
@@ -391,8 +399,8 @@ static void rope_cos_sin(RunState *s, const Header *h, size_t pos, size_t T) {
     }
 }
 
-// Adds the biases to queries, keys and values, normalises queries and keys (each only if the model does this), applies
-// RoPE to queries and keys, and writes keys and values into the KV cache.
+// Adds the biases to queries, keys and values, normalises queries and keys so that no score gets very large (each only
+// if the model does this), applies RoPE to queries and keys, and writes keys and values into the KV cache.
 static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t pos, size_t T) {
     const Layer *l = &m->layers[layer];
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
@@ -448,7 +456,8 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
                 float score = 0;
                 for (size_t i = 0; i < d; i++)
                     score += q[i] * cached_k(m, s, layer, g, j, i);
-                attn[j] = score / sqrtf((float)d); // without it, large d would make softmax pick one position only
+                attn[j] =
+                    score / sqrtf((float)d); // undivided, sums of d products would make softmax choose one position
             }
             softmax(attn, n);
 
@@ -463,7 +472,7 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
         }
 }
 
-// attention is the fast version, shared by all threads; section 10.
+// attention, in section 10, is the fast version, shared by all threads. In the plain program it calls attention_ref.
 static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos);
 
 // SwiGLU, the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up, where silu(x) = x / (1 +
@@ -584,20 +593,21 @@ static uint32_t argmax(const float *values, size_t n) {
     return (uint32_t)best;
 }
 
-// Collects the candidates, the most likely first: the top_k most likely tokens, cut off where their probabilities reach
-// the part top_p of the sum of all of them. Returns the sum of the candidates' probabilities.
+// Adds to the candidates, which are empty before, the top_k most likely tokens, the most likely first, and of these
+// only as many as it takes to have the part top_p of the sum of their probabilities. Returns the candidates' sum.
 static double top_k_top_p(Sampler *s, size_t n) {
     const float *p = s->probabilities;
     size_t k = s->top_k ? s->top_k : n;
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
-    double enough = s->top_k ? 1 : top_p; // with top-k, top_p is a part of a sum that is not known yet, see below
+    double enough = s->top_k ? 1 : top_p; // with top-k, the first loop takes k tokens: top_p is a part of their sum
 
-    // A heap gives the most likely tokens without sorting all. Tokens below the floor have less than 1 - enough in all,
-    // so the others are enough, and they come first.
-    double floor = (1 - enough) / (double)n;
+    // A heap gives the most likely tokens without sorting all. All tokens less likely than `least`, at most n, have
+    // less than 1 - enough together. So the others have more than enough, the loop that takes the most likely first
+    // never reaches them, and they stay out of the heap.
+    double least = (1 - enough) / (double)n;
     s->heap.n = 0;
     for (size_t i = 0; i < n; i++)
-        if ((double)p[i] >= floor)
+        if ((double)p[i] >= least)
             heap_push(&s->heap, (HeapEntry){.key = p[i], .index = (uint32_t)i});
 
     double sum = 0;
@@ -662,14 +672,14 @@ typedef struct Printer Printer;     // the state of standard output, section 9
 typedef struct {
     Tokens tokens;
     size_t n_past;     // the KV cache holds the keys and values of the first n_past tokens
-    size_t max_tokens; // the number of tokens for which the KV cache has room
+    size_t max_tokens; // the most tokens that it can hold: the length of the KV cache, C
 } Context;
 
 // What the statistics at the end are computed from.
 typedef struct {
     size_t n_prompt, n_generated; // tokens that were read, and tokens that were generated
     size_t n_decoded;             // generated tokens except the first of each answer, whose logits come from prefill
-    size_t n_accepted;            // decoded tokens that draft had guessed
+    size_t n_accepted;            // decoded tokens that had been guessed: see generate_reply
     double prefill_time, decode_time; // in seconds
 } Stats;
 
@@ -694,16 +704,17 @@ static void print_prompt(Session *s);
 static void print_token(Session *s, uint32_t token, const float *logits); // prints nothing for a stop token
 static void end_reply(Session *s);                                        // ends the line
 static void print_stats(const Session *s);
-// make_room returns whether the context has room for another token. A chat forgets its oldest turns for that.
-static bool make_room(Session *s);
-// draft guesses the next tokens: it looks for an earlier place in the text that has the same tokens as its end, and
-// copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how many: 0 without
-// --draft, and never more than the batch and the context have room for. Section 10.
+// make_room returns whether the context has room for another token. A chat forgets its oldest turns for that: the
+// tokens after them get other positions, n_past goes back, and evaluate computes them again. draft guesses the next
+// tokens: it takes the last few tokens of the text, looks for an earlier place where the same ones stand, and copies
+// what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how many: 0 without
+// --draft or if more than one token is not in the KV cache, never more than fit in a batch and in the context.
 static size_t draft(Session *s);
 
 // Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch, and on n_draft guesses that
-// stand behind the last one. Then row 0 of the logits is for the token after the last one, and row i for the token
-// after guess i. Guesses do not count as cached: later tokens overwrite the wrong ones. Ctrl-C ends it early.
+// stand behind the last one, in the same batch as this one. Then row 0 of the logits is for the token after the last
+// one, and row i for the token after guess i. Guesses do not count in n_past: the keys and values of wrong ones are
+// overwritten before any token looks at them. Ctrl-C ends it early.
 static void evaluate(Session *s, size_t n_draft) {
     Context *c = &s->context;
     while (c->n_past < c->tokens.n && !interrupted()) {
@@ -725,7 +736,7 @@ static void evaluate(Session *s, size_t n_draft) {
 static void generate_reply(Session *s, size_t max_new) {
     Context *c = &s->context;
     size_t vocab_size = s->model.h.vocab_size, n_new = 0;
-    size_t n_draft = 0, n_accepted = 0; // guesses in the last pass, and how many of them were chosen so far
+    size_t n_draft = 0, n_used = 0; // guesses in the last pass, and how many of them have been chosen
 
     // prefill
     double start = seconds();
@@ -736,28 +747,28 @@ static void generate_reply(Session *s, size_t max_new) {
 
     while (!interrupted()) {
         // choose a token and print it
-        const float *logits = s->run.logits + n_accepted * vocab_size;
+        const float *logits = s->run.logits + n_used * vocab_size;
         uint32_t token = sample(&s->sampler, logits, vocab_size);
         print_token(s, token, logits);
         n_new++;
         if (is_stop(s->tokenizer, token))
             break;
 
-        // append it; the first guess that is not used yet stands where it goes
-        bool guessed = n_accepted < n_draft && c->tokens.data[c->tokens.n] == token;
+        // append it, after comparing it with the next guess, which lies where it goes
+        bool guessed = n_used < n_draft && c->tokens.data[c->tokens.n] == token;
         push(&c->tokens, token);
         if (n_new == max_new || !make_room(s))
             break;
 
         // decode: get the logits that follow it
         s->stats.n_decoded++;
-        if (guessed) { // the last pass has computed its keys, values and logits
+        if (guessed) { // then the last pass has computed its keys, values and logits
             c->n_past++;
-            n_accepted++;
+            n_used++;
             s->stats.n_accepted++;
         } else {
             n_draft = draft(s);
-            n_accepted = 0;
+            n_used = 0;
             evaluate(s, n_draft);
         }
     }
@@ -766,7 +777,7 @@ static void generate_reply(Session *s, size_t max_new) {
     end_reply(s);
 }
 
-// The mode that runs without -m: prints the prompt and its continuation.
+// The default mode: prints the prompt and its continuation.
 static void generate(Session *s) {
     encode(s->tokenizer, &s->context.tokens, read_prompt(s->options));
     size_t max_new = start_generation(s);
