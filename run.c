@@ -320,9 +320,8 @@ static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_upd
 // ---- The steps of a layer
 
 // RMSNorm (root mean square). The numbers in x get larger as blocks add to them, more for some tokens than for others.
-// RMSNorm brings them back to the magnitude that the next weights were trained for, and a weight for each number sets
-// how
-// much that number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
+// RMSNorm brings them back to the magnitude that the next weights were trained for. A weight for each number sets how
+// much this number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
     float squares = 0;
@@ -357,8 +356,7 @@ static void embed(float *x, Tensor embedding, const uint32_t *tokens, size_t T) 
 // order of the tokens. The numbers of each query and key are taken in pairs (i, i + d/2), and each pair is rotated by
 // an angle proportional to the position of the token. Rotating a query and a key by the same angle does not change
 // their dot product. So only the difference of their two angles counts, and that is proportional to how far apart their
-// tokens
-// are, wherever in the text.                                                                        (Su et al. 2021)
+// tokens are, wherever in the text.                                                                 (Su et al. 2021)
 static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t half) {
     for (size_t i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
@@ -705,10 +703,12 @@ static void print_token(Session *s, uint32_t token, const float *logits); // pri
 static void end_reply(Session *s);                                        // ends the line
 static void print_stats(const Session *s);
 // make_room returns whether the context has room for another token. A chat forgets its oldest turns for that: the
-// tokens after them get other positions, n_past goes back, and evaluate computes them again. draft guesses the next
-// tokens: it takes the last few tokens of the text, looks for an earlier place where the same ones stand, and copies
-// what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how many: 0 without
-// --draft or if more than one token is not in the KV cache, never more than fit in a batch and in the context.
+// tokens after them get other positions, n_past goes back, and evaluate computes them again.
+static bool make_room(Session *s);
+// draft guesses the next tokens: it takes the last few tokens of the text, looks for an earlier place where the same
+// ones stand, and copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how
+// many: 0 without --draft or if more than one token is not in the KV cache, and never more than fit in a batch and in
+// the context. Section 10.
 static size_t draft(Session *s);
 
 // Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch, and on n_draft guesses that
