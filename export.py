@@ -32,7 +32,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
@@ -1336,18 +1336,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
 # ---------------------------------------------------------------------------------------------------------
 # 7. Tokenizers
 
-TOKENIZER_MAGIC, TOKENIZER_VERSION = b"twotoken", 2
-TOKENIZER_HEADER = struct.Struct("<8s4I2iI7i2Q6IQ")  # 112 bytes, then the vocabulary
-TOKEN = struct.Struct("<IIf")  # length, type, score; then the bytes
+TOKENIZER_MAGIC, TOKENIZER_VERSION = b"twotoken", 3
+TOKENIZER_HEADER = struct.Struct("<8s2I3Q2I2iI7i8I10I")  # 160 bytes, then the arrays
+HASHED_FROM = 24  # the first byte that the file's hash covers
+TOKEN = struct.Struct("<IIf")  # of a token in the hash of a vocabulary: length, type, score; then the bytes
 SENTENCEPIECE_BPE, BYTE_LEVEL_BPE = 1, 2  # the kind of tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece's types of tokens
 LATE = 7  # user-defined, but sought when the text has been normalised
 MAX_STOP_IDS = 7
-TEXT_ITEM = 1 << 31  # in a template: so many bytes of text; other items are ids
-
+NONE = 0xFFFFFFFF  # no token
 
 # The bits of flags
-SWITCHES = ["add_bos", "add_space", "space_anew", "no_second_space", "by_merges", "whole_words", "nfc"]
+SWITCHES = ["add_bos", "add_space", "space_anew", "no_second_space", "by_merges", "whole_words"]
 
 Table = tuple[tuple[int, ...], ...]  # of numbers
 
@@ -1367,23 +1367,13 @@ class Merge(NamedTuple):
 class Machines(NamedTuple):
     """How text is cut into words: state machines, each for what the one before it has left, see `machines`."""
 
-    ranges: Table = ()  # first and last character, class; of all others it is 1
+    classes: bytes = b""  # of each character, then of stray bytes
     steps: Table = ()  # (states, classes): twice the next state, + 1 at the end of a word
     n_machines: int = 0
 
 
 NO_MACHINES = Machines()  # a text is one word
 
-
-class Nfc(NamedTuple):
-    """Unicode's tables for its normalization form C."""
-
-    decompositions: Table  # a character, the four that it stands for, 0 after the last
-    compositions: Table  # two characters, and the one that they make
-    marks: Table  # first and last character, combining class; of all others it is 0
-
-
-MAX_PARTS = 4
 
 Piece = tuple[int | str, ...]  # of a chat template: the ids of tokens, and texts
 
@@ -1403,6 +1393,9 @@ PIECES = (
     "before_answer",  # what stands there as well once there is an answer, mostly nothing
     "after_answer",
     "next_user",  # after that, up to the user's next text
+    "opens_answer",  # in front of a new answer only, not in the history
+    "opens_answer_no_think",  # that instead, if the model is asked not to think
+    "end_of_thought",  # in an earlier answer, all up to the last one of this text goes
 )
 
 
@@ -1421,7 +1414,6 @@ class Tokenizer:
     kind: int = SENTENCEPIECE_BPE
     merges: tuple[Merge, ...] = ()
     machines: Machines = NO_MACHINES
-    nfc: Nfc | None = None  # text is put into that form
     template: Template | None = None
 
     def __post_init__(self) -> None:
@@ -1443,80 +1435,117 @@ class Tokenizer:
             raise ModelError("a bos token is to be added, but there is none")
 
     @cached_property
-    def vocabulary(self) -> bytes:
-        return b"".join(TOKEN.pack(len(t.text), t.type, t.score) + t.text for t in self.tokens)
-
-    @cached_property
     def vocab_hash(self) -> int:
-        return fnv1a(self.vocabulary)
-
-    @cached_property
-    def rest(self) -> bytes:
-        """What follows the vocabulary: the merges, how words are cut, NFC, the template."""
-        rows: list[tuple[int, ...]] = [*self.merges, *self.machines.ranges, *self.machines.steps]
-        if self.nfc:
-            rows += [tuple(map(len, self.nfc)), *chain.from_iterable(self.nfc)]
-        pieces = map(template_bytes, self.template.pieces if self.template else ((),) * len(PIECES))
-        parts = [bytes(-len(self.vocabulary) % 4), *(struct.pack(f"<{len(row)}I", *row) for row in rows)]
-        return b"".join([*parts, *(struct.pack("<I", len(piece)) + piece for piece in pieces)])
+        """Tells one vocabulary from another, whatever format it is written in."""
+        return fnv1a(b"".join(TOKEN.pack(len(t.text), t.type, t.score) + t.text for t in self.tokens))
 
     def to_bytes(self) -> bytes:
-        """The tokenizer file."""
-        stop_ids = self.stop_ids + (-1,) * (MAX_STOP_IDS - len(self.stop_ids))
+        """The tokenizer file: the header, then arrays that run.c uses as they are, each on 4 bytes."""
+        by_text = self.by_text()
+        longest = [0] * 256
+        byte_id = [self.unk_id & NONE] * 256
+        for id, token in enumerate(self.tokens):
+            if token.type in (USER_DEFINED, LATE):
+                longest[token.text[0]] = max(longest[token.text[0]], len(token.text))
+            if token.type == BYTE:
+                byte_id[token.text[0]] = id
+
+        texts = bytearray()
+
+        def placed(text: bytes) -> tuple[int, int]:
+            texts.extend(text)
+            return len(texts) - len(text), len(text)
+
+        rows = [(*placed(t.text), t.type, t.score) for t in self.tokens]
+        pieces = np.array(rows, np.dtype("<u4,<u4,<u4,<f4"))
+        pairs = {(merge.left, merge.right): (merge.made, rank) for rank, merge in enumerate(self.merges)}
+        merges = [(*pair, *made) for pair, made in sorted(pairs.items())]
+        templates = self.template.pieces if self.template else ((),) * len(PIECES)
+        items = [
+            (NONE, *placed(item.encode())) if isinstance(item, str) else (item, 0, 0)
+            for item in chain.from_iterable(templates)
+        ]
+        classes, steps, n_machines = self.machines
+        arrays = [
+            *(numbers(byte_id), numbers(longest), pieces.tobytes(), numbers(by_text), numbers(merges)),
+            *(numbers(steps), numbers(items), classes, bytes(texts), bytes(-len(texts) % 4)),
+        ]
         flags = sum(bool(getattr(self, name)) << bit for bit, name in enumerate(SWITCHES))
-        size = TOKENIZER_HEADER.size + len(self.vocabulary) + len(self.rest)
-        ranges, steps, n_machines = self.machines
-        counts = (len(self.merges), len(ranges), len(steps[0]) if steps else 0, len(steps), n_machines)
         header = TOKENIZER_HEADER.pack(
-            *(TOKENIZER_MAGIC, TOKENIZER_VERSION, self.kind, flags, len(self.tokens)),
-            *(self.bos_id, self.unk_id, len(self.stop_ids), *stop_ids, size, self.vocab_hash),
-            *(*counts, self.template.flags if self.template else 0, fnv1a(self.rest)),
+            *(TOKENIZER_MAGIC, TOKENIZER_VERSION, self.kind, 0),
+            *(TOKENIZER_HEADER.size + sum(map(len, arrays)), self.vocab_hash, flags, len(self.tokens)),
+            *(self.bos_id, self.unk_id, len(self.stop_ids)),
+            *(self.stop_ids + (-1,) * (MAX_STOP_IDS - len(self.stop_ids))),
+            *(len(by_text), len(merges), n_machines, len(steps[0]) if steps else 0, len(steps)),
+            *(self.template.flags if self.template else 0, len(items), len(texts)),
+            *accumulate(map(len, templates)),
         )
-        return header + self.vocabulary + self.rest
+        data = b"".join([header, *arrays])
+        hash = fnv1a(memoryview(data[HASHED_FROM:]).cast("I"))
+        return data[:16] + struct.pack("<Q", hash) + data[HASHED_FROM:]
+
+    def by_text(self) -> list[int]:
+        """The tokens that text can become, by their bytes: the last user-defined one, else the first normal."""
+        found: dict[bytes, int] = {}
+        for id, token in enumerate(self.tokens):
+            if token.type in (USER_DEFINED, LATE):
+                found[token.text] = id
+            elif token.type == NORMAL:
+                found.setdefault(token.text, id)
+        return [id for _, id in sorted(found.items())]
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
         """Of a tokenizer file; raises ModelError unless to_bytes() would give the same again."""
-        if len(data) < TOKENIZER_HEADER.size:
-            raise ModelError(f"expected a header of {TOKENIZER_HEADER.size} bytes, found {len(data)}")
-        _, version, kind, flags, size, bos, unk, n_stop, *others = TOKENIZER_HEADER.unpack_from(data)
-        if version != TOKENIZER_VERSION or kind not in (SENTENCEPIECE_BPE, BYTE_LEVEL_BPE):
-            raise ModelError(f"a tokenizer file of unknown version {version} or kind {kind}")
-        stop_ids, counts = others[:n_stop], others[MAX_STOP_IDS + 2 : -1]
-        n_merges, n_ranges, n_classes, n_states, n_machines, template_flags = counts
-        at = TOKENIZER_HEADER.size
+        size = TOKENIZER_HEADER.size
+        if len(data) < 12:
+            raise ModelError(f"expected a header of {size} bytes, found {len(data)}")
+        if (version := int.from_bytes(data[8:12], "little")) != TOKENIZER_VERSION:
+            raise ModelError(f"a tokenizer file of version {version}, expected {TOKENIZER_VERSION}")
+        if len(data) < size:
+            raise ModelError(f"expected a header of {size} bytes, found {len(data)}")
+        _, _, kind, _, _, _, flags, vocab_size, bos, unk, n_stop, *others = TOKENIZER_HEADER.unpack_from(data)
+        stop_ids, ends = others[:n_stop], [0, *others[-len(PIECES) :]]
+        n_by_text, n_merges, n_machines, n_classes, n_states, template_flags, n_items, n_text = others[7:15]
+        if kind not in (SENTENCEPIECE_BPE, BYTE_LEVEL_BPE):
+            raise ModelError(f"a tokenizer file of the unknown kind {kind}")
+        at = size + 2 * 4 * 256
 
-        def take(form: str) -> tuple[Any, ...]:
+        def take(form: str, count: int, width: int = 1) -> Any:
             nonlocal at
-            values = struct.unpack_from("<" + form, data, at)
-            at += struct.calcsize("<" + form)
-            return values
+            kind = np.dtype(form)
+            end = at + count * width * kind.itemsize
+            if end > len(data):
+                raise ModelError("a damaged tokenizer file: it ends too early")
+            found = np.frombuffer(data[at:end], kind).reshape(-1, width)
+            at = end
+            return found
 
-        try:
-            tokens = []
-            for _ in range(size):
-                length, type, score = take("IIf")
-                tokens.append(Token(take(f"{length}s")[0], type, score))
-            take(f"{-(at - TOKENIZER_HEADER.size) % 4}x")
-            merges = tuple(Merge(*take("3I")) for _ in range(n_merges))
-            ranges = tuple(take("3I") for _ in range(n_ranges))
-            steps = tuple(take(f"{n_classes}I") for _ in range(n_states if n_classes else 0))
-            switches: dict[str, Any] = {name: bool(flags >> bit & 1) for bit, name in enumerate(SWITCHES)}
-            widths = zip(take("3I"), (1 + MAX_PARTS, 3, 3), strict=True) if switches["nfc"] else ()
-            nfc = [tuple(take(f"{width}I") for _ in range(count)) for count, width in widths]
-            pieces = tuple(template_piece(*take(f"{take('I')[0]}s")) for _ in PIECES)
-        except struct.error:
-            raise ModelError("a damaged tokenizer file: it ends too early") from None
+        rows = take("<u4,<u4,<u4,<f4", vocab_size).reshape(-1).tolist()
+        take("<u4", n_by_text)
+        merges = take("<u4", n_merges, 4).tolist()
+        steps = take("<u4", n_states, n_classes).tolist() if n_classes else []
+        items = take("<u4", n_items, 3).tolist()
+        classes = take("u1", N_CLASSES).tobytes() if n_classes else b""
+        texts = take("u1", n_text).tobytes()
+
+        def item(token: int, offset: int, length: int) -> int | str:
+            return texts[offset : offset + length].decode(errors="replace") if token == NONE else token
+
+        script = [item(*row) for row in items]
+        switches: dict[str, Any] = {name: bool(flags >> bit & 1) for bit, name in enumerate(SWITCHES)}
         tokenizer = cls(
-            tokens,
+            [Token(texts[offset : offset + length], type, score) for offset, length, type, score in rows],
             bos,
             unk,
             tuple(stop_ids),
-            **switches | {"nfc": Nfc(*nfc) if nfc else None},
+            **switches,
             kind=kind,
-            merges=merges,
-            machines=Machines(ranges, steps, n_machines),
-            template=Template(pieces, template_flags) if any(pieces) else None,
+            merges=tuple(Merge(*row[:3]) for row in sorted(merges, key=lambda row: row[3])),
+            machines=Machines(classes, tuple(map(tuple, steps)), n_machines),
+            template=Template(tuple(tuple(script[a:b]) for a, b in pairwise(ends)), template_flags)
+            if script
+            else None,
         )
         if tokenizer.to_bytes() != data:
             raise ModelError(f"a damaged tokenizer file: {len(data)} bytes that do not fit together")
@@ -1624,8 +1653,9 @@ class Tokenizer:
             kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
             merges=to_merges(get("ggml.merges", ()), ids, tokens) if byte_level else (),
             machines=machines(GGUF_PATTERNS[pre] if byte_level else words_at_spaces(tokens)),
-            nfc=nfc_tables() if pre in GGUF_NFC else None,
         )
+        if pre in GGUF_NFC:
+            note_nfc()
         added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
         special = {key: names[id] for key, id in special_ids.items() if id >= 0}
         return tokenizer.with_template(get("chat_template"), special, added)
@@ -1662,12 +1692,20 @@ def token_text(piece: bytes, type: int) -> bytes:
     return piece.replace("▁".encode(), b" ") if type in (NORMAL, USER_DEFINED, LATE) else piece
 
 
-def fnv1a(data: bytes) -> int:
-    """The 64-bit FNV-1a hash (Fowler, Noll, Vo)."""
+def fnv1a(numbers: Iterable[int]) -> int:
+    """The 64-bit FNV-1a hash (Fowler, Noll, Vo), of bytes or of numbers of 32 bits."""
     hash = 0xCBF29CE484222325
-    for byte in data:
-        hash = (hash ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    for number in numbers:
+        hash = (hash ^ number) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
     return hash
+
+
+def numbers(rows: Sequence[Any]) -> bytes:
+    return np.array(rows, "<u4").tobytes()
+
+
+def note_nfc() -> None:
+    say("note", "this tokenizer expects text in NFC, which run does not make: uconv -x nfc does")
 
 
 # ---- how words are cut: from regular expressions to the tables that run.c steps through
@@ -1707,6 +1745,7 @@ GGUF_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "te
 
 PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}|\\[sSdD]")
 SURROGATES = slice(0xD800, 0xE000)  # code points that are no characters
+N_CLASSES = 0x110000 + 256  # characters, and stray bytes, which are of U+FFFD's class
 
 
 @cache
@@ -1902,12 +1941,6 @@ class Machine:
         return tuple(following), False
 
 
-def ranges_of(kinds: NDArray[Any], usual: int) -> Table:
-    """First and last character and class, of those that are not of the usual class."""
-    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
-    return tuple((a, b - 1, int(kinds[a])) for a, b in pairwise(edges) if kinds[a] != usual)
-
-
 def words_at_spaces(tokens: Sequence[Token]) -> list[str]:
     """A word begins with its spaces, unless there is a token with a space after something else."""
     across = any(b" " in token.text.lstrip(b" ") for token in tokens if token.type == NORMAL)
@@ -1939,7 +1972,7 @@ def machines(patterns: Sequence[str]) -> Machines:
     if len(order) > 255:
         raise ModelError(f"a pre-tokenizer that tells {len(order)} classes of characters apart")
     members = {name: (False, *signature[firsts[order], i].tolist()) for i, name in enumerate(names)}
-    ranges = ranges_of(kinds, 1)
+    spread = kinds.astype(np.uint8).tobytes() + bytes([kinds[0xFFFD]]) * 256
 
     # State 0 is dead, then come the states in which the machines start.
     automata = [Machine(tree, members) for tree in trees]
@@ -1956,43 +1989,7 @@ def machines(patterns: Sequence[str]) -> Machines:
         steps.append(tuple(row))
         if len(states) > 1 << 16:
             raise ModelError(f"a pre-tokenizer with too many states: {patterns}")
-    return Machines(ranges, tuple(steps), len(trees))
-
-
-def library_nfc(text: bytes) -> bytes:
-    from tokenizers import normalizers
-
-    return str(normalizers.NFC().normalize_str(text.decode())).encode()
-
-
-@cache
-def nfc_tables() -> Nfc:
-    """What the `tokenizers` library itself knows, as Python's tables may be older or newer."""
-    from tokenizers import normalizers
-
-    compose, decompose = normalizers.NFC().normalize_str, normalizers.NFD().normalize_str
-
-    def changed(texts: Sequence[str]) -> dict[str, str]:
-        """Of the texts, those that decompose, or whose marks change places, and what they become."""
-        found = zip(texts, decompose("\0".join(texts)).split("\0"), strict=True)
-        return {text: result for text, result in found if text != result}
-
-    single = [c for c in all_characters() if c not in "\0\u0345\u0334"]
-    parts = changed(single)
-    pairs = [(compose(p[:-1]), p[-1], c) for c, p in parts.items() if compose(c) == c]
-    # What changes places with a mark of the highest class (U+0345) or of the lowest (U+0334) is a mark.
-    moved = [*changed(["\u0345" + c for c in single]), *changed([c + "\u0334" for c in single])]
-    marks = {text.strip("\u0345\u0334") for text in moved} - {*parts} | {"\u0345", "\u0334"}
-    classes = np.zeros(0x110000, int)
-    last, kind = "", 0
-    for mark in decompose("".join(sorted(marks))):  # that is in the order of their classes
-        kind += last == "" or (mark + last) in changed([mark + last])
-        last, classes[ord(mark)] = mark, kind
-    return Nfc(
-        tuple((ord(c), *map(ord, p.ljust(MAX_PARTS, "\0"))) for c, p in parts.items()),
-        tuple((ord(a), ord(b), ord(c)) for a, b, c in pairs),
-        ranges_of(classes, 0),
-    )
+    return Machines(spread, tuple(steps), len(trees))
 
 
 # ---- Hugging Face's tokenizer.json
@@ -2022,7 +2019,8 @@ def to_merges(
         merges = [Merge(ids[left], ids[right], ids[left + right]) for left, right in pairs]
     except (KeyError, ValueError):
         raise ModelError("a merge of tokens that are not in the vocabulary, or of other than two") from None
-    return tuple(merge for merge in merges if tokens[merge.made].type != CONTROL)
+    last = {(merge.left, merge.right): i for i, merge in enumerate(merges)}  # of several the last one counts
+    return tuple(merges[i] for i in sorted(last.values()) if tokens[merges[i].made].type != CONTROL)
 
 
 class HuggingFace:
@@ -2122,7 +2120,8 @@ class HuggingFace:
         model = self.model
         kinds = flattened(self.json.get("pre_tokenizer"), "pretokenizers")
         normalizers = flattened(self.json.get("normalizer"), "normalizers")
-        nfc = nfc_tables() if any(normalizer["type"] == "NFC" for normalizer in normalizers) else None
+        if any(normalizer["type"] == "NFC" for normalizer in normalizers):
+            note_nfc()
         normalizers = [normalizer for normalizer in normalizers if normalizer["type"] != "NFC"]
         byte_level = any(kind["type"] == "ByteLevel" for kind in kinds)
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -2134,8 +2133,6 @@ class HuggingFace:
         else:
             tokens = self.tokens(self.piece)
             patterns, spaces = self.sentencepiece(kinds, normalizers, tokens)
-        if nfc:
-            tokens = [t._replace(text=library_nfc(t.text)) if t.type == LATE else t for t in tokens]
         unk = self.ids.get(model.get("unk_token") or "", -1)
         if byte_level and unk >= 0 and model.get("fuse_unk") and sum(t.type == BYTE for t in tokens) < 256:
             raise ModelError("a byte-level tokenizer that lacks bytes and fuses unknown ones (not supported)")
@@ -2158,7 +2155,6 @@ class HuggingFace:
             kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
             merges=to_merges(model["merges"], self.vocab, tokens),
             machines=machines(patterns),
-            nfc=nfc,
         )
         chatty = tokenizer.with_template(self.chat_template(), self.special(), self.added_ids)
         used = {item for piece in chatty.template.pieces for item in piece} if chatty.template else set()
@@ -2254,26 +2250,6 @@ def flattened(step: Any, inside: str) -> list[Any]:
 # ---- chat templates
 
 
-def template_bytes(piece: Piece) -> bytes:
-    items = [(item, b"") if isinstance(item, int) else (TEXT_ITEM, item.encode()) for item in piece]
-    return b"".join(struct.pack("<I", start | len(text)) + text for start, text in items)
-
-
-def template_piece(data: bytes) -> Piece:
-    items: list[int | str] = []
-    at = 0
-    while at < len(data):
-        (item,) = struct.unpack_from("<I", data, at)
-        at += 4
-        if item & TEXT_ITEM:
-            length = item ^ TEXT_ITEM
-            items.append(data[at : at + length].decode(errors="replace"))
-            at += length
-        else:
-            items.append(item)
-    return tuple(items)
-
-
 class TemplateError(Exception):
     """Why a chat template cannot be used."""
 
@@ -2347,7 +2323,7 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         before_answer = whole.removeprefix(after_user)
         after_answer = tail if between.startswith(tail) else between
         next_user = between.removeprefix(after_answer)
-        pieces = [before_user, "", "", after_user, before_answer, after_answer, next_user]
+        pieces = [before_user, "", "", after_user, before_answer, after_answer, next_user, "", "", ""]
         check_template(render, pieces, None)
         flags = 1
         try:
@@ -2388,7 +2364,7 @@ def find_trimming(render: Renderer, system: str | None) -> int:
 
 def check_template(render: Renderer, pieces: list[str], system: str | None) -> None:
     """Compares what the template makes of conversations with what the pieces do."""
-    before_user, before_system, after_system, after_user, before_answer, after_answer, next_user = pieces
+    before_user, before_system, after_system, after_user, before_answer, after_answer, next_user = pieces[:7]
     for length in range(1, len(MARKS), 2):  # those that the user has the last word in
         text = before_user if system is None else before_system + system + after_system
         for i, turn in enumerate(MARKS[1 : length + 1]):

@@ -32,7 +32,6 @@ from files import (
     chain_model,
     default_vocabulary,
     fix,
-    nfc_vocabulary,
     patch,
 )
 
@@ -604,44 +603,6 @@ def test_bad_templates(byte_level: ByteLevelVictim) -> None:
         for one in bad:
             templates = (*v.templates[:i], one, *v.templates[i + 1 :])
             byte_level.bad(None, "a template", "expected", "found", templates=templates)
-
-
-def test_bad_tables_of_nfc(byte_level: ByteLevelVictim) -> None:
-    """Truncated, lying counts, numbers that are no characters; a loop or nonsense in them is harmless."""
-    v = byte_level.vocabulary = nfc_vocabulary()
-    assert byte_level.tokens("e\u0301\u0323e\u212b")[1:] == [*"\u00e9\u0323eA\u030a".encode()]
-    data = v.to_bytes()
-    for end in range(len(data) - 200, len(data)):
-        byte_level.bad(fix(data[:end]), "expected", "found")
-    at = v.entry_offsets()[-1]
-    at += -at % 4 + 4 * sum(map(len, (*v.merges, *v.ranges, *v.steps)))
-    assert struct.unpack_from("<3I", data, at) == (2, 1, 2)
-    for i in range(3):
-        for count in [0, 1, 3, 5, 0x110000, 0x110001, HUGE]:
-            if count != struct.unpack_from("<I", data, at + 4 * i)[0]:
-                spoilt = bytearray(data)
-                struct.pack_into("<I", spoilt, at + 4 * i, count)
-                byte_level.bad(fix(bytes(spoilt)), "expected", "found")
-    decompositions, compositions, marks = v.nfc
-    for kind, row in enumerate([(0xE9, 0x65, 0x301, 0, 0), (0x65, 0x301, 0xE9), (0x301, 0x301, 230)]):
-        for i in range(len(row)):
-            for bad in (0x110000, HUGE):
-                nfc = [*v.nfc]
-                nfc[kind] = ((*row[:i], bad, *row[i + 1 :]),)
-                byte_level.bad(
-                    None, "omposition" if kind < 2 else "class", "expected", "found", nfc=tuple(nfc)
-                )
-    for bad_marks in [((0x301, 0x301, 0),), ((0x301, 0x301, 256),), ((0x301, 0x300, 1),), marks[::-1]]:
-        byte_level.bad(
-            None, "a combining class", "expected", "found", nfc=(decompositions, compositions, bad_marks)
-        )
-    odd = ((0xE9, 0xE9, 0xE9, 0xE9, 0xE9), (0x41, 0, 0, 0, 0), (0x42, 0xD800, 0x10FFFF, 0, 7))
-    made = ((0x65, 0x65, 0x65), (0x65, 0x301, 0), (0x301, 0x301, 0xDFFF))
-    ids = byte_level.tokens("eeee\u00e9\u0301\u0301AB", nfc=(odd, made, marks))[1:]
-    assert bytes(ids) == b"e" + "\u00e9\u00e9\u00e9\u00e9".encode() + "\u0301\u0301".encode() + b"A" + (
-        "\ud800\U0010ffff".encode(errors="surrogatepass")
-    )
-    assert byte_level.tokens("e\u0301A", nfc=((), (), ()))[1:] == [*"e\u0301A".encode()]
 
 
 def test_bytes_that_are_missing(byte_level: ByteLevelVictim) -> None:

@@ -45,7 +45,7 @@ def vocabulary(**changes: Any) -> Vocabulary:
     return default_vocabulary(
         **{
             "flags": ADD_BOS,
-            "templates": tuple(map(export.template_bytes, pieces)),
+            "templates": tuple(pieces),
             "template_flags": HAS_TEMPLATE | HAS_SYSTEM,
             **changes,
         }
@@ -353,7 +353,7 @@ def test_a_template_without_a_system_text(run: Program, tmp_path: Path) -> None:
 
 
 def test_an_empty_conversation(run: Program, tmp_path: Path) -> None:
-    nothing = vocabulary(templates=(b"",) * 7)
+    nothing = vocabulary(templates=())
     path = chain_model([COLON, STOP], vocabulary=nothing).write(tmp_path / "m.bin")
     run.fails(1, path, "-m", "chat", stdin=b"\n", says=["empty message"])
 

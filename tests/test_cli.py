@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from files import (
     ADD_BOS,
-    ADD_SPACE,
+    ADD_DUMMY_PREFIX,
     QK_NORM,
     QKV_BIAS,
     TIED,
@@ -344,7 +344,7 @@ def test_an_empty_prompt_starts_from_bos(run: Program, tmp_path: Path, args: lis
 
 
 def test_an_empty_prompt_without_bos(run: Program, tmp_path: Path) -> None:
-    vocabulary = default_vocabulary(bos_id=-1, flags=ADD_SPACE)
+    vocabulary = default_vocabulary(bos_id=-1, flags=ADD_DUMMY_PREFIX)
     path = chain_model([BOS, *byte_ids(b"hey"), STOP], vocabulary).write(tmp_path / "hey.bin")
     run.fails(1, path, says=["empty prompt", "expected", "bos"])
     assert run.ok(path, "-m", "tokenize").stdout == b"\n"

@@ -128,21 +128,26 @@ class Vocabulary:
 
     def __init__(self, data):
         assert data[:8] == b"twotoken"
-        version, kind, self.flags, size, self.bos, self.unk, n_stop = struct.unpack_from("<4I2iI", data, 8)
-        assert (version, kind) == (2, 1)
-        stop_ids = struct.unpack_from("<7i", data, 36)
+        assert struct.unpack_from("<2I", data, 8) == (3, 1)
+        hash, file_size, self.hash = struct.unpack_from("<3Q", data, 16)
+        assert (hash, file_size) == (
+            fnv1a(struct.unpack_from(f"<{len(data) // 4 - 6}I", data, 24)),
+            len(data),
+        )
+        self.flags, size, self.bos, self.unk, n_stop = struct.unpack_from("<2I2iI", data, 40)
+        stop_ids = struct.unpack_from("<7i", data, 60)
         self.stop_ids = stop_ids[:n_stop]
         assert all(id == -1 for id in stop_ids[n_stop:])
-        file_size, self.hash = struct.unpack_from("<2Q", data, 64)
-        assert file_size == len(data)
+        n_text = struct.unpack_from("<I", data, 116)[0]
+        start = len(data) - (n_text + 3) // 4 * 4
         self.tokens = []
-        position = 112
-        for _ in range(size):
-            length, type, score = struct.unpack_from("<IIf", data, position)
-            position += 12 + length
-            self.tokens.append((data[position - length : position], type, score))
-        assert self.hash == fnv1a(data[112:position])
-        assert struct.unpack_from("<Q", data, 104) == (fnv1a(data[position:]),)
+        hashed = b""
+        for i in range(size):
+            offset, length, type, score = struct.unpack_from("<3If", data, 160 + 2048 + 16 * i)
+            text = data[start + offset : start + offset + length]
+            self.tokens.append((text, type, score))
+            hashed += struct.pack("<IIf", length, type, score) + text
+        assert self.hash == fnv1a(hashed)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -266,6 +266,9 @@ def test_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "before_answer": (),
         "after_answer": (end, "\n"),
         "next_user": (start, "user\n"),
+        "opens_answer": (),
+        "opens_answer_no_think": (),
+        "end_of_thought": (),
     }
     assert template.flags == 3
     assert found.tokenizer.stop_ids == (found.theirs.eos_token_id, end)

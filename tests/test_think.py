@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from files import (
     ADD_BOS,
-    ADD_SPACE,
+    ADD_DUMMY_PREFIX,
+    PREFIX_AFTER_SPECIAL,
     QK_NORM,
     QKV_BIAS,
     ROOT,
-    SPACE_ANEW,
     TIED,
     USER_DEFINED,
     Floats,
@@ -418,7 +418,7 @@ def test_windows_of_any_length(run: Program, tmp_path: Path, context: int, strid
 def test_a_tokenizer_without_bos(run: Program, tmp_path: Path, stride: int | None) -> None:
     """The text's first token is not scored, so its bytes do not count."""
     path = tmp_path / "m.bin"
-    model = calm_model(path, vocabulary=default_vocabulary(bos_id=-1, flags=ADD_SPACE))
+    model = calm_model(path, vocabulary=default_vocabulary(bos_id=-1, flags=ADD_DUMMY_PREFIX))
     ids = ids_of(run, path, "-i", TEXT)
     found = perplexity(run, path, "-i", TEXT, "-c", 50, *(["--stride", stride] if stride else []))
     assert found["tokens"] == len(ids) - 1
@@ -484,7 +484,9 @@ def test_numbers_that_json_cannot_hold(run: Program, tmp_path: Path) -> None:
 def test_no_text(run: Program, tiny_path: Path, tmp_path: Path, mode: str) -> None:
     run.fails(2, tiny_path, "-m", mode, says=[f"-m {mode}: expected a text", "-i or -f"])
     run.fails(1, tiny_path, "-m", mode, "-f", tmp_path / "none", says=[tmp_path / "none", "No such file"])
-    without = chain_model([BOS, 5], default_vocabulary(bos_id=-1, flags=ADD_SPACE)).write(tmp_path / "m.bin")
+    without = chain_model([BOS, 5], default_vocabulary(bos_id=-1, flags=ADD_DUMMY_PREFIX)).write(
+        tmp_path / "m.bin"
+    )
     run.fails(1, without, "-m", mode, "-i", "", says=["too short", "found 0"])
 
 
@@ -549,7 +551,9 @@ def test_a_space_anew_at_the_start_of_a_piece(run: Program, tmp_path: Path) -> N
     """Where a piece ends with a user-defined token, the next one begins as the whole text goes on."""
     base = default_vocabulary()
     line_break = Piece(b"\n", USER_DEFINED)
-    vocabulary = replace(base, pieces=(*base.pieces, line_break), flags=ADD_BOS | ADD_SPACE | SPACE_ANEW)
+    vocabulary = replace(
+        base, pieces=(*base.pieces, line_break), flags=ADD_BOS | ADD_DUMMY_PREFIX | PREFIX_AFTER_SPECIAL
+    )
     path, file = tmp_path / "m.bin", tmp_path / "text"
     dims = {"dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 8}
     calm_model(path, max_seq_len=512, vocabulary=vocabulary, **dims)
