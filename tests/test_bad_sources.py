@@ -26,6 +26,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
+import random_weights
 import test_reference
 from files import interrupt_export
 from test_reference import VOCAB, random_model
@@ -195,7 +196,7 @@ def test_biases_of_llama(bad: Path, refused: Refused, o_bias: bool) -> None:
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("o_proj.bias")}
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # harmless, and often there
     torch.save(state, path)
-    assert export.open_source(str(bad / "bin")).config.qkv_bias
+    assert export.open_source(bad / "bin").config.qkv_bias
     torch.save(state | {"model.layers.0.mlp.down_proj.bias": torch.zeros(64)}, path)
     refused(bad / "bin", path, "not supported: model.layers.0.mlp.down_proj.bias")
 
@@ -629,31 +630,6 @@ def test_gguf_that_ends_anywhere(bad: Path, refused: Refused) -> None:
         refused(path, path)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# llama2.c
-
-
-@pytest.mark.parametrize(
-    ("start", "words"),
-    [
-        (struct.pack("<2i", 0x616B3432, 2), ["version 2", "quantised to 8 bits"]),
-        (struct.pack("<2i", 0x616B3432, 99), ["version 99", "expected 0 or 1"]),
-        (
-            struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2, 2, 1, 131, 16, 1),
-            ["bytes by its header", "found 256"],
-        ),
-        (struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 4096, 2, 1, 131, 16, 1), ["bytes by its header"]),
-        (struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2, 0, 1, 131, 16, 1), ["n_heads 0"]),
-    ],
-)
-def test_llama2c_version_1(tmp_path: Path, refused: Refused, start: bytes, words: list[str]) -> None:
-    path = tmp_path / "m.bin"
-    path.write_bytes(start.ljust(256, b"\0"))
-    refused(path, path, *words)
-    path.write_bytes(start)
-    refused(path, path)
-
-
 def test_names_cannot_write_to_the_terminal(bad: Path, refused: Refused) -> None:
     path = bad / "m.gguf"
     path.write_bytes(path.read_bytes().replace(b"output_norm.weight", b"output\x1b\n\xff__.weight"))
@@ -679,9 +655,9 @@ def test_wrong_bytes(bad: Path, originals: Path, name: str, at: int, wrong: byte
     data[at : at + len(wrong)] = wrong
     (bad / name).write_bytes(data)
     try:
-        source = export.open_source(str(bad / Path(name).parts[0]))
-        for part in (part for parts in export.tensors(source.config) for part in parts):
-            assert sum(piece.size for piece in source.pieces(part)) == part.size
+        source = export.open_source(bad / Path(name).parts[0])
+        for spec in export.specs_of(source.config):
+            assert sum(piece.size for piece in source.tensors[spec.name].pieces()) == spec.size
     except export.ExportError:
         pass
 
@@ -794,17 +770,6 @@ def test_output_in_a_file(tmp_path: Path, originals: Path, refused: Refused) -> 
     refused(originals / "hf", "cannot write: Not a directory", options=("-o", out))
 
 
-def test_adapter_of_random_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = ["export.py", "random:15m", "-o", str(tmp_path / "out.bin"), "--lora", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", args)
-    with pytest.raises(SystemExit) as ended:
-        export.main()
-    assert ended.value.code == 2
-    assert "--lora is for checkpoints" in capsys.readouterr().err
-
-
 def test_output_must_not_be_one_of_the_inputs(bad: Path, refused: Refused) -> None:
     for source, file in (("hf", "model.safetensors"), ("shards", "model-00003-of-00006.safetensors")):
         path = bad / source / file
@@ -814,7 +779,7 @@ def test_output_must_not_be_one_of_the_inputs(bad: Path, refused: Refused) -> No
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path, originals: Path) -> None:
-    folder = zeros(tmp_path / "model", export.replace(export.SHAPES["7b"], n_layers=8, tied=True))
+    folder = zeros(tmp_path / "model", export.replace(random_weights.SHAPES["7b"], n_layers=8, tied=True))
     (tmp_path / "out").mkdir()
     interrupt_export(tmp_path / "out", folder, "--tokenizer", EXPORT.with_name("tokenizer.bin"))
 

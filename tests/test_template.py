@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -148,16 +149,16 @@ class Model:
         # Texts within a conversation are tokenized as run.c does it at the start of a text, or after a token.
         self.programs: dict[bool, Tokens] = {}
         for first in (True, False):
-            space = self.tokenizer.add_space if first else self.tokenizer.space_anew
+            space = self.tokenizer.add_dummy_prefix if first else self.tokenizer.prefix_after_special
             path = folder / f"{first}.bin"
-            path.write_bytes(replace(self.tokenizer, add_bos=False, add_space=space).to_bytes())
+            path.write_bytes(replace(self.tokenizer, add_bos=False, add_dummy_prefix=space).to_bytes())
             self.programs[first] = Tokens(path)
 
     def glued(self, turns: list[str], system: str | None) -> list[int]:
         """The ids of a conversation whose last turn is the user's, or an answer that is complete."""
         template = self.tokenizer.template
         assert template
-        pieces = dict(zip(export.PIECES, template.pieces, strict=True))
+        pieces = dict(zip(export.TEMPLATE_PARTS, template.parts, strict=True))
 
         def trimmed(text: str, kind: int) -> str:
             left, right = (template and template.flags & 4 << 2 * kind + side for side in (0, 1))
@@ -189,6 +190,8 @@ class Model:
         return ids
 
     def check(self, turns: list[str], system: str | None) -> None:
+        turns = [unicodedata.normalize("NFC", turn) for turn in turns]  # as the tokenizer wants it
+        system = unicodedata.normalize("NFC", system) if system is not None else None
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
         if len(turns) % 2 == 0 and self.theirs.chat_template == THINKING:
@@ -258,7 +261,7 @@ def test_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start, end = (found.theirs.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>"))
     template = found.tokenizer.template
     assert template
-    assert dict(zip(export.PIECES, template.pieces, strict=True)) == {
+    assert dict(zip(export.TEMPLATE_PARTS, template.parts, strict=True)) == {
         "before_user": (start, "system\nYou are kind.", end, "\n", start, "user\n"),
         "before_system": (start, "system\n"),
         "after_system": (end, "\n", start, "user\n"),
@@ -273,7 +276,7 @@ def test_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert template.flags == 3
     assert found.tokenizer.stop_ids == (found.theirs.eos_token_id, end)
     assert export.Tokenizer.from_bytes(found.tokenizer.to_bytes()) == found.tokenizer
-    assert capsys.readouterr().err == ""
+    assert "chat template" not in capsys.readouterr().err
     found.close()
 
 
@@ -334,5 +337,5 @@ def test_templates_that_have_no_plain_pieces(
 
 def test_a_template_without_a_system_text(capsys: pytest.CaptureFixture[str]) -> None:
     template = export.find_template(MISTRAL, {"bos_token": "<s>", "eos_token": "</s>"}, {"<s>": 1, "</s>": 2})
-    assert template and template.flags == 1 and template.pieces[1:3] == ((), ())
+    assert template and template.flags == 1 and template.parts[1:3] == ((), ())
     assert "takes no system text" in capsys.readouterr().err
