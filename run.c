@@ -1,83 +1,59 @@
 /* run.c: a large language model is two files: the weights, and this program, which runs them.
  *
- * A language model continues a text. The text is cut into tokens, which are words or parts of words; each token of the
- * vocabulary has a number, its id. From the tokens so far, the model computes one score for each token of the
- * vocabulary: how well it would fit as the next one. These scores are called logits. The program chooses a token by its
- * logit, appends it to the text, and repeats. Stories, answers and programs are all written this way, token by token.
+ * A language model continues a text. The text is cut into tokens: words, or parts of words, from a fixed list, the
+ * vocabulary. The place of a token in the list is its id. From the tokens so far, the model computes one score for each
+ * token of the vocabulary: how well it would fit as the next one. These scores are called logits. They are computed
+ * with billions of fixed numbers, the weights, also called parameters. The weights were found beforehand, by training:
+ * they were adjusted, little by little, until the scores suited a very large amount of text. The program chooses the
+ * next token with the help of the logits, appends it to the text, and repeats. Stories, answers and programs are all
+ * written in this way, token by token.
  *
  * The program runs every model of the Llama family that export.py has converted to a weights file, in which each
- * parameter takes 2 bytes. It does not train and does not quantise. It needs libc and libm, and uses OpenMP, if the
- * compiler has it, to run on all cores.
+ * parameter takes 2 bytes. It does not train models. It needs libc and libm, and it uses OpenMP, if the compiler has
+ * it, to run on all cores.
  *
- *    1 The model file       what it contains, and how it is mapped into memory and checked
+ *    1 The model file       what it contains, and how it is mapped into memory
  *    2 The Transformer      from token ids to logits
  *    3 Sampling             from logits to the next token
  *    4 Generation           the loop that writes a text
  *    5 The tokenizer        from text to token ids and back
- *    6 Chat
- *    7 Other modes          next, perplexity, tokenize, bench
+ *    6 Chat                 conversations
+ *    7 Output, other modes  what may come next, how well a text is predicted, how fast the machine is
  *    8 The command line
- *    9 Plumbing             memory, errors, files, number formats, output
- *   10 Fast kernels         section 2's loops for AVX-512, AMX, AVX2 and NEON
- *   11 Larger than memory   how to read a weights file that does not fit in memory
+ *    9 Plumbing             errors, memory, files, number formats, the process
+ *   10 Fast kernels         the loops of section 2 for AVX-512, AMX, AVX2 and NEON
+ *   11 Larger than memory   how to use a weights file that does not fit in memory
  *
- * Sections 1 to 4 are a complete language model in plain loops. They call functions of later sections only for things
- * that are not about language models, such as printing. Two functions, the matrix product and attention, take nearly
- * all of the time. Section 2 shows them as plain loops (matmul_ref, attention_ref), and section 10 computes the same
- * with the vector instructions of the CPU. `make plain` builds a program from the plain loops alone.
+ * Sections 1 to 4 are the language model, written as plain loops. Two functions take nearly all of the time: the matrix
+ * product and attention. Section 2 shows both as plain loops, matmul_ref and attention_ref, and section 10 computes the
+ * same results with the vector instructions of the CPU, in what is called kernels. `make plain` builds a program from
+ * the plain loops alone. Everything else that sections 1 to 4 call is explained where it is declared.
  *
- * Comments give the shape of an array as (rows, columns), stored row after row, with these letters:
+ * Comments give the shape of an array as (rows, columns), stored row after row, with letters that sections 1 and 2
+ * explain:
  *
  *   T tokens in this batch    D dim            H n_heads       d head_dim    Q = H*d
  *   C positions of context    F hidden_dim     G n_kv_heads    V vocab_size  K = G*d
  *
  * Logits are reproducible bit for bit: they depend neither on the number of threads nor on how a text is split into
- * batches, because every sum is accumulated in one fixed order.
+ * batches, because a build of the program accumulates every sum in one fixed order.
  */
 #define _GNU_SOURCE // for sched_getaffinity
-#include <errno.h>
-#include <fcntl.h>
-#include <float.h>
-#include <limits.h>
 #include <math.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdarg.h>
 #include <stdbool.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-#endif
 
-#define VERSION "0.2.0"
-#define DEFAULT_MODEL "models/stories.bin"
-
-#ifdef PLAIN
-enum { FAST = 0 }; // `make plain`: the plain loops of section 2
-#else
-enum { FAST = 1 }; // the kernels of section 10
-#endif
-
-// How numbers are stored: 32 bits, or one of two 16-bit formats. BF16 is the upper half of an F32; F16 has more digits
-// and a smaller range. BF16_AMX is BF16 in the order in which AMX instructions read it, see section 10.
+// How numbers are stored: in 32 bits, or in one of two 16-bit formats. BF16 is the upper 16 bits of an F32; F16 has
+// more digits and a smaller range. BF16_AMX is BF16 in the order in which AMX instructions read it, see section 10.
 typedef enum { F32, BF16, F16, BF16_AMX } Dtype;
 
-// Helpers that all sections use. Section 9 defines them.
+// ---- Helpers that all sections use. Section 9 defines them.
 
-enum { EXIT_ERROR = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130 }; // exit status: bad file or no memory, bad flag, Ctrl-C
-
+// Exit status: a bad file or not enough memory; a bad flag; Ctrl-C.
+enum { EXIT_ERROR = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130 };
 // Prints one line on standard error and exits.
 __attribute__((format(printf, 2, 3))) static _Noreturn void die(int status, const char *format, ...);
 #define expect(condition, ...) ((condition) ? (void)0 : die(EXIT_ERROR, __VA_ARGS__))
@@ -85,10 +61,10 @@ static void *allocate(size_t count, size_t size, const char *what); // uninitial
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max(size_t a, size_t b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-static float load_number(const void *array, Dtype dtype, size_t i);                  // array[i] as f32
-static void convert_f32(void *out, Dtype dtype, const float *values, size_t n);      // n f32 to an array of `dtype`
-static float exp_f32(float x);                                                       // e^x, fast
-static double seconds(void);                                                         // a clock
+static float load_number(const void *array, Dtype dtype, size_t i);             // array[i] as f32
+static void convert_f32(void *out, Dtype dtype, const float *values, size_t n); // n f32 to an array of `dtype`
+static float exp_f32(float x);                                                  // e^x to 3 units in the last place
+static double seconds(void);                                                    // a clock, to measure times
 
 // An array that grows. data[0] to data[n - 1] are in use.
 #define ARRAY(type)                                                                                                    \
@@ -97,11 +73,11 @@ static double seconds(void);                                                    
         size_t n, capacity;                                                                                            \
     }
 static void *grow(void *data, size_t *capacity, size_t n, size_t size);
-// Makes room for `more` elements; appends one.
-#define reserve(array, more) ((array)->data = grow((array)->data, &(array)->capacity, (array)->n + (more), sizeof *(array)->data))
+// reserve makes room for `more` elements behind the last one. push appends one element.
+#define reserve(array, more)                                                                                           \
+    ((array)->data = grow((array)->data, &(array)->capacity, (array)->n + (more), sizeof *(array)->data))
 #define push(array, value) (reserve(array, 1), (array)->data[(array)->n++] = (value))
 typedef ARRAY(uint32_t) Tokens; // token ids
-typedef ARRAY(unsigned char) Bytes;
 
 // A text, or a part of one.
 typedef struct {
@@ -112,8 +88,11 @@ typedef struct {
 // ------------------------------------------------------------------------------------------------
 // 1 The model file
 //
-// A header of 4,096 bytes, then the weights in the order in which the Transformer uses them. The file is mapped into
-// memory instead of being read: the system loads a page of it when the program first touches that page.
+// A header of 4,096 bytes, then the weights, in the order in which the Transformer uses them. The file is mapped into
+// memory instead of being read: the system loads a part of it when the program first touches that part. So the program
+// starts at once, needs no second copy of the weights, and several programs can share them.
+//
+// The fields below are listed here and explained in section 2. Skim them at a first reading.
 
 enum { TIED = 1, QKV_BIAS = 2, QK_NORM = 4, ALL_FLAGS = 7 }; // Header.flags
 enum { ROPE_PLAIN, ROPE_LINEAR, ROPE_LLAMA3 };               // Header.rope_scaling
@@ -122,8 +101,8 @@ enum { HEADER_SPACE = 4096, ALIGNMENT = 64, MAX_HEAD = 1024 };
 // The start of a weights file, byte for byte.
 typedef struct {
     char magic[8];               // "twofiles"
-    uint32_t version;            // of the file format: 1
-    uint32_t dtype;              // of all weights: BF16 or F16
+    uint32_t version;            // the version of the file format: 1
+    uint32_t dtype;              // the type of all weights: BF16 or F16
     uint32_t flags;              // TIED: the embedding is also the classifier. QKV_BIAS, QK_NORM: see Layer
     uint32_t dim;                // D: the length of the vector that represents a token
     uint32_t hidden_dim;         // F: the length of the vector inside the feed-forward block
@@ -134,17 +113,15 @@ typedef struct {
     uint32_t vocab_size;         // V: the number of different tokens
     uint32_t max_seq_len;        // the longest text that the model was trained for, in tokens
     float norm_eps;              // a small number that keeps RMSNorm from dividing by 0
-    float rope_theta;            // RoPE's base frequency, see rope_frequency for this and the next five
-    uint32_t rope_scaling;       // how a context longer than that of the first training is reached
-    float rope_factor;           // how many times longer
-    float rope_low_freq_factor;  // ROPE_LLAMA3: frequencies below this are divided by rope_factor
-    float rope_high_freq_factor; // ROPE_LLAMA3: frequencies above this are kept
-    uint32_t rope_original_max_seq_len; // ROPE_LLAMA3: the context of the first training
-    uint64_t file_size;                 // in bytes
-    uint64_t vocab_hash;                // of the vocabulary, to find out whether a tokenizer file belongs to this model
+    float rope_theta;            // the base of RoPE's frequencies; rope_frequency explains this and the next five
+    uint32_t rope_scaling;       // how RoPE was adapted to texts longer than those of the first training
+    float rope_factor;           // ROPE_LINEAR, ROPE_LLAMA3: the factor by which frequencies are divided
+    float rope_low_freq_factor;  // ROPE_LLAMA3: pairs that make fewer turns than this are slowed down
+    float rope_high_freq_factor; // ROPE_LLAMA3: pairs that make more turns than this are kept
+    uint32_t rope_original_max_seq_len; // ROPE_LLAMA3: the longest text of the first training, in tokens
+    uint64_t file_size;                 // the size of the file, in bytes
+    uint64_t vocab_hash;                // a hash of the vocabulary: a tokenizer file with another one does not fit
 } Header;
-_Static_assert(sizeof(Header) == 96, "the compiler added padding to Header");
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are little-endian and used as they are");
 
 // A matrix, or a vector (rows = 1).
 typedef struct {
@@ -154,17 +131,17 @@ typedef struct {
     size_t stride; // the distance from one row to the next, in elements
 } Tensor;
 
-// The weights of one layer. Weight matrices are (outputs, inputs).
+// The weights of one layer. A matrix with 5 rows and 3 columns makes 5 numbers from 3: matrices are (outputs, inputs).
 typedef struct {
-    Tensor attn_norm; // (D)
-    Tensor wqkv;      // (Q + 2K, D)   makes queries, keys and values
-    Tensor bqkv;      // (Q + 2K)      added to them, only with QKV_BIAS, else without columns
-    Tensor q_norm;    // (d)           RMSNorm of each query, only with QK_NORM
-    Tensor k_norm;    // (d)           RMSNorm of each key, only with QK_NORM
+    Tensor attn_norm; // (D)           weights of the RMSNorm before attention
+    Tensor wqkv;      // (Q + 2K, D)   makes queries (Q numbers), keys (K) and values (K)
+    Tensor bqkv;      // (Q + 2K)      is added to them; has 0 columns without the flag QKV_BIAS
+    Tensor q_norm;    // (d)           weights of the RMSNorm of each query; 0 columns without QK_NORM
+    Tensor k_norm;    // (d)           weights of the RMSNorm of each key; 0 columns without QK_NORM
     Tensor wo;        // (D, Q)        combines the outputs of the heads
-    Tensor ffn_norm;  // (D)
-    Tensor w_gate_up; // (2F, D)       the gate's F rows, then those of "up"
-    Tensor w_down;    // (D, F)
+    Tensor ffn_norm;  // (D)           weights of the RMSNorm before the feed-forward block
+    Tensor w_gate_up; // (2F, D)       makes two vectors of F numbers, "gate" and "up"
+    Tensor w_down;    // (D, F)        makes the D numbers that the feed-forward block adds
 } Layer;
 
 // A file in memory.
@@ -172,7 +149,7 @@ typedef struct {
     const char *path;
     unsigned char *bytes; // (size)
     size_t size;
-    int fd; // the open file, -1 if it has been closed
+    int fd;
 } File;
 
 typedef struct {
@@ -182,47 +159,15 @@ typedef struct {
     Tensor embedding;     // (V, D)  the vector of each token
     Layer *layers;        // (n_layers)
     Tensor final_norm;    // (D)
-    Tensor classifier;    // (V, D)  turns the vector of a token into logits
-    size_t end;           // of the tensors found so far: an offset in the file
+    Tensor classifier;    // (V, D)  makes the logits
+    size_t end;           // the offset in the file where the last tensor found so far ends
 } Model;
 
-// Maps a file that starts with `magic`; section 9.
+// map_file maps a file that starts with `magic`. check_header refuses impossible values. Section 9.
 static File map_file(const char *path, const char *magic, size_t min_size, const char *what);
+static void check_header(const char *path, const Header *h);
 
-static void check(const char *path, const char *name, double value, double low, double high) {
-    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
-    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
-}
-
-// Refuses a damaged header. The bounds also keep every size that is computed from it below 2^63.
-static void check_header(const char *path, const Header *h) {
-    check(path, "version", h->version, 1, 1);
-    check(path, "dtype", h->dtype, BF16, F16);
-    check(path, "flags", h->flags, 0, ALL_FLAGS);
-    check(path, "dim", h->dim, 1, 1 << 20);
-    check(path, "hidden_dim", h->hidden_dim, 1, 1 << 22);
-    check(path, "n_layers", h->n_layers, 1, 1 << 12);
-    check(path, "n_heads", h->n_heads, 1, 1 << 14);
-    check(path, "n_kv_heads", h->n_kv_heads, 1, h->n_heads);
-    expect(h->n_heads % h->n_kv_heads == 0, "%s: n_kv_heads: expected a divisor of n_heads %u, found %u", path,
-           h->n_heads, h->n_kv_heads);
-    check(path, "head_dim", h->head_dim, 2, MAX_HEAD);
-    expect(h->head_dim % 2 == 0, "%s: head_dim: expected an even number, found %u", path, h->head_dim);
-    check(path, "vocab_size", h->vocab_size, 1, 1 << 24);
-    check(path, "max_seq_len", h->max_seq_len, 1, 1 << 28);
-    check(path, "norm_eps", h->norm_eps, 0, 1);
-    check(path, "rope_theta", h->rope_theta, 1, FLT_MAX);
-    check(path, "rope_scaling", h->rope_scaling, ROPE_PLAIN, ROPE_LLAMA3);
-    if (h->rope_scaling != ROPE_PLAIN)
-        check(path, "rope_factor", h->rope_factor, 1, FLT_MAX);
-    if (h->rope_scaling == ROPE_LLAMA3) {
-        check(path, "rope_low_freq_factor", h->rope_low_freq_factor, FLT_MIN, 1e6f);
-        check(path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
-        check(path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
-    }
-}
-
-// The next tensor of the file.
+// Returns the next tensor of the file.
 static Tensor next_tensor(Model *m, size_t rows, size_t cols) {
     size_t start = round_up(m->end, ALIGNMENT);
     m->end = start + rows * cols * sizeof(uint16_t);
@@ -231,24 +176,22 @@ static Tensor next_tensor(Model *m, size_t rows, size_t cols) {
 
 static Model open_model(const char *path) {
     Model m = {.file = map_file(path, "twofiles", HEADER_SPACE, "a weights file"), .end = HEADER_SPACE};
+    check_header(path, (const Header *)m.file.bytes);
     memcpy(&m.h, m.file.bytes, sizeof m.h);
-    check_header(path, &m.h);
-    for (size_t i = sizeof m.h; i < HEADER_SPACE; i++)
-        check(path, "the unused bytes of the header", m.file.bytes[i], 0, 0);
     size_t D = m.h.dim, F = m.h.hidden_dim, V = m.h.vocab_size, d = m.h.head_dim;
     size_t Q = m.q_dim = m.h.n_heads * d;
     size_t K = m.kv_dim = m.h.n_kv_heads * d;
-    size_t bias = m.h.flags & QKV_BIAS ? Q + 2 * K : 0; // 0 columns: the model has no such tensor
-    size_t norm = m.h.flags & QK_NORM ? d : 0;
+    size_t bias_cols = m.h.flags & QKV_BIAS ? Q + 2 * K : 0; // 0 columns: the model has no such tensor
+    size_t norm_cols = m.h.flags & QK_NORM ? d : 0;
 
     m.embedding = next_tensor(&m, V, D);
     m.layers = allocate(m.h.n_layers, sizeof *m.layers, "the table of layers");
     for (Layer *l = m.layers; l < m.layers + m.h.n_layers; l++) {
         l->attn_norm = next_tensor(&m, 1, D);
         l->wqkv = next_tensor(&m, Q + 2 * K, D);
-        l->bqkv = next_tensor(&m, 1, bias);
-        l->q_norm = next_tensor(&m, 1, norm);
-        l->k_norm = next_tensor(&m, 1, norm);
+        l->bqkv = next_tensor(&m, 1, bias_cols);
+        l->q_norm = next_tensor(&m, 1, norm_cols);
+        l->k_norm = next_tensor(&m, 1, norm_cols);
         l->wo = next_tensor(&m, D, Q);
         l->ffn_norm = next_tensor(&m, 1, D);
         l->w_gate_up = next_tensor(&m, 2 * F, D);
@@ -258,75 +201,91 @@ static Model open_model(const char *path) {
     m.classifier = m.embedding;
     if (!(m.h.flags & TIED))
         m.classifier = next_tensor(&m, V, D);
-    expect(m.end == m.file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged", path,
-           m.end, m.file.size);
+    expect(m.end == m.file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged",
+           path, m.end, m.file.size);
     return m;
 }
 
 // ------------------------------------------------------------------------------------------------
 // 2 The Transformer
 //
-// Each token is represented by a vector x of D numbers. It starts as the token's row of the embedding matrix, and each
-// layer adds to it what it has found out, so x is called the residual stream. Each layer has two blocks:
+// The Transformer is the function that computes logits from token ids. Each token is represented by a vector x of D
+// numbers, at first its row of the embedding matrix. The vectors pass through n_layers layers of the same form, each
+// with its own weights. A layer has two blocks. Each of them computes a vector from x and adds it to x. So nothing is
+// overwritten, each block only adds a correction (a "residual"), and x is called the residual stream.
 //
-//   Attention collects information from earlier tokens. From x, each token computes queries (what it looks for), keys
-//   (what it can be found by) and values (what it passes on). A query is compared with the keys of all tokens up to
-//   its own, and the token receives the average of their values, weighted by how well the keys match. A layer does this
-//   several times with vectors of d numbers, and each time is called a head. In grouped-query attention, H query heads
-//   share G < H key and value heads ("kv heads"), H/G of them each, so that there are fewer keys and values to keep.
+//   Attention collects information from earlier tokens. For each token, a weight matrix turns x into queries (what the
+//   token looks for), keys (what it can be found by) and values (what it passes on), vectors of d numbers. The dot
+//   product of a query with the key of a token says how well the two match. Softmax turns these scores into attention
+//   weights, which add up to 1, and the token receives the sum of the values, each multiplied by its weight. A token
+//   looks at itself and at earlier tokens, never at later ones, because the model was trained to predict these.
 //
-//   The feed-forward block then works on the vector of each token alone: it is where most of the weights are, and
-//   much of what a model knows.
+//   All this is done H times side by side. Each time is called a head; different heads look for different things. In
+//   grouped-query attention, H/G query heads use the same keys and values. A head of keys and values is called a kv
+//   head, and there are only G of them, so that fewer keys and values have to be kept.
 //
-// After the last layer, a matrix called the classifier turns the vector of a token into the logits of the next one.
+//   The feed-forward block works on the vector of each token alone. A matrix makes 2F numbers from x, a non-linear
+//   function makes F numbers from these, and a second matrix makes the D numbers that are added to x. Without the
+//   function, the two matrices could do no more than one. Most of the weights are in these blocks, and much of what a
+//   model knows.
 //
-// A token depends on earlier tokens only, so their keys and values never change. They are kept in the KV cache, and each
-// new token has to be computed once, instead of the whole text again. Reading the prompt is called prefill: its tokens
-// are all known, so they go through the layers together, as a batch, and each weight that is loaded from memory serves
-// all of them. Prefill is limited by arithmetic. Generation is called decode: each token depends on the one before, so
-// T = 1, each token needs all weights once, and the limit is how fast memory delivers them.
+// After the last layer, a matrix called the classifier turns the vector of a token into the logits for the token that
+// follows it. For short, they are called the logits of the token from which they are computed.
+//
+// The keys and values of a token depend on this token and earlier ones only, so they never change. They are kept in the
+// KV cache. Thanks to it, only the new token has to pass through the layers at each step, not the whole text again.
+//
+// The prompt is the text that the model is given to continue. To read it is called prefill: its tokens are all known,
+// so they pass through the layers together, as a batch, and each weight that is loaded from memory serves all of them.
+// Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one before,
+// so T = 1, each token needs all weights, and the limit is how fast memory delivers them.
 //
 // All threads call the functions of this section at the same time. `omp for` gives each thread a share of the loop that
-// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop.
+// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. Two functions have no
+// such loop, matmul_ref and attention_ref: the plain program, which uses them, has one thread.
 
 typedef struct Paging Paging; // section 11
 
 // The memory of a running model: the KV cache, and the numbers that are computed for one batch of tokens.
 typedef struct {
     size_t threads;  // the number of threads
-    size_t context;  // C: positions in the KV cache
+    size_t context;  // C: the number of positions in the KV cache
     size_t batch;    // the largest T
-    uint16_t *k, *v; // the KV cache: (layers, G, C, d) keys, and as many values; k_index and v_index say in which order
-    Dtype kv_type;   // of the KV cache: F16 or BF16
+    uint16_t *k, *v; // the KV cache: layers*G*C*d numbers of keys, and as many of values; section 10 chooses the order
+    Dtype kv_type;   // the type of these numbers: F16 or BF16
     float *x;        // (T, D)       the residual stream
     float *qkv;      // (T, Q + 2K)  queries, keys and values of one layer
-    float *gate_up;  // (T, 2F)      inside the feed-forward block; in the memory of qkv, which is not needed then
-    void *xb;        // (T, D), (T, Q) or (T, F)  the input of the next matrix product, see xb_view
-    Dtype xb_type;   // of xb: what the kernel of the matrix product reads
+    float *gate_up;  // (T, 2F)      inside the feed-forward block; uses the memory of qkv, which is free by then
+    void *xb;        // the input of the next matrix product, in the form that the product reads fastest; see xb_view
+    Dtype xb_type;   // the type of these numbers
     float *logits;   // (n, V)       of the last n tokens of a batch
     float *rope_cos; // (T, d/2)     RoPE's rotations for the positions of the batch
     float *rope_sin; // (T, d/2)
     float *scratch;  // (threads, scratch_size)  a buffer for each thread, see thread_scratch
     size_t scratch_size;
-    Paging *paging; // of a weights file that may not fit in memory, else NULL
+    Paging *paging; // section 11's record of a large weights file; NULL for a small one
 } RunState;
 
-// Where element i of a key, or of a value, is in the KV cache: that of kv head g at position pos. Section 10.
-static size_t k_index(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
-static size_t v_index(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
-// Views s->xb as a matrix (T, cols).
+// ---- Access to numbers whose order in memory section 10 chooses
+
+// cache_kv writes the key and the value (d numbers each) of kv head g at position pos into the KV cache, as 16-bit
+// numbers. cached_k and cached_v read number i of them.
+static void cache_kv(const Model *m, RunState *s, size_t layer, size_t g, size_t pos, const float *k, const float *v);
+static float cached_k(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
+static float cached_v(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
+// xb_view returns s->xb as a matrix (T, cols).
 static Tensor xb_view(const RunState *s, size_t T, size_t cols);
-// Element (r, c) of a matrix; writes n values into its row r, from column c on.
+// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on.
 static float element(Tensor a, size_t r, size_t c);
 static void store_row(Tensor a, size_t r, size_t c, const float *values, size_t n);
-// The buffer of the calling thread. It has room for one vector of a token, or for one number per position.
+// thread_scratch returns the buffer of the calling thread. It has room for max(D, Q, F, C) numbers.
 static float *thread_scratch(const RunState *s);
-// The fast versions of what follows; section 10.
-typedef enum { SET, ADD } Update; // out = ..., or out += ...
-static void matmul_fast(RunState *s, float *out, Tensor w, Tensor x, Update update);
-static void attention_fast(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos);
 
-// The dot product of row r of w and row t of x.
+// ---- The matrix product
+
+typedef enum { SET, ADD } Update; // out = ..., or out += ...
+
+// Returns the dot product of row r of w and row t of x.
 static float dot_ref(Tensor w, size_t r, Tensor x, size_t t) {
     float sum = 0;
     for (size_t c = 0; c < w.cols; c++)
@@ -334,7 +293,8 @@ static float dot_ref(Tensor w, size_t r, Tensor x, size_t t) {
     return sum;
 }
 
-// The matrix product: each token's row of x (T, cols) is multiplied by w (rows, cols). Nearly all of the work is here.
+// Multiplies each token's row of x (T, cols) by the matrix w (rows, cols): out[t][r] = w[r] . x[t], or with ADD +=
+// that. The program spends nearly all of its time here.
 static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
     for (size_t t = 0; t < x.rows; t++)
         for (size_t r = 0; r < w.rows; r++) {
@@ -345,27 +305,22 @@ static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
         }
 }
 
-// out (T, rows) = x . w^T
-static void matmul(RunState *s, float *out, Tensor w, Tensor x) {
-    if (FAST)
-        matmul_fast(s, out, w, x, SET);
-    else
-        matmul_ref(out, w, x, SET);
-}
+// matmul_update is the fast version, shared by all threads; section 10.
+static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update);
+// out (T, rows) = x . w^T, and out (T, rows) += x . w^T
+static void matmul(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, SET); }
+static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, ADD); }
 
-// out (T, rows) += x . w^T
-static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) {
-    if (FAST)
-        matmul_fast(s, out, w, x, ADD);
-    else
-        matmul_ref(out, w, x, ADD);
-}
+// ---- The steps of a layer
 
-// RMSNorm scales a vector so that the mean of its squares is 1, whatever the layers before have added to it, and then
-// multiplies each element by a weight: out = x / sqrt(mean(x^2) + eps) * weight.           (Zhang and Sennrich 2019)
+// RMSNorm (root mean square). The vector x grows as blocks add to it, more for some tokens than for others. RMSNorm
+// brings the input of each block back to the size that its weights were trained for: out = x / sqrt(mean(x^2) + eps) *
+// weight.
+//                                                                                            (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
     float squares = 0;
+    // allows vectors; the order of adding is the same for every vector in one build
 #pragma omp simd reduction(+ : squares)
     for (size_t i = 0; i < n; i++)
         squares += x[i] * x[i];
@@ -386,16 +341,17 @@ static void rmsnorm(RunState *s, Tensor out, const float *x, Tensor weight, floa
 
 // x (T, D) = the tokens' rows of the embedding
 static void embed(float *x, Tensor embedding, const uint32_t *tokens, size_t T) {
-    size_t D = embedding.cols;
 #pragma omp for
     for (size_t t = 0; t < T; t++)
-        for (size_t i = 0; i < D; i++)
-            x[t * D + i] = element(embedding, tokens[t], i);
+        for (size_t i = 0; i < embedding.cols; i++)
+            x[t * embedding.cols + i] = element(embedding, tokens[t], i);
 }
 
-// RoPE tells the heads where a token stands. Attention as such does not know the order of the tokens. So each query and
-// key is taken as d/2 pairs of numbers, and each pair is rotated by an angle proportional to the token's position. The
-// dot product of a query and a key then depends on the distance between them.                      (Su et al. 2021)
+// RoPE (rotary position embedding) tells attention where a token stands, since attention as such does not know the
+// order of the tokens. The numbers of each query and key are taken in pairs (i, i + d/2), and each pair is rotated by
+// an angle proportional to the position of the token. To rotate both by the same angle does not change their dot
+// product, so the score of a query and a key depends on how far apart their tokens are, not on where in the text.
+//                                                                                                      (Su et al. 2021)
 static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t half) {
     for (size_t i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
@@ -404,10 +360,11 @@ static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t 
     }
 }
 
-// The angle per position of pair i, in radians: theta^(-2i/d). A model that was first trained on short texts was
-// adapted to longer ones by slower rotations: ROPE_LINEAR divides all frequencies by a factor. ROPE_LLAMA3 keeps those
-// that make more than high_freq_factor turns within the original context, divides those that make fewer than
-// low_freq_factor, and interpolates in between.
+// Returns the angle of pair i per position, in radians: theta^(-2i/d). The first pairs turn fast and tell neighbours
+// apart; the last ones turn slowly and tell near from far. Some models were trained on short texts first and then
+// adapted to longer ones by slower rotations, so that far positions get angles which the first training has seen.
+// ROPE_LINEAR divides all frequencies by rope_factor. ROPE_LLAMA3 divides only those of slow pairs, which make fewer
+// than low_freq_factor turns within the original context, keeps those of fast pairs, and interpolates in between.
 static float rope_frequency(const Header *h, size_t i) {
     float freq = 1.0f / powf(h->rope_theta, (float)(2 * i) / (float)h->head_dim);
     if (h->rope_scaling == ROPE_PLAIN)
@@ -421,7 +378,7 @@ static float rope_frequency(const Header *h, size_t i) {
     return keep * freq + (1.0f - keep) * slow;
 }
 
-// Computes the rotations for T positions from pos on. They are the same in every layer and head.
+// Computes the rotations of T positions from pos on. They are the same in every layer and head.
 static void rope_cos_sin(RunState *s, const Header *h, size_t pos, size_t T) {
     size_t half = h->head_dim / 2;
 #pragma omp for
@@ -435,19 +392,8 @@ static void rope_cos_sin(RunState *s, const Header *h, size_t pos, size_t T) {
     }
 }
 
-// Writes a key and a value (d each) of kv head g at position pos into the KV cache, in 16 bits.
-static void cache_kv(const Model *m, RunState *s, size_t layer, size_t g, size_t pos, const float *k, const float *v) {
-    size_t d = m->h.head_dim;
-    uint16_t k16[MAX_HEAD], v16[MAX_HEAD];
-    convert_f32(k16, s->kv_type, k, d);
-    convert_f32(v16, s->kv_type, v, d);
-    for (size_t i = 0; i < d; i++) {
-        s->k[k_index(m, s, layer, g, pos, i)] = k16[i];
-        s->v[v_index(m, s, layer, g, pos, i)] = v16[i];
-    }
-}
-
-// Completes queries and keys, by a bias and a norm if the model has them, and by RoPE. Caches keys and values.
+// Adds the biases to queries, keys and values, normalises queries and keys (each only if the model does this), applies
+// RoPE to queries and keys, and writes keys and values into the KV cache.
 static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t pos, size_t T) {
     const Layer *l = &m->layers[layer];
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
@@ -470,7 +416,8 @@ static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t 
 }
 
 // Softmax turns scores into weights, or probabilities: all are positive, they add up to 1, and a score that is larger
-// by 1 gets e times the weight. Subtracting the maximum changes nothing in the result and keeps e^x from overflowing.
+// by 1 gets e times the weight. To subtract the maximum keeps e^x from overflowing and changes nothing in the result,
+// because a factor common to all e^x cancels out.
 static void softmax(float *x, size_t n) {
     float largest = -INFINITY;
 #pragma omp simd reduction(max : largest)
@@ -485,45 +432,43 @@ static void softmax(float *x, size_t n) {
         x[i] = (float)((double)x[i] / sum);
 }
 
-// out (T, Q): for each token and query head, softmax(q . k / sqrt(d)) . v over all positions up to the token's own
-//                                                                                               (Vaswani et al. 2017)
+// Attention: out (T, Q). For each token and query head it computes the scores q . k / sqrt(d) of all positions up to
+// the token's own, turns them into attention weights, and adds up the values v with these weights.
+//                                                                                                 (Vaswani et al. 2017)
 static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
-    float *weights = thread_scratch(s); // one for each position
+    float *attn = thread_scratch(s); // the attention weight of each position
     for (size_t t = 0; t < out.rows; t++)
         for (size_t head = 0; head < H; head++) {
             const float *q = s->qkv + (t * (H + 2 * G) + head) * d;
-            size_t g = head / (H / G); // the kv head that this query head shares with its group
+            size_t g = head / (H / G); // the kv head that H/G query heads share
             size_t n = pos + t + 1;    // the positions that this token may look at
 
             // scores: how well does the key of each position match the query?
             for (size_t j = 0; j < n; j++) {
                 float score = 0;
                 for (size_t i = 0; i < d; i++)
-                    score += q[i] * load_number(s->k, s->kv_type, k_index(m, s, layer, g, j, i));
-                weights[j] = score / sqrtf((float)d); // keeps the scores in the same range for any d
+                    score += q[i] * cached_k(m, s, layer, g, j, i);
+                attn[j] = score / sqrtf((float)d); // without it, large d would make softmax pick one position only
             }
-            softmax(weights, n);
+            softmax(attn, n);
 
             // the weighted sum of the values
             for (size_t i = 0; i < d; i++) {
                 float sum = 0;
                 for (size_t j = 0; j < n; j++)
-                    sum += weights[j] * load_number(s->v, s->kv_type, v_index(m, s, layer, g, j, i));
+                    sum += attn[j] * cached_v(m, s, layer, g, j, i);
                 store_row(out, t, head * d + i, &sum, 1);
             }
         }
 }
 
-static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
-    if (FAST)
-        attention_fast(m, s, out, layer, pos);
-    else
-        attention_ref(m, s, out, layer, pos);
-}
+// attention is the fast version, shared by all threads; section 10.
+static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos);
 
-// SwiGLU, the non-linear step of the feed-forward block: out (T, F) = silu(gate) * up, where silu(x) = x / (1 + e^-x).
-// The gate decides how much of each number in "up" passes.                                          (Shazeer 2020)
+// SwiGLU, the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up, where silu(x) = x / (1 +
+// e^-x).
+// A gate far below 0 blocks its number of "up"; a gate above 0 lets it pass, scaled.               (Shazeer 2020)
 static void swiglu(RunState *s, Tensor out, const float *gate_up) {
     size_t F = out.cols;
 #pragma omp for
@@ -536,7 +481,7 @@ static void swiglu(RunState *s, Tensor out, const float *gate_up) {
     }
 }
 
-// logits (n, V) of n tokens of the batch, from token t on
+// Computes the logits (n, V) of n tokens of the batch, from token t on.
 static void compute_logits(const Model *m, RunState *s, size_t t, size_t n) {
     Tensor normed = xb_view(s, n, m->h.dim);
     rmsnorm(s, normed, s->x + t * m->h.dim, m->final_norm, m->h.norm_eps);
@@ -544,8 +489,8 @@ static void compute_logits(const Model *m, RunState *s, size_t t, size_t n) {
 }
 
 // The Transformer: takes T tokens at the positions pos, pos + 1, ..., adds their keys and values to the KV cache, and
-// leaves the logits of the last n_logits of them in s->logits. In a prompt, only the last token needs logits, as the
-// tokens that follow the others are known.
+// leaves the logits of the last n_logits of them in s->logits. For a prompt, n_logits is 1: what follows the other
+// tokens is known.
 static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos, size_t n_logits) {
     // The inputs of the matrix products. Only one is in use at a time, so all three are views of s->xb.
     Tensor normed = xb_view(s, T, m->h.dim);
@@ -557,7 +502,7 @@ static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t 
     for (size_t i = 0; i < m->h.n_layers; i++) {
         const Layer *l = &m->layers[i];
 
-        // attention block
+        // attention block: keys and values of the whole batch are cached before any token looks at them
         rmsnorm(s, normed, s->x, l->attn_norm, m->h.norm_eps);
         matmul(s, s->qkv, l->wqkv, normed);
         rope_and_cache_kv(m, s, i, pos, T);
@@ -574,9 +519,10 @@ static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t 
         compute_logits(m, s, T - n_logits, n_logits);
 }
 
-static void check_finite(const Model *m, const float *logits, size_t pos); // dies if the logits contain NaN
+static void check_finite(const Model *m, const float *logits, size_t n, size_t pos); // exits if logits contain NaN
 
-// Runs forward on all threads. A single thread bypasses OpenMP, whose barriers would cost a system call each.
+// Runs forward on all threads. A single thread stays outside of OpenMP, where `omp for` is an ordinary loop: inside,
+// even one thread would pay for a barrier after each loop.
 static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos,
                              size_t n_logits) {
     if (s->threads == 1)
@@ -584,23 +530,23 @@ static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens
     else
 #pragma omp parallel num_threads((int)s->threads)
         forward(m, s, tokens, T, pos, n_logits);
-    for (size_t i = 0; i < n_logits; i++)
-        check_finite(m, s->logits + i * m->h.vocab_size, pos + T - n_logits + i);
+    check_finite(m, s->logits, n_logits, pos + T - n_logits);
 }
 
 // ------------------------------------------------------------------------------------------------
 // 3 Sampling
 //
-// To always choose the most likely token makes dull texts that repeat themselves. So the next token is drawn at random,
-// by the probabilities that softmax makes of the logits. Three settings keep unlikely tokens, of which there are very
-// many, from spoiling the text:
+// Always choosing the most likely token gives dull texts that repeat themselves. So the next token is drawn at random:
+// softmax turns the logits into probabilities. An unlikely token is rarely drawn, but there are so many of them that
+// together they would spoil the text. Three settings prevent this:
 //
-//   temperature   logits are divided by it: below 1, likely tokens get even more likely; 0 always takes the best one
+//   temperature   the logits are divided by it: below 1, likely tokens get more likely; 0 always takes the most likely
+//   one
 //   top-k         only the k most likely tokens can be drawn                                       (Fan et al. 2018)
-//   top-p         only the most likely tokens that together have the probability p can be drawn; also called nucleus
-//                 sampling                                                                    (Holtzman et al. 2020)
+//   top-p         only the most likely tokens can be drawn, as many as it takes for their probabilities to add up to p;
+//                 also called nucleus sampling                                                (Holtzman et al. 2020)
 
-// An entry of a heap: an array from which the entry with the largest key can be removed quickly. Section 9.
+// An entry of a heap: an array from which the entry with the largest key is removed quickly. Section 9.
 typedef struct {
     float key;
     uint32_t index;          // of two entries with equal keys, the one with the smaller index comes first
@@ -617,20 +563,19 @@ typedef struct {
     uint64_t random;      // the state of the random number generator; starts as the seed
     float *probabilities; // (V)
     Heap heap;            // of tokens, by their probabilities
-    Tokens candidates;    // the tokens that can be drawn, the most likely first
+    Tokens candidates;    // the tokens that can be drawn
 } Sampler;
 
-// A random number in [0, 1), by the generator splitmix64.                     (Steele, Lea and Flood 2014)
+// Returns a random number in [0, 1), by the generator splitmix64.                      (Steele, Lea and Flood 2014)
 static double random_f64(uint64_t *state) {
     *state += 0x9e3779b97f4a7c15;
     uint64_t z = *state;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
     z = (z ^ z >> 27) * 0x94d049bb133111eb;
-    z = z ^ z >> 31;
-    return (double)(z >> 11) * 0x1p-53;
+    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
 }
 
-// The index of the largest value.
+// Returns the index of the largest value.
 static uint32_t argmax(const float *values, size_t n) {
     size_t best = 0;
     for (size_t i = 1; i < n; i++)
@@ -639,23 +584,22 @@ static uint32_t argmax(const float *values, size_t n) {
     return (uint32_t)best;
 }
 
-// Collects the candidates: the top_k most likely tokens, and of these the most likely ones that have top_p of their
-// probability. Returns the sum of the candidates' probabilities.
+// Collects the candidates, the most likely first: the top_k most likely tokens, cut off where their probabilities reach
+// the part top_p of the sum of all of them. Returns the sum of the candidates' probabilities.
 static double top_k_top_p(Sampler *s, size_t n) {
     const float *p = s->probabilities;
     size_t k = s->top_k ? s->top_k : n;
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
-    double enough = s->top_k ? 1 : top_p; // with top-k, top_p is a part of what top-k has left, see below
+    double enough = s->top_k ? 1 : top_p; // with top-k, top_p is a part of a sum that is not known yet, see below
 
-    // A heap gives the most likely tokens without sorting all. Tokens below the floor are never needed: even all of
-    // them together have less than 1 - enough.
+    // A heap gives the most likely tokens without sorting all. Tokens below the floor have less than 1 - enough in all,
+    // so the others are enough, and they come first.
     double floor = (1 - enough) / (double)n;
     s->heap.n = 0;
     for (size_t i = 0; i < n; i++)
         if ((double)p[i] >= floor)
             heap_push(&s->heap, (HeapEntry){.key = p[i], .index = (uint32_t)i});
 
-    s->candidates.n = 0;
     double sum = 0;
     while (s->candidates.n < k && s->heap.n > 0 && sum < enough) {
         uint32_t token = heap_pop(&s->heap).index;
@@ -665,52 +609,50 @@ static double top_k_top_p(Sampler *s, size_t n) {
     if (s->top_k == 0)
         return sum;
 
-    // top-p after top-k: removes the least likely candidates while the rest still has enough
-    enough = top_p * sum;
-    while (s->candidates.n > 1) {
-        double rest = sum - (double)p[s->candidates.data[s->candidates.n - 1]];
-        if (rest < enough)
-            break;
-        sum = rest;
-        s->candidates.n--;
-    }
-    return sum;
+    // top-p after top-k: the most likely of these candidates that have top_p of their sum
+    double kept = 0;
+    size_t count = 0;
+    while (count < s->candidates.n && kept < top_p * sum)
+        kept += (double)p[s->candidates.data[count++]];
+    s->candidates.n = count;
+    return kept;
 }
 
-// Chooses the next token by its logits (n).
+// Chooses the next token, given the logits (n).
 static uint32_t sample(Sampler *s, const float *logits, size_t n) {
     uint32_t best = argmax(logits, n);
     if (s->temperature == 0)
         return best;
     float *p = s->probabilities;
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) // minus the largest, so that a very small temperature does not make infinity
         p[i] = (logits[i] - logits[best]) / s->temperature;
     softmax(p, n);
 
-    // A coin is thrown into the sum of the probabilities, and the token at which it comes to lie is chosen.
-    if (s->top_k == 0 && (s->top_p == 0 || s->top_p == 1)) {
-        double coin = random_f64(&s->random);
-        for (size_t i = 0; i < n; i++) {
-            coin -= (double)p[i];
-            if (coin < 0)
-                return (uint32_t)i;
-        }
-        return best; // only rounding leads here
-    }
-    double coin = top_k_top_p(s, n) * random_f64(&s->random);
+    // collect the tokens that can be drawn
+    double sum = 1;
+    bool all = s->top_k == 0 && (s->top_p == 0 || s->top_p == 1);
+    s->candidates.n = 0;
+    if (!all)
+        sum = top_k_top_p(s, n);
+    else
+        for (uint32_t i = 0; i < n; i++)
+            push(&s->candidates, i);
+
+    // draw one: the probabilities lie end to end from 0 to sum, and the candidate where a random number falls is chosen
+    double coin = sum * random_f64(&s->random);
     for (size_t i = 0; i < s->candidates.n; i++) {
         coin -= (double)p[s->candidates.data[i]];
         if (coin < 0)
             return s->candidates.data[i];
     }
-    return best;
+    return best; // only rounding leads here
 }
 
 // ------------------------------------------------------------------------------------------------
 // 4 Generation
 //
-// A text grows by one token at a time. The first pass through the Transformer takes all tokens of the prompt (prefill),
-// and each later pass the one token that was chosen last (decode).
+// A text grows token by token. First, all tokens of the prompt pass through the Transformer (prefill). Then, one token
+// is chosen, appended, and passed through the Transformer alone (decode), again and again.
 
 typedef struct Options Options;     // the command line, section 8
 typedef struct Tokenizer Tokenizer; // section 5
@@ -720,15 +662,15 @@ typedef struct Printer Printer;     // the state of standard output, section 9
 // The text that the model has read and written.
 typedef struct {
     Tokens tokens;
-    size_t n_past;     // the KV cache holds the first n_past of them
-    size_t max_tokens; // the KV cache has room for so many
+    size_t n_past;     // the KV cache holds the keys and values of the first n_past tokens
+    size_t max_tokens; // the number of tokens for which the KV cache has room
 } Context;
 
-// What the statistics at the end are made of.
+// What the statistics at the end are computed from.
 typedef struct {
     size_t n_prompt, n_generated; // tokens that were read, and tokens that were generated
-    size_t n_decoded;             // generated tokens without the first of each answer, which belongs to prefill
-    size_t n_accepted;            // those of the decoded tokens that had been guessed, see draft
+    size_t n_decoded;             // generated tokens except the first of each answer, whose logits come from prefill
+    size_t n_accepted;            // decoded tokens that draft had guessed
     double prefill_time, decode_time; // in seconds
 } Stats;
 
@@ -744,53 +686,56 @@ typedef struct {
     Chat *chat; // NULL unless in a chat
 } Session;
 
-// Ctrl-C sets this, see section 6. The handler of a signal can only reach a global variable.
-static volatile sig_atomic_t interrupts;
-
-static void encode(Tokenizer *t, Tokens *tokens, Span text); // appends the tokens of a text
-static bool is_stop(const Tokenizer *t, uint32_t token);     // does it end a text or an answer?
-static Bytes read_prompt(const Options *o);                  // the text of -i or -f
+static bool interrupted(void);                               // has Ctrl-C been pressed in a chat? section 6
+static void encode(Tokenizer *t, Tokens *tokens, Span text); // appends the tokens of a text; section 5
+static bool is_stop(const Tokenizer *t, uint32_t token);     // does this token end a text or an answer? section 5
+static Span read_prompt(const Options *o);                   // the text of the flags -i or -f
 static size_t start_generation(Session *s); // allocates memory; returns the most tokens to generate, 0: no limit
 static void print_prompt(Session *s);
-static void print_token(Session *s, uint32_t token, const float *logits);
-static void end_reply(Session *s); // ends the line
+static void print_token(Session *s, uint32_t token, const float *logits); // prints nothing for a stop token
+static void end_reply(Session *s);                                        // ends the line
 static void print_stats(const Session *s);
-// Forgets the oldest turns of a chat if the context is full. Returns whether there is room for another token.
+// make_room returns whether the context has room for another token. A chat forgets its oldest turns for that.
 static bool make_room(Session *s);
-// Writes guesses of the next tokens behind the tokens and returns their number, 0 without --draft; section 10.
+// draft guesses the next tokens: it looks for an earlier place in the text that has the same tokens as its end, and
+// copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how many: 0 without
+// --draft, and never more than the batch and the context have room for. Section 10.
 static size_t draft(Session *s);
 
-// Computes the tokens that are not in the KV cache yet, batch by batch, and leaves the logits of the last one, and of
-// n_draft guesses that stand behind it. Ctrl-C ends it early.
+// Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch, and on n_draft guesses that
+// stand behind the last one. Then row 0 of the logits is for the token after the last one, and row i for the token
+// after guess i. Guesses do not count as cached: later tokens overwrite the wrong ones. Ctrl-C ends it early.
 static void evaluate(Session *s, size_t n_draft) {
     Context *c = &s->context;
-    while (c->n_past < c->tokens.n && !interrupts) {
+    while (c->n_past < c->tokens.n && !interrupted()) {
         size_t T = min(s->run.batch, c->tokens.n + n_draft - c->n_past);
-        size_t n_logits = 0;
-        if (c->n_past + T >= c->tokens.n)
-            n_logits = 1 + n_draft;
-        forward_parallel(&s->model, &s->run, c->tokens.data + c->n_past, T, c->n_past, n_logits);
+        bool last = c->n_past + T >= c->tokens.n;
+        forward_parallel(&s->model, &s->run, c->tokens.data + c->n_past, T, c->n_past, last ? 1 + n_draft : 0);
         c->n_past = min(c->n_past + T, c->tokens.n);
     }
 }
 
-// Continues the tokens by up to max_new (0: no limit), until a stop token, Ctrl-C or the end of the context.
+// Continues the text by up to max_new tokens (0: no limit), until a stop token, Ctrl-C or the end of the context.
 //
-// The loop also does speculative decoding: if there are guesses for the next tokens, they are computed in the same pass
-// as the last token, which takes little longer than the last token alone. Where sampling then chooses what was guessed,
-// the next logits are already there. They are the same, bit for bit, as without a guess.      (prompt lookup: Saxena 2023)
+// The loop also does speculative decoding. Guesses of the next tokens pass through the Transformer together with the
+// last token. This takes little longer than the last token alone, because the time is that of loading the weights,
+// which are loaded once for all. Each token is still chosen by sampling. If it is the one that was guessed, the logits
+// that follow it are already there; if not, the other guesses are dropped. The text is the same as without guesses,
+// because logits do
+// not depend on how a text is split into batches.                                        (prompt lookup: Saxena 2023)
 static void generate_reply(Session *s, size_t max_new) {
     Context *c = &s->context;
     size_t vocab_size = s->model.h.vocab_size, n_new = 0;
-    size_t n_draft = 0, n_accepted = 0; // guesses of the last pass, and how many of them were right so far
+    size_t n_draft = 0, n_accepted = 0; // guesses in the last pass, and how many of them were chosen so far
 
     // prefill
     double start = seconds();
     s->stats.n_prompt += c->tokens.n - c->n_past;
     evaluate(s, 0);
-    double prefilled = seconds();
+    s->stats.prefill_time += seconds() - start;
+    start = seconds();
 
-    while (!interrupts) {
+    while (!interrupted()) {
         // choose a token and print it
         const float *logits = s->run.logits + n_accepted * vocab_size;
         uint32_t token = sample(&s->sampler, logits, vocab_size);
@@ -799,15 +744,15 @@ static void generate_reply(Session *s, size_t max_new) {
         if (is_stop(s->tokenizer, token))
             break;
 
-        // append it
+        // append it; the first guess that is not used yet stands where it goes
         bool guessed = n_accepted < n_draft && c->tokens.data[c->tokens.n] == token;
         push(&c->tokens, token);
         if (n_new == max_new || !make_room(s))
             break;
 
-        // decode: compute the logits that follow it
+        // decode: get the logits that follow it
         s->stats.n_decoded++;
-        if (guessed) {
+        if (guessed) { // the last pass has computed its keys, values and logits
             c->n_past++;
             n_accepted++;
             s->stats.n_accepted++;
@@ -818,50 +763,18 @@ static void generate_reply(Session *s, size_t max_new) {
         }
     }
     s->stats.n_generated += n_new;
-    s->stats.prefill_time += prefilled - start;
-    s->stats.decode_time += seconds() - prefilled;
+    s->stats.decode_time += seconds() - start;
     end_reply(s);
 }
 
 // The mode that runs without -m: prints the prompt and its continuation.
 static void generate(Session *s) {
-    Bytes text = read_prompt(s->options);
-    encode(s->tokenizer, &s->context.tokens, (Span){text.data, text.n});
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s->options));
     size_t max_new = start_generation(s);
     print_prompt(s);
     generate_reply(s, max_new);
-    if (s->context.tokens.n > s->context.max_tokens && s->stats.n_generated != max_new)
-        fprintf(stderr, "run: the context of %zu tokens is full\n", s->context.max_tokens);
     print_stats(s);
 }
-
-// ------------------------------------------------------------------------------------------------
-// The model ends here. Sections 5 to 8 use these functions of sections 9 and 10.
-
-static void append_bytes(Bytes *array, Span text);
-static Span span_of(const char *string);
-static File read_file(const char *path, const char *magic, size_t min_size, const char *what);
-static FILE *open_chat_input(const Options *o);
-static void flush_output(void);
-static Printer *new_printer(const Options *o);
-static void start_note(const Session *s); // on standard error
-static void print_legend(void);
-static void print_model(const Session *s, size_t context);
-static void print_ids(Tokens tokens, const char *between);
-typedef enum { PRINT_PLAIN, PRINT_TERMINAL, PRINT_QUOTED, PRINT_JSON } Style; // see print_text
-static void print_text(Span text, Style style);
-static void print_quoted(Span text, Style style);
-static void print_top_k(Session *s, size_t k, size_t pos, const float *logits);
-static size_t n_params(const Model *m);
-static size_t layer_params(const Model *m);
-static double kv_cache_bytes(const Model *m, size_t context);
-static size_t max_useful_threads(const Model *m);
-static size_t default_threads(void);
-static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits, size_t threads);
-static const char *isa(void); // the instruction set
-#ifndef NO_MAIN
-static void prepare_process(char **argv);
-#endif
 
 // ------------------------------------------------------------------------------------------------
 // 5 The tokenizer
@@ -872,6 +785,50 @@ static void prepare_process(char **argv);
 // end. Byte-level BPE starts from bytes. Before the merging, a text is normalised and cut into words, which merges do
 // not cross. The differences between models in all this are data in the tokenizer file, which export.py has prepared
 // so that it can be used as it is: read into memory, checked once, and searched by bisection.
+
+// The language model is complete. From here on, the program needs more of the system, and these functions of sections
+// 7, 9 and 10.
+
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+typedef ARRAY(unsigned char) Bytes;
+
+#define VERSION "0.2.0"
+#define DEFAULT_MODEL "models/stories.bin"
+
+static void check(const char *path, const char *name, double value, double low, double high);
+static void append_bytes(Bytes *array, Span text);
+static Span span_of(const char *string);
+static File read_file(const char *path, const char *magic, size_t min_size, const char *what);
+static FILE *open_chat_input(const Options *o);
+static void start_note(const Session *s); // on standard error
+static void print_ids(Tokens tokens, const char *between);
+static size_t n_params(const Model *m);
+static size_t layer_params(const Model *m);
+static double kv_cache_bytes(const Model *m, size_t context);
+static size_t max_useful_threads(const Model *m);
+static size_t default_threads(void);
+static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits, size_t threads);
+static const char *isa(void); // the instruction set
+static void prepare_process(char **argv);
 
 enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
 // Piece.type. NORMAL and BYTE tokens are results of merging. USER_DEFINED ones are found in the text as it is written,
@@ -891,11 +848,9 @@ enum { // TokenizerHeader.flags
     ALL_TOKENIZER_FLAGS = 127
 };
 
-// The texts of a chat template around what is said; models/FORMAT.md describes them.
-enum {
-    BEFORE_USER, BEFORE_SYSTEM, AFTER_SYSTEM, AFTER_USER, BEFORE_ANSWER,
-    AFTER_ANSWER, NEXT_USER, OPENS_ANSWER, OPENS_ANSWER_NO_THINK, END_OF_THOUGHT, N_TEMPLATES
-};
+// The texts of a chat template around what is said, and their order in the file; models/FORMAT.md describes them.
+enum { BEFORE_USER, BEFORE_SYSTEM, AFTER_SYSTEM, AFTER_USER, BEFORE_ANSWER, AFTER_ANSWER, NEXT_USER };
+enum { OPENS_ANSWER = NEXT_USER + 1, OPENS_ANSWER_NO_THINK, END_OF_THOUGHT, N_TEMPLATES };
 enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 8191 }; // TokenizerHeader.template_flags
 
 #define NONE UINT32_MAX // no token, no symbol
@@ -908,9 +863,9 @@ typedef struct {
     uint64_t file_size;     // in bytes
     uint64_t vocab_hash;    // the weights file has the same
     uint32_t flags, vocab_size;
-    int32_t bos_id;         // the token that begins a text; -1: none
-    int32_t unk_id;         // the token for what the vocabulary lacks; -1: none
-    uint32_t n_stops;       // tokens that end a text or an answer
+    int32_t bos_id;   // the token that begins a text; -1: none
+    int32_t unk_id;   // the token for what the vocabulary lacks; -1: none
+    uint32_t n_stops; // tokens that end a text or an answer
     int32_t stop_ids[MAX_STOPS];
     uint32_t n_by_text, n_merges, n_dfas, n_classes, n_states; // lengths of arrays
     uint32_t template_flags, n_template_items, n_text;
@@ -945,19 +900,19 @@ typedef struct {
 struct Tokenizer {
     File file;
     TokenizerHeader h;
-    const uint32_t *byte_id;              // (256)   the token of each byte, or unk_id
-    const uint32_t *longest;              // (256)   the length of the longest user-defined token that starts with a byte
-    const Piece *pieces;                  // (V)
-    const uint32_t *by_text;              // (n_by_text)  the tokens that text can become, sorted by their bytes
-    const Merge *merges;                  // (n_merges)   sorted by left and right
-    const uint32_t *transitions;          // (n_states, n_classes)  the automata that find words, see match_word
-    const TemplateItem *items;            // (n_template_items)
-    const uint8_t *char_class;            // (N_CODEPOINTS + 256)   only with automata
-    const unsigned char *text;            // (n_text)
-    bool prefix;                          // encode: the next text gets a space in front
-    Bytes normalised;                     // encode: the text, with room for that space
-    ARRAY(Symbol) symbols;                // encode_word: the symbols of a word
-    Heap pairs;                           // encode_word: neighbours that can be merged, the next merge on top
+    const uint32_t *byte_id;     // (256)   the token of each byte, or unk_id
+    const uint32_t *longest;     // (256)   the length of the longest user-defined token that starts with a byte
+    const Piece *pieces;         // (V)
+    const uint32_t *by_text;     // (n_by_text)  the tokens that text can become, sorted by their bytes
+    const Merge *merges;         // (n_merges)   sorted by left and right
+    const uint32_t *transitions; // (n_states, n_classes)  the automata that find words, see match_word
+    const TemplateItem *items;   // (n_template_items)
+    const uint8_t *char_class;   // (N_CODEPOINTS + 256)   only with automata
+    const unsigned char *text;   // (n_text)
+    bool prefix;                 // encode: the next text gets a space in front
+    Bytes normalised;            // encode: the text, with room for that space
+    ARRAY(Symbol) symbols;       // encode_word: the symbols of a word
+    Heap pairs;                  // encode_word: neighbours that can be merged, the next merge on top
 };
 
 // FNV-1a, over 32-bit words.
@@ -997,22 +952,18 @@ static uint32_t find_piece(const Tokenizer *t, Span text) {
     return NONE;
 }
 
-static uint64_t merge_key(uint32_t left, uint32_t right) { return (uint64_t)left << 32 | right; }
+// The order of merges: by the left token, then by the right one.
+static int compare_merges(const void *a, const void *b) {
+    const Merge *x = a, *y = b;
+    if (x->left != y->left)
+        return x->left < y->left ? -1 : 1;
+    return (x->right > y->right) - (x->right < y->right);
+}
 
 // What two tokens merge into, NULL if they do not.
 static const Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right) {
-    uint64_t key = merge_key(left, right);
-    const Merge *low = t->merges, *high = low + t->h.n_merges;
-    while (low < high) {
-        const Merge *middle = low + (high - low) / 2;
-        if (merge_key(middle->left, middle->right) < key)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    if (low < t->merges + t->h.n_merges && merge_key(low->left, low->right) == key)
-        return low;
-    return NULL;
+    Merge key = {left, right, 0, 0};
+    return bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
 }
 
 static bool is_user_defined(uint32_t type) { return type == USER_DEFINED || type == LATE_USER_DEFINED; }
@@ -1070,9 +1021,8 @@ static void check_tokenizer(const Tokenizer *t) {
     for (size_t i = 0; i < h->n_merges; i++) {
         const Merge *merge = &t->merges[i];
         check(path, "a merge", (double)max(max(merge->left, merge->right), merge->merged), 0, last_id);
-        check(path, "a merge's rank", merge->rank, 0, h->n_merges - 1);
-        expect(i == 0 || merge_key(merge[-1].left, merge[-1].right) < merge_key(merge->left, merge->right),
-               "%s: expected sorted merges, found merge %zu too late", path, i);
+        expect(i == 0 || compare_merges(merge - 1, merge) < 0, "%s: expected sorted merges, found merge %zu too late",
+               path, i);
     }
     for (size_t i = 0; i < (size_t)h->n_states * h->n_classes; i++)
         check(path, "a transition", t->transitions[i], 0, 2 * (double)h->n_states - 1);
@@ -1109,8 +1059,8 @@ static Tokenizer *open_tokenizer(const char *path) {
     t->items = next_array(t, &at, h->n_template_items, sizeof *t->items);
     t->char_class = next_array(t, &at, h->n_classes ? N_CODEPOINTS + 256 : 0, 1);
     t->text = next_array(t, &at, h->n_text, 1);
-    expect(at == t->file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged", path, at,
-           t->file.size);
+    expect(at == t->file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged",
+           path, at, t->file.size);
     size_t start = offsetof(TokenizerHeader, file_size);
     uint64_t hash = hash_of(t->file.bytes + start, at - start);
     expect(hash == h->hash, "%s: hash: expected %016llx, found %016llx: damaged", path, (unsigned long long)h->hash,
@@ -1119,48 +1069,38 @@ static Tokenizer *open_tokenizer(const char *path) {
     return t;
 }
 
-// The length of the UTF-8 character that starts here; 0 if none can; -1 if one might, with more bytes.
-static int utf8_length(Span text) {
-    unsigned char lead = text.bytes[0];
-    int length = 0;
-    if (lead < 0x80)
-        length = 1;
-    else if (lead >= 0xc2 && lead < 0xf5)
-        length = 2 + (lead >= 0xe0) + (lead >= 0xf0);
-    // The range of the second byte excludes overlong forms, surrogates and numbers above U+10FFFF.
-    unsigned char low = 0x80, high = 0xbf;
-    if (lead == 0xe0)
-        low = 0xa0;
-    if (lead == 0xf0)
-        low = 0x90;
-    if (lead == 0xed)
-        high = 0x9f;
-    if (lead == 0xf4)
-        high = 0x8f;
-    for (int i = 1; i < length; i++) {
-        if ((size_t)i == text.n)
-            return -1;
-        if (text.bytes[i] < low || text.bytes[i] > high)
+// Decodes the first character of a text that is not empty. Returns its length; 0 if it is not UTF-8; -1 if it might be,
+// with more bytes.
+static int decode_utf8(Span text, uint32_t *codepoint) {
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; // a code point below it has a shorter form
+    int length = 0;                                               // the number of leading ones of the first byte
+    while (*text.bytes << length & 0x80)
+        length++;
+    *codepoint = *text.bytes;
+    if (length == 0)
+        return 1;
+    if (length == 1 || length > 4)
+        return 0;
+    uint32_t low = *text.bytes & (0x7fu >> length), high = low; // the range of what the bytes so far can become
+    for (size_t i = 1; i < (size_t)length; i++) {
+        if (i < text.n && (text.bytes[i] & 0xc0) != 0x80)
             return 0;
-        low = 0x80;
-        high = 0xbf;
+        low = low << 6 | (i < text.n ? text.bytes[i] & 0x3f : 0);
+        high = high << 6 | (i < text.n ? text.bytes[i] & 0x3f : 0x3f);
     }
-    return length;
+    if (high < least[length] || low >= N_CODEPOINTS || (low >= 0xd800 && high < 0xe000))
+        return 0;
+    *codepoint = low;
+    return (size_t)length <= text.n ? length : -1;
 }
 
-// The length of the first character of a text that is not empty, and its code point. A stray byte stands for itself.
-static size_t decode_utf8(Span text, uint32_t *codepoint) {
-    int length = utf8_length(text);
-    if (length <= 0) {
-        *codepoint = N_CODEPOINTS + (uint32_t)*text.bytes;
-        return 1;
-    }
-    *codepoint = *text.bytes;
-    if (length > 1)
-        *codepoint &= 0x7fu >> length;
-    for (int i = 1; i < length; i++)
-        *codepoint = *codepoint << 6 | (text.bytes[i] & 0x3f);
-    return (size_t)length;
+// The length and the code point of the first character of a text. A byte that is not UTF-8 stands for itself.
+static size_t next_char(Span text, uint32_t *codepoint) {
+    int length = decode_utf8(text, codepoint);
+    if (length > 0)
+        return (size_t)length;
+    *codepoint = N_CODEPOINTS + (uint32_t)*text.bytes;
+    return 1;
 }
 
 static Span from(Span text, size_t at) { return (Span){text.bytes + at, text.n - at}; }
@@ -1194,7 +1134,7 @@ static void split_symbols(Tokenizer *t, Span word) {
         Span text = {word.bytes + at, 1};
         uint32_t id = t->byte_id[*text.bytes], codepoint, n = (uint32_t)t->symbols.n;
         if (t->h.kind == SENTENCEPIECE_BPE) {
-            text.n = decode_utf8(from(word, at), &codepoint);
+            text.n = next_char(from(word, at), &codepoint);
             id = find_piece(t, text);
         }
         at += text.n;
@@ -1264,7 +1204,8 @@ static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
         const Symbol *symbol = &t->symbols.data[i];
         if (symbol->text.n && symbol->id != NONE)
             push(tokens, symbol->id);
-        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE; b++) { // a token for each byte, or one <unk> for all
+        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE;
+             b++) { // a token for each byte, or one <unk> for all
             uint32_t id = t->byte_id[symbol->text.bytes[b]];
             if (id != (uint32_t)t->h.unk_id || tokens->n == 0 || tokens->data[tokens->n - 1] != id)
                 push(tokens, id);
@@ -1282,7 +1223,7 @@ static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
         uint32_t codepoint, class = 0;
         size_t length = 0;
         if (at < text.n) {
-            length = decode_utf8(from(text, at), &codepoint);
+            length = next_char(from(text, at), &codepoint);
             class = t->char_class[codepoint];
         }
         uint32_t transition = t->transitions[(size_t)state * t->h.n_classes + class];
@@ -1308,7 +1249,7 @@ static void encode_words(Tokenizer *t, Tokens *tokens, Span text, uint32_t dfa) 
         uint32_t codepoint;
         size_t n = match_word(t, 1 + dfa, from(text, at));
         if (n == 0) {
-            at += decode_utf8(from(text, at), &codepoint);
+            at += next_char(from(text, at), &codepoint);
             continue;
         }
         encode_words(t, tokens, (Span){text.bytes + start, at - start}, dfa + 1);
@@ -1327,14 +1268,6 @@ static uint32_t find_user_defined(const Tokenizer *t, Span text, uint32_t type) 
             return id;
     }
     return NONE;
-}
-
-static Span add_prefix(Tokenizer *t, Span text) {
-    if (!t->prefix)
-        return text;
-    text = (Span){text.bytes - 1, text.n + 1};
-    *(unsigned char *)text.bytes = ' '; // normalise has left room for it
-    return text;
 }
 
 static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t type);
@@ -1362,17 +1295,17 @@ static void encode_specials(Tokenizer *t, Tokens *tokens, Span text, uint32_t ty
 static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t type) {
     if (text.n == 0)
         return;
-    bool spaced = t->h.flags & NO_PREFIX_BEFORE_SPACE;
-    if (type == USER_DEFINED) {
+    bool late = type == LATE_USER_DEFINED, prefix_late = t->h.flags & NO_PREFIX_BEFORE_SPACE;
+    if (!late)
         text = normalise(t, text);
-        if (text.n && !spaced)
-            text = add_prefix(t, text);
-        encode_specials(t, tokens, text, LATE_USER_DEFINED);
-    } else {
-        if (spaced && *text.bytes != ' ')
-            text = add_prefix(t, text);
-        encode_words(t, tokens, text, 0);
+    if (t->prefix && late == prefix_late && text.n && !(late && *text.bytes == ' ')) {
+        text = (Span){text.bytes - 1, text.n + 1}; // normalise has left room
+        *(unsigned char *)text.bytes = ' ';
     }
+    if (late)
+        encode_words(t, tokens, text, 0);
+    else
+        encode_specials(t, tokens, text, LATE_USER_DEFINED);
 }
 
 // Appends the tokens of a text to those before it. If there are none, the tokenizer may want bos, and a space in front
@@ -1443,8 +1376,8 @@ typedef struct {
 } Turn;
 
 struct Chat {
-    FILE *input;        // where the user's messages come from
-    bool terminal;      // they are typed on a terminal
+    FILE *input;   // where the user's messages come from
+    bool terminal; // they are typed on a terminal
     ARRAY(Turn) turns;
     size_t reply_start; // the index of the first token of the last turn's answer
     Bytes pending;      // text that is to follow the tokens; text that meets is encoded as one
@@ -1544,11 +1477,11 @@ static bool make_room(Session *s) {
     Chat *chat = s->chat;
     if (c->tokens.n <= c->max_tokens)
         return true;
+    start_note(s);
+    fprintf(stderr, "run: the context of %zu tokens is full%s", c->max_tokens, chat ? ": " : "\n");
     if (!chat)
         return false;
     keep_reply(s);
-    start_note(s);
-    fprintf(stderr, "run: the context of %zu tokens is full: ", c->max_tokens);
     size_t first = 0;
     while (first + 1 < chat->turns.n && c->tokens.n > c->max_tokens / 2)
         render_chat(s, ++first);
@@ -1587,6 +1520,11 @@ static void chat_turn(Session *s, Span message) {
         chat->turns.n--;
     }
 }
+
+// Ctrl-C sets this. The handler of a signal can only reach a global variable.
+static volatile sig_atomic_t interrupts;
+
+static bool interrupted(void) { return interrupts; }
 
 // Exits from a signal handler, which may call very few functions.
 static _Noreturn void exit_from_signal(int status, const char *message) {
@@ -1658,8 +1596,8 @@ static void chat(Session *s) {
     expect(t->h.template_flags & HAS_TEMPLATE,
            "%s: -m chat: expected a chat template, found none: export.py found none, or none that it can take apart",
            t->file.path);
-    expect(!s->options->system || t->h.template_flags & HAS_SYSTEM,
-           "%s: -y: its chat template takes no system prompt", t->file.path);
+    expect(!s->options->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system prompt",
+           t->file.path);
     t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
     s->chat = &(Chat){.input = open_chat_input(s->options)};
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
@@ -1675,7 +1613,7 @@ static void chat(Session *s) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// 7 Other modes
+// 7 Output and other modes
 
 // The logarithm of the sum of e^logit. A logit minus this is the logarithm of the probability of its token.
 static double log_sum_exp(const float *logits, size_t n) {
@@ -1689,788 +1627,23 @@ static double log_probability(const float *logits, size_t n, uint32_t token) {
     return (double)logits[token] - log_sum_exp(logits, n);
 }
 
-// Allocates all that generation needs, for `context` tokens.
-static void start_run(Session *s, size_t context) {
-    const Options *o = s->options;
-    print_model(s, context);
-    if (s->printer->colours && isatty(STDERR_FILENO))
-        print_legend();
-    s->run = alloc_run_state(&s->model, context, 1 + o->draft, o->threads);
-    s->sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
-    s->sampler.probabilities = allocate(s->model.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
-}
-
-// Checks the length of the prompt against -c and -n. An empty prompt becomes bos: text begins as in training.
-static size_t start_generation(Session *s) {
-    Context *c = &s->context;
-    int32_t bos = s->tokenizer->h.bos_id;
-    if (c->tokens.n == 0 && bos >= 0)
-        push(&c->tokens, (uint32_t)bos);
-    size_t n = c->tokens.n, steps = s->options->steps, max_new = 0, context = c->max_tokens;
-    expect(n, "an empty prompt: expected text (-i or -f), as %s has no bos token", s->tokenizer->file.path);
-    expect(n <= context, "the prompt: expected at most %zu tokens (the context, -c), found %zu", context, n);
-    if (steps) {
-        size_t n_bos = (int32_t)c->tokens.data[0] == bos; // -n does not count it
-        expect(n < steps + n_bos, "the prompt: expected fewer than %zu tokens (-n; 0 fills the context), found %zu",
-               steps, n - n_bos);
-        max_new = steps + n_bos - n;
-        context = min(context, n + max_new - 1); // the last token is not computed
-    }
-    start_run(s, context);
-    return max_new;
-}
-
-static void expect_text(const Options *o) {
-    if (!o->prompt && !o->prompt_file)
-        die(EXIT_USAGE, "-m %s: expected a text, -i or -f", o->mode);
-}
-
-static void encode_prompt(Session *s) {
-    Bytes text = read_prompt(s->options);
-    encode(s->tokenizer, &s->context.tokens, (Span){text.data, text.n});
-    free(text.data);
-}
-
-// Replaces the first token of a window on a text by bos, if the tokenizer begins texts with it.
-static void begin_with_bos(const Tokenizer *t, uint32_t *tokens) {
-    if (t->h.flags & ADD_BOS)
-        tokens[0] = (uint32_t)t->h.bos_id;
-}
-
-// Prints a result: a line, or in JSON `"key": value` behind `separator`.
-static void print_result(bool json, const char *separator, const char *key, const char *format, double value) {
-    if (json)
-        printf("%s\"%s\": ", separator, key);
-    else
-        printf("%-14s ", key);
-    printf(format, value);
-    fputs(json ? "" : "\n", stdout);
-}
-
-// Computes n tokens in batches and leaves the logits of the last one.
-static void eval_tokens(Session *s, const uint32_t *tokens, size_t n, size_t pos) {
-    for (size_t at = 0, T; at < n; at += T) {
-        T = min(s->run.batch, n - at);
-        forward_parallel(&s->model, &s->run, tokens + at, T, pos + at, at + T == n);
-    }
-}
-
-// -m tokenize: prints the token ids of the prompt on one line, as the model would receive them.
-static void tokenize(Session *s) {
-    encode_prompt(s);
-    const Tokens tokens = s->context.tokens;
-    if (!s->options->json) {
-        print_ids(tokens, " ");
-        puts("");
-        return;
-    }
-    fputs("{\"tokens\": [", stdout);
-    print_ids(tokens, ", ");
-    fputs("], \"pieces\": [", stdout);
-    for (size_t i = 0; i < tokens.n; i++) {
-        fputs(i ? ", " : "", stdout);
-        print_quoted(piece_text(s->tokenizer, tokens.data[i]), PRINT_JSON);
-    }
-    fputs("]}\n", stdout);
-}
-
-// -m next: shows what may follow the prompt. If the prompt is longer than the context, takes its end.
-static void next(Session *s) {
-    const Options *o = s->options;
-    size_t vocab_size = s->model.h.vocab_size;
-    expect_text(o);
-    encode_prompt(s);
-    Tokens *tokens = &s->context.tokens;
-    size_t all = tokens->n, n = min(all, s->context.max_tokens);
-    expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
-    uint32_t *window = tokens->data + all - n;
-    if (n < all) {
-        begin_with_bos(s->tokenizer, window);
-        fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
-    }
-    print_model(s, n);
-    s->run = alloc_run_state(&s->model, n, 1, o->threads);
-    eval_tokens(s, window, n, 0);
-    const float *logits = s->run.logits;
-    double total = log_sum_exp(logits, vocab_size), entropy = 0;
-    for (size_t i = 0; i < vocab_size; i++) {
-        double logprob = (double)logits[i] - total;
-        entropy -= exp(logprob) * logprob / log(2);
-    }
-    if (o->json)
-        printf("{\"tokens\": %zu, \"entropy_bits\": %.6f, \"next\": ", n, entropy);
-    print_top_k(s, o->top_k ? o->top_k : 10, all, logits);
-    if (o->json)
-        puts("}");
-    else
-        printf("entropy %.2f bits\n", entropy);
-}
-
-enum { SCORED_AT_ONCE = 32 }; // tokens whose logits are in memory at the same time
-
-// Computes the negative log likelihood of the tokens from `first` to n - 1 of a window: nll (n).
-static void window_nll(Session *s, double *nll, const uint32_t *tokens, size_t n, size_t first) {
-    const Model *m = &s->model;
-    RunState *run = &s->run;
-    size_t vocab_size = m->h.vocab_size;
-    for (size_t at = 0, T; at + 1 < n; at += T) { // the last token is not followed by another
-        T = min(run->batch, n - 1 - at);
-        forward_parallel(m, run, tokens + at, T, at, 0);
-        for (size_t i = max(at + 1, first), count; i <= at + T; i += count) {
-            count = min(SCORED_AT_ONCE, at + T + 1 - i);
-#pragma omp parallel num_threads((int)run->threads)
-            {
-                compute_logits(m, run, i - 1 - at, count); // the logits of token i are those after token i - 1
-#pragma omp for
-                for (size_t j = 0; j < count; j++) {
-                    const float *logits = run->logits + j * vocab_size;
-                    nll[i + j] = -log_probability(logits, vocab_size, tokens[i + j]);
-                }
-            }
-            for (size_t j = 0; j < count; j++)
-                check_finite(m, run->logits + j * vocab_size, i + j - 1);
-        }
-    }
-}
-
-// -m perplexity: how well the model predicts a text, in windows of the length of the context. Each window overlaps the
-// one before by a token, in whose place is bos, if the tokenizer begins texts with it; so each token is scored once,
-// except the first of the text. With --stride N, windows start N tokens apart, no token is replaced, and each window
-// scores the tokens that the ones before it have not.
-static void perplexity(Session *s) {
-    const Options *o = s->options;
-    size_t context = s->context.max_tokens;
-    if (context < 2)
-        die(EXIT_USAGE, "-c: perplexity expected at least 2, found %zu", context);
-    if (o->stride > context)
-        die(EXIT_USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
-    expect_text(o);
-    encode_prompt(s);
-    uint32_t *tokens = s->context.tokens.data;
-    size_t all = s->context.tokens.n;
-    context = min(context, all);
-    expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
-    size_t stride = min(o->stride ? o->stride : context - 1, context);
-    print_model(s, context);
-    s->run = alloc_run_state(&s->model, context, SCORED_AT_ONCE, o->threads);
-    double *nll = allocate(context, sizeof *nll, "the scores of a window");
-    double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
-    size_t scored = 1; // the tokens before this one have been scored; nothing precedes the first
-    for (size_t at = 0; scored < all; at += stride) {
-        size_t n = min(context, all - at);
-        if (!o->stride)
-            begin_with_bos(s->tokenizer, tokens + at);
-        size_t first = max(scored, at + 1) - at;
-        window_nll(s, nll, tokens + at, n, first);
-        for (size_t i = first; i < n; i++) {
-            count++;
-            sum += nll[i];
-            squares += nll[i] * nll[i];
-            bytes += (double)decode(s->tokenizer, tokens[at + i], at + i).n;
-        }
-        scored = at + n;
-        if (isatty(STDERR_FILENO))
-            fprintf(stderr, "\r%zu tokens%s", scored, scored < all ? "" : "\n");
-    }
-    free(nll);
-    double tok_s = count / (seconds() - start), mean = sum / count;
-    double variance = fmax(squares / count - mean * mean, 0) * count / fmax(count - 1, 1);
-    // By the delta method, the standard error of e^mean is e^mean times that of the mean. JSON has no infinity.
-    double result = fmin(exp(mean), DBL_MAX), error = fmin(result * sqrt(variance / count), DBL_MAX);
-    print_result(o->json, "{", "tokens", "%.0f", count);
-    print_result(o->json, ", ", "nll", "%.9g", mean);
-    print_result(o->json, ", ", "perplexity", "%.9g", result);
-    print_result(o->json, ", ", "stderr", "%.6g", error);
-    print_result(o->json, ", ", "bits_per_byte", "%.9g", sum / log(2) / fmax(bytes, 1));
-    print_result(o->json, ", ", "tok_s", "%.6g", tok_s);
-    fputs(o->json ? "}\n" : "", stdout);
-}
-
-enum { MAX_REPEAT = 100 };
-
-// A kind of work that -m bench measures.
-typedef struct {
-    const char *name;
-    size_t tokens, pos, step; // so many tokens from this position on, so many in a pass
-    const char *rate;         // what its limit is counted in
-    double work;              // floating-point operations, or bytes read, per token
-    double tok_s[MAX_REPEAT]; // tokens per second, once for each repetition
-} Work;
-
-enum { PREFILL, DECODE, DECODE_AT_END, N_WORKS };
-
-// Fills in the works: a prompt, and generation at the start and at the end of the context.
-static void prepare_bench(Session *s, Work works[N_WORKS]) {
-    const Options *o = s->options;
-    const Model *m = &s->model;
-    size_t context = s->context.max_tokens;
-    if (!o->context)
-        context = min(context, 4096);
-    size_t prefill = o->prefill ? o->prefill : min(512, context);
-    size_t decode = o->decode ? o->decode : min(64, context);
-    if (max(prefill, decode) > context)
-        die(EXIT_USAGE, "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
-            max(prefill, decode));
-    size_t tail = context - decode;
-    s->context.max_tokens = context;
-    s->run = alloc_run_state(m, context, 1, o->threads);
-    uint64_t random = 0;
-    for (size_t i = 0; i < (size_t)(s->run.v - s->run.k) * 2; i++) { // as if there were tokens at all positions
-        float value = (float)random_f64(&random) - 0.5f;
-        convert_f32(s->run.k + i, s->run.kv_type, &value, 1);
-    }
-    for (size_t i = 0; i < context; i++)
-        push(&s->context.tokens, (uint32_t)(random_f64(&random) * m->h.vocab_size));
-
-    // A product with n weights takes 2n operations per token. Attention multiplies each query with the keys of the
-    // positions so far, and the weights of the positions with the values.
-    double T = (double)prefill, layers = m->h.n_layers, embedding = (double)m->embedding.rows * m->h.dim;
-    double flops = 2 * layers * (double)layer_params(m) + 2 * embedding / T + layers * 4 * (double)m->q_dim * (T + 1) / 2;
-    double weights = (double)m->file.size - (m->h.flags & TIED ? 0 : 2 * embedding);
-    double per_position = kv_cache_bytes(m, context) / (double)s->run.context;
-    double bytes = weights + per_position * ((double)decode + 1) / 2;
-    works[PREFILL] = (Work){"prefill", prefill, 0, prefill, "gflops", flops, {0}};
-    works[DECODE] = (Work){"decode", decode, 0, 1, "gb_s", bytes, {0}};
-    works[DECODE_AT_END] = (Work){"decode_at_end", decode, tail, 1, "gb_s", bytes + per_position * (double)tail, {0}};
-}
-
-// Computes one pass of a work, from its token t on, and returns how long it took, in seconds.
-static double bench_pass(Session *s, const Work *w, size_t t) {
-    double start = seconds();
-    eval_tokens(s, s->context.tokens.data + t, w->step, w->pos + t);
-    return seconds() - start;
-}
-
-static int ascending(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static void print_work(Work *w, size_t n, bool json) {
-    qsort(w->tok_s, n, sizeof *w->tok_s, ascending);
-    double tok_s = w->tok_s[n / 2], rate = tok_s * w->work / 1e9;
-    if (json)
-        printf(", \"%s\": {\"tokens\": %zu, \"position\": %zu, \"tok_s\": %.6g, \"tok_s_min\": %.6g, \"tok_s_max\": "
-               "%.6g, \"%s\": %.6g}",
-               w->name, w->tokens, w->pos, tok_s, w->tok_s[0], w->tok_s[n - 1], w->rate, rate);
-    else
-        printf("| %-13s | %6zu | %8zu | %9.2f | %9.2f | %9.2f | %-6s %7.1f |\n", w->name, w->tokens, w->pos, tok_s,
-               w->tok_s[0], w->tok_s[n - 1], strcmp(w->rate, "gb_s") ? "GFLOPS" : "GB/s", rate);
-}
-
-static const char *dtype_name(const Model *m) { return m->h.dtype == BF16 ? "bf16" : "f16"; }
-
-// -m bench: measures tokens per second. `make bench` compares them with the limits of the machine.
-static void bench(Session *s) {
-    Work works[N_WORKS];
-    const Options *o = s->options;
-    const Model *m = &s->model;
-    prepare_bench(s, works);
-    bench_pass(s, &works[DECODE], 0); // loads the weights into memory
-    for (size_t i = 0; i < o->repeat; i++)
-        for (Work *w = works; w < works + N_WORKS; w++) {
-            double time = 0;
-            for (size_t t = 0; t < w->tokens; t += w->step)
-                time += bench_pass(s, w, t);
-            w->tok_s[i] = (double)w->tokens / time;
-        }
-    uint64_t hash = hash_of(s->run.logits, m->h.vocab_size * sizeof(float));
-    fputs(o->json ? "{\"model\": " : "", stdout);
-    print_quoted(span_of(m->file.path), PRINT_JSON);
-    printf(o->json ? ", \"params\": %zu, \"dtype\": \"%s\", \"file_bytes\": %zu, \"isa\": \"%s\", \"threads\": %zu, "
-                     "\"context\": %zu, \"repeat\": %zu, \"logits_hash\": \"%016llx\""
-                   : ": %zu parameters in %s, %zu bytes; %s; threads: %zu; context: %zu; median of %zu; logits "
-                     "%016llx\n\n"
-                     "| work          | tokens | position |     tok/s |       min |       max |           rate |\n"
-                     "|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|\n",
-           n_params(m), dtype_name(m), m->file.size, isa(), s->run.threads, s->context.max_tokens, (size_t)o->repeat,
-           (unsigned long long)hash);
-    for (Work *w = works; w < works + N_WORKS; w++)
-        print_work(w, o->repeat, o->json);
-    fputs(o->json ? "}\n" : "", stdout);
-}
-
-// ------------------------------------------------------------------------------------------------
-// 8 The command line
-
-typedef struct {
-    const char *name;
-    void (*run)(Session *s);
-} Mode;
-
-static const Mode *find_mode(const char *name) {
-    static const Mode modes[] = {{"generate", generate},     {"chat", chat},         {"next", next},
-                                 {"perplexity", perplexity}, {"tokenize", tokenize}, {"bench", bench}};
-    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
-        if (!strcmp(name, modes[i].name))
-            return &modes[i];
-    die(EXIT_USAGE, "-m: expected generate, chat, next, perplexity, tokenize or bench, found '%s'", name);
-}
-
-typedef struct {
-    const char *flag;
-    enum { TEXT, NUMBER, INTEGER, SWITCH } kind;
-    void *target; // const char *, float, uint64_t, bool
-    long long min, max;
-    const char *value, *help;
-} Option;
-
-static void set_option(const Option *option, const char *text) {
-    char *end = NULL;
-    bool good = true;
-    if (option->kind == TEXT) {
-        *(const char **)option->target = text;
-    } else if (option->kind == NUMBER) {
-        float value = *(float *)option->target = strtof(text, &end);
-        good = value >= (float)option->min && value <= (float)option->max;
-    } else if (option->kind == INTEGER) {
-        errno = 0;
-        long long value = strtoll(text, &end, 10);
-        good = !errno && value >= option->min && value <= option->max;
-        *(uint64_t *)option->target = (uint64_t)value;
-    }
-    if (!good || (end && (end == text || *end)))
-        die(EXIT_USAGE, "%s: expected a %s from %lld to %lld, found '%s'", option->flag,
-            option->kind == INTEGER ? "whole number" : "number", option->min, option->max, text);
-}
-
-#define NEXT_LINE "\n                 " // in the description of a flag
-
-// Reads the command line. The table also is the text of --help; a flag that is "" is a heading there.
-static Options parse_options(int argc, char **argv) {
-    Options o = {.model = NULL, .mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX};
-    o.repeat = 5;
-    o.threads = default_threads();
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    o.seed = (uint64_t)(now.tv_sec ^ now.tv_nsec);
-    bool help = false, version = false;
-    const Option options[] = {
-        {"-m", TEXT, &o.mode, 0, 0, "MODE",
-         "generate: continue the prompt (default); chat: answer messages;" NEXT_LINE
-         "next: show what may come next; perplexity: rate a text;" NEXT_LINE
-         "tokenize: print token ids; bench: measure the speed"},
-        {"-i", TEXT, &o.prompt, 0, 0, "TEXT", "prompt"},
-        {"-f", TEXT, &o.prompt_file, 0, 0, "FILE", "prompt from a file; -: from standard input"},
-        {"-y", TEXT, &o.system, 0, 0, "TEXT", "chat: system prompt"},
-        {"-c", INTEGER, &o.context, 1, INT32_MAX, "N", "context in tokens (default: the model's)"},
-        {"-j", INTEGER, &o.threads, 1, 1024, "N", "threads (default: one per physical core)"},
-        {"-z", TEXT, &o.tokenizer, 0, 0, "FILE",
-         "tokenizer (default: MODEL.tokenizer.bin, else" NEXT_LINE "tokenizer.bin beside it or here)"},
-        {"", SWITCH, NULL, 0, 0, "", "Sampling"},
-        {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
-         "stop after N tokens, prompt included (default 256; 0: end of context);" NEXT_LINE
-         "chat: N tokens per answer (default 0: until the model stops)"},
-        {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (default 1.0; 0: always the most likely token)"},
-        {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p (default 0.9; 1: off)"},
-        {"-k", INTEGER, &o.top_k, 0, INT32_MAX, "K", "top-k (default 0: off); next: tokens shown (default 10)"},
-        {"-s", INTEGER, &o.seed, 0, INT64_MAX, "SEED", "random seed (default: time); same seed, same text"},
-        {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N", "speculate up to N tokens per step, output unchanged (default 0)"},
-        {"", SWITCH, NULL, 0, 0, "", "Output"},
-        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; with --json: list the top K (default 5)"},
-        {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
-        {"", SWITCH, NULL, 0, 0, "", "Measuring"},
-        {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N", "perplexity: start windows N tokens apart (default: the context)"},
-        {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX, "N", "bench: tokens of the prompt (default 512)"},
-        {"--decode", INTEGER, &o.decode, 1, INT32_MAX, "N", "bench: tokens to generate (default 64)"},
-        {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT, "N", "bench: repetitions (default 5)"},
-        {"-h", SWITCH, &help, 0, 0, "", NULL},
-        {"--help", SWITCH, &help, 0, 0, "", "show this text (also -h)"},
-        {"--version", SWITCH, &version, 0, 0, "", "show the version and the instruction set"},
-    };
-    const Option *end = options + sizeof options / sizeof *options;
-    for (int i = 1; i < argc; i++) {
-        const Option *option = options;
-        while (option < end && (!*option->flag || strcmp(argv[i], option->flag)))
-            option++;
-        if (*argv[i] != '-') {
-            if (o.model)
-                die(EXIT_USAGE, "expected one MODEL, found '%s' and '%s'", o.model, argv[i]);
-            o.model = argv[i];
-        } else if (option == end) {
-            die(EXIT_USAGE, "unknown flag '%s'", argv[i]);
-        } else if (option->kind == SWITCH) {
-            *(bool *)option->target = true;
-        } else if (++i == argc) {
-            die(EXIT_USAGE, "%s: expected a value, found the end of the command line", option->flag);
-        } else {
-            set_option(option, argv[i]);
-        }
-    }
-    if (help) {
-        puts("usage: run [MODEL] [options]   MODEL: a weights file (default " DEFAULT_MODEL ")");
-        for (const Option *option = options; option < end; option++)
-            if (option->help && !*option->flag)
-                puts(option->help);
-            else if (option->help)
-                printf("  %-9s %-4s %s\n", option->flag, option->value, option->help);
-        puts("Examples\n"
-             "  run -t 0.8 -i \"Once upon a time\"\n"
-             "  run models/smollm2.bin -m chat -y \"You are a pirate.\"\n"
-             "  run model.bin -m perplexity -f book.txt --json");
-    } else if (version) {
-        printf("twofiles %s (%s)\n", VERSION, isa());
-    }
-    if (help || version) {
-        flush_output();
-        exit(0);
-    }
-    if (o.prompt && o.prompt_file && strcmp(o.mode, "chat"))
-        die(EXIT_USAGE, "expected one of -i and -f, found both");
-    if (o.steps == UINT64_MAX) // no -n
-        o.steps = strcmp(o.mode, "chat") ? 256 : 0;
-    return o;
-}
-
-// The length of a path without .bin at its end.
-static int stem(const char *path) {
-    size_t n = strlen(path);
-    if (n >= 4 && !strcmp(path + n - 4, ".bin"))
-        n -= 4;
-    return (int)n;
-}
-
-// The length of a path's folder, with the / at its end.
-static int folder(const char *path) {
-    const char *slash = strrchr(path, '/');
-    return (int)(slash ? slash + 1 - path : 0);
-}
-
-// The tokenizer file: -z FILE, else MODEL.tokenizer.bin beside MODEL.bin, else tokenizer.bin beside it, else here. If
-// MODEL is a link, looks beside the link and beside the file that it leads to.
-static const char *tokenizer_path(const Options *o) {
-    if (o->tokenizer)
-        return o->tokenizer;
-    char target[PATH_MAX];
-    const char *names[] = {o->model, realpath(o->model, target) ? target : o->model};
-    size_t size = max(strlen(names[0]), strlen(names[1])) + sizeof ".tokenizer.bin";
-    char *path = allocate(size, 1, "a path");
-    for (size_t i = 0; i < 5; i++) {
-        const char *name = names[i % 2];
-        if (i < 2)
-            snprintf(path, size, "%.*s.tokenizer.bin", stem(name), name);
-        else
-            snprintf(path, size, "%.*stokenizer.bin", i < 4 ? folder(name) : 0, name);
-        if (!access(path, F_OK))
-            return path;
-    }
-    die(EXIT_ERROR, "%s: no tokenizer file: expected %.*s.tokenizer.bin, or tokenizer.bin beside it or here, or -z FILE",
-        o->model, stem(o->model), o->model);
-}
-
-static void check_vocab_match(const Model *m, const Tokenizer *t) {
-    const char *path = t->file.path;
-    expect(m->h.vocab_size == t->h.vocab_size,
-           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens, found %u", path, m->file.path,
-           m->h.vocab_size, t->h.vocab_size);
-    expect(m->h.vocab_hash == t->h.vocab_hash,
-           "%s: the wrong tokenizer for %s: expected a vocabulary with the hash %016llx, found %016llx", path,
-           m->file.path, (unsigned long long)m->h.vocab_hash, (unsigned long long)t->h.vocab_hash);
-}
-
-#ifndef NO_MAIN // the tests include this file and have their own main
-int main(int argc, char **argv) {
-    prepare_process(argv);
-    Options o = parse_options(argc, argv);
-    const Mode *mode = find_mode(o.mode);
-    if (!o.model && !(mode->run == tokenize && o.tokenizer)) // tokenize needs no model
-        o.model = DEFAULT_MODEL;
-    Session s = {.options = &o, .printer = new_printer(&o)};
-    if (o.model) {
-        s.model = open_model(o.model);
-        uint32_t longest = s.model.h.max_seq_len;
-        s.context.max_tokens = o.context ? o.context : longest;
-        if (s.context.max_tokens > longest)
-            die(EXIT_USAGE, "-c: expected at most %u, the context of %s, found %zu", longest, o.model,
-                s.context.max_tokens);
-        o.threads = min(o.threads, max_useful_threads(&s.model));
-    }
-    s.tokenizer = open_tokenizer(tokenizer_path(&o));
-    if (o.model)
-        check_vocab_match(&s.model, s.tokenizer);
-    mode->run(&s);
-    flush_output();
-    exit(0); // instead of return, so that no memory counts as lost
-}
-#endif
-
-// ------------------------------------------------------------------------------------------------
-// 9 Plumbing
-
-// ---- Errors and memory
-
-static _Noreturn void die(int status, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fflush(stdout);
-    fputs("run: ", stderr);
-    vfprintf(stderr, format, args);
-    fputs(status == EXIT_USAGE ? " (run --help shows the usage)\n" : "\n", stderr);
-    va_end(args);
-    exit(status);
-}
-
-// Aligned to a cache line: a vector load that crosses two lines costs twice. At least 1 byte, so that NULL is an error.
-static void *allocate(size_t count, size_t size, const char *what) {
-    void *memory;
-    expect(!posix_memalign(&memory, 64, count * size + 1), "no memory for %s: %.1f MB needed", what,
-           (double)count * (double)size / 1e6);
-    return memory;
-}
-
-// Gives an array room for n elements.
-static void *grow(void *data, size_t *capacity, size_t n, size_t size) {
-    if (n <= *capacity)
-        return data;
-    *capacity = 2 * n;
-    data = realloc(data, *capacity * size);
-    expect(data, "no memory for a text: %.1f MB needed", (double)*capacity * (double)size / 1e6);
-    return data;
-}
-
-static void append_bytes(Bytes *array, Span text) {
-    reserve(array, text.n);
-    if (text.n)
-        memcpy(array->data + array->n, text.bytes, text.n);
-    array->n += text.n;
-}
-
-static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
-
-// An entry that comes before another in a heap.
-static bool heap_before(HeapEntry a, HeapEntry b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
-
-// A binary heap: the children of entry i are 2i + 1 and 2i + 2, and come after it.
-static void heap_push(Heap *heap, HeapEntry entry) {
-    push(heap, entry);
-    HeapEntry *entries = heap->data;
-    size_t i = heap->n - 1;
-    while (i > 0 && heap_before(entry, entries[(i - 1) / 2])) {
-        entries[i] = entries[(i - 1) / 2];
-        i = (i - 1) / 2;
-    }
-    entries[i] = entry;
-}
-
-static HeapEntry heap_pop(Heap *heap) {
-    HeapEntry *entries = heap->data, top = entries[0];
-    size_t i = 0, n = --heap->n;
-    for (size_t child = 1; child < n; child = 2 * i + 1) {
-        if (child + 1 < n && heap_before(entries[child + 1], entries[child]))
-            child++;
-        if (!heap_before(entries[child], entries[n]))
-            break;
-        entries[i] = entries[child];
-        i = child;
-    }
-    entries[i] = entries[n];
-    return top;
-}
-
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-// ---- Files
-
-// Opens a file and checks its size and how it starts.
-static File open_file(const char *path, const char *magic, size_t min_size, const char *what) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe must not block; it is refused below
-    struct stat st;
-    expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s, as python3 export.py CHECKPOINT -o MODEL.bin makes it: %s",
-           path, what, strerror(errno));
-    expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
-           S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
-    size_t size = (size_t)st.st_size;
-    expect(size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, size);
-    char start[9] = {0};
-    expect(pread(fd, start, 8, 0) == 8, "%s: cannot read: %s", path, strerror(errno));
-    bool same = !memcmp(start, magic, 8);
-    for (int i = 0; i < 8; i++)
-        if (start[i] < ' ' || start[i] > '~')
-            start[i] = '.';
-    expect(same, "%s: expected %s, which starts \"%s\", found \"%s\" (export.py converts other files)", path, what,
-           magic, start); // the likeliest mistake is the file of another program
-    return (File){path, NULL, size, fd};
-}
-
-static File map_file(const char *path, const char *magic, size_t min_size, const char *what) {
-    File f = open_file(path, magic, min_size, what);
-    f.bytes = mmap(NULL, f.size, PROT_READ, MAP_SHARED, f.fd, 0);
-    expect(f.bytes != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, f.size, strerror(errno));
-    return f;
-}
-
-// Reads a file into memory. Unlike a mapped file, it cannot change after it has been checked.
-static File read_file(const char *path, const char *magic, size_t min_size, const char *what) {
-    File f = open_file(path, magic, min_size, what);
-    f.bytes = allocate(f.size, 1, what);
-    for (size_t at = 0, n; at < f.size; at += n) {
-        ssize_t result = read(f.fd, f.bytes + at, f.size - at);
-        expect(result > 0 || (result < 0 && errno == EINTR), "%s: cannot read: %s", path,
-               result ? strerror(errno) : "the file got shorter");
-        n = result > 0 ? (size_t)result : 0;
-    }
-    close(f.fd);
-    f.fd = -1;
-    return f;
-}
-
-static FILE *open_text(const char *path) {
-    if (!strcmp(path, "-"))
-        return stdin;
-    FILE *file = fopen(path, "rb");
-    expect(file, "%s: cannot read: %s", path, strerror(errno));
-    return file;
-}
-
-// Chat reads messages from -f, or else from standard input.
-static FILE *open_chat_input(const Options *o) { return open_text(o->prompt_file ? o->prompt_file : "-"); }
-
-static Bytes read_prompt(const Options *o) {
-    Bytes text = {0};
-    if (o->prompt)
-        append_bytes(&text, span_of(o->prompt));
-    if (!o->prompt_file)
-        return text;
-    FILE *file = open_text(o->prompt_file);
-    size_t n = 1;
-    while (n > 0) {
-        reserve(&text, 1 << 16);
-        n = fread(text.data + text.n, 1, 1 << 16, file);
-        text.n += n;
-        expect(text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
-    }
-    expect(!ferror(file), "%s: cannot read the prompt: %s", o->prompt_file, strerror(errno));
-    if (file != stdin)
-        fclose(file);
-    return text;
-}
-
-// ---- Number formats
-
-static inline float float_from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t float_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float bf16_to_f32(uint16_t h) { return float_from_bits((uint32_t)h << 16); }
-
-// Rounds to nearest, ties to even. NaN stays NaN.
-static inline uint16_t f32_to_bf16(float value) {
-    uint32_t bits = float_bits(value);
-    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded >> 16);
-}
-
-// The exponent of an F16 is biased by 15, that of an F32 by 127. Multiplying by 2^112 corrects it, and makes subnormal
-// numbers of F16 normal at the same time.
-static inline float f16_to_f32(uint16_t h) {
-    float magnitude = float_from_bits((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
-    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0; // infinity or NaN
-    return float_from_bits(float_bits(magnitude) | special | (uint32_t)(h & 0x8000) << 16);
-}
-
-// Rounds to nearest, ties to even. Numbers that are too large become infinity. Conditional expressions instead of
-// branches let the compiler make vector code of this function.
-static inline uint16_t f32_to_f16(float value) {
-    uint32_t sign = float_bits(value) >> 16 & 0x8000;
-    uint32_t bits = float_bits(value) & 0x7fffffff;
-    uint32_t normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
-    uint32_t subnormal = float_bits(float_from_bits(bits) + 0.5f) - 0x3f000000; // the addition rounds
-    uint32_t half = bits < 0x38800000 ? subnormal : normal;                     // below 2^-14
-    half = bits >= 0x477ff000 ? 0x7c00 : half;                                  // rounds to 65,536 or more: infinity
-    half = bits > 0x7f800000 ? 0x7e00 : half;                                   // NaN
-    return (uint16_t)(half | sign);
-}
-
-static inline size_t size_of(Dtype dtype) { return dtype == F32 ? sizeof(float) : sizeof(uint16_t); }
-
-static inline const void *element_ptr(const void *array, Dtype dtype, size_t i) {
-    return (const char *)array + i * size_of(dtype);
-}
-
-static inline float load_number(const void *array, Dtype dtype, size_t i) {
-    if (dtype == F32)
-        return ((const float *)array)[i];
-    uint16_t h = ((const uint16_t *)array)[i];
-    if (dtype == F16)
-        return f16_to_f32(h);
-    return bf16_to_f32(h);
-}
-
-static void convert_f32(void *out, Dtype dtype, const float *values, size_t n) {
-    uint16_t *halves = out;
-    if (dtype == F32)
-        memcpy(out, values, n * sizeof *values);
-    else if (dtype == F16)
-        for (size_t i = 0; i < n; i++)
-            halves[i] = f32_to_f16(values[i]);
-    else
-        for (size_t i = 0; i < n; i++)
-            halves[i] = f32_to_bf16(values[i]);
-}
-
-// a * b + c, in one instruction if the CPU has one
-static inline float fma_f32(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-// e^x within 3 units in the last place; 0 below -87, and e^88 above 88. Compilers make vector code of this function,
-// which they cannot do with libm's: x = n ln 2 + r, e^r is a polynomial, and 2^n goes straight into the exponent bits.
-static inline float exp_f32(float x) {
-    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, left in the low bits of the mantissa
-    float y = x > 88.0f ? 88.0f : x;
-    float shifted = fma_f32(y, 1.44269504f, round);
-    float n = shifted - round;
-    float r = fma_f32(n, -1.42860677e-6f, fma_f32(n, -0.693145752f, y)); // ln 2 in two parts: n times the first is exact
-    float p = 1.0f / 720;
-    p = fma_f32(p, r, 1.0f / 120);
-    p = fma_f32(p, r, 1.0f / 24);
-    p = fma_f32(p, r, 1.0f / 6);
-    p = fma_f32(p, r, 0.5f);
-    p = fma_f32(p, r, 1.0f);
-    p = fma_f32(p, r, 1.0f);
-    return y < -87.0f ? 0.0f : p * float_from_bits((float_bits(shifted) + 127) << 23);
-}
-
-static void check_finite(const Model *m, const float *logits, size_t pos) {
-    size_t bad = 0;
-    for (size_t i = 0; i < m->h.vocab_size; i++)
-        bad += !(fabsf(logits[i]) <= FLT_MAX);
-    expect(bad == 0, "%s: %zu logits after position %zu are not finite: the weights contain NaN or are too large",
-           m->file.path, bad, pos);
-}
-
-// ---- Output
-
 static void flush_output(void) {
     expect(!fflush(stdout) && !ferror(stdout), "standard output: cannot write: %s", strerror(errno));
 }
 
+typedef enum { PRINT_PLAIN, PRINT_TERMINAL, PRINT_QUOTED, PRINT_JSON } Style;
+
 // Prints a text in one of these styles:
-//   PLAIN      as it is
-//   TERMINAL   control characters and bytes that are not UTF-8 as \x1b, so that a model cannot control the terminal
-//   QUOTED     the same, with \" \\ \n \t and \u001b, as between quotes
-//   JSON       the same as a JSON string, which cannot express bytes that are not UTF-8: they become U+FFFD
+//   PRINT_PLAIN     as it is
+//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so that a model cannot control the
+//   terminal
+//   PRINT_QUOTED    the same, with \" \\ \n \t and \u001b, as between quotes
+//   PRINT_JSON      the same as a JSON string, which cannot express bytes that are not UTF-8: they become U+FFFD
 static void print_text(Span text, Style style) {
     const char *special = "\n\t\"\\", *names = "nt\"\\";
     for (size_t at = 0, n; at < text.n; at += n) {
         uint32_t codepoint;
-        n = decode_utf8(from(text, at), &codepoint);
+        n = next_char(from(text, at), &codepoint);
         const unsigned char *bytes = text.bytes + at;
         const char *found = codepoint ? strchr(special, *bytes) : NULL;
         bool stray = codepoint >= N_CODEPOINTS;
@@ -2525,14 +1698,15 @@ static Printer *new_printer(const Options *o) {
 static bool is_utf8(Span text) {
     uint32_t codepoint = 0;
     for (size_t at = 0; at < text.n && codepoint < N_CODEPOINTS;)
-        at += decode_utf8(from(text, at), &codepoint);
+        at += next_char(from(text, at), &codepoint);
     return codepoint < N_CODEPOINTS;
 }
 
 // The number of bytes at the end of a text that may be the start of a character.
 static size_t n_incomplete(Span text) {
+    uint32_t codepoint;
     for (size_t n = min(text.n, 3); n > 0; n--)
-        if (utf8_length(from(text, text.n - n)) < 0)
+        if (decode_utf8(from(text, text.n - n), &codepoint) < 0)
             return n;
     return 0;
 }
@@ -2655,10 +1829,9 @@ static void print_token(Session *s, uint32_t token, const float *logits) {
 
 // A note on standard error starts on a line of its own.
 static void start_note(const Session *s) {
-    const Chat *c = s->chat;
-    bool in_reply = s->context.tokens.n > c->reply_start;
+    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
     if (s->printer->terminal && in_reply)
-        fputs("\n", stderr);
+        fputc('\n', stderr);
 }
 
 // Ends the line of a text or an answer.
@@ -2668,6 +1841,8 @@ static void end_reply(Session *s) {
         putchar('\n');
     flush_output();
 }
+
+static const char *dtype_name(const Model *m) { return m->h.dtype == BF16 ? "bf16" : "f16"; }
 
 // On a terminal, says what is running.
 static void print_model(const Session *s, size_t context) {
@@ -2693,13 +1868,807 @@ static void print_stats(const Session *s) {
         fprintf(stderr, "draft: %zu of %zu tokens accepted\n", stats->n_accepted, stats->n_decoded);
 }
 
+// Allocates all that generation needs, for `context` tokens.
+static void start_run(Session *s, size_t context) {
+    const Options *o = s->options;
+    print_model(s, context);
+    if (s->printer->colours && isatty(STDERR_FILENO))
+        print_legend();
+    s->run = alloc_run_state(&s->model, context, 1 + o->draft, o->threads);
+    s->sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
+    s->sampler.probabilities = allocate(s->model.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
+}
+
+// Checks the length of the prompt against -c and -n. An empty prompt becomes bos: text begins as in training.
+static size_t start_generation(Session *s) {
+    Context *c = &s->context;
+    int32_t bos = s->tokenizer->h.bos_id;
+    if (c->tokens.n == 0 && bos >= 0)
+        push(&c->tokens, (uint32_t)bos);
+    size_t n = c->tokens.n, steps = s->options->steps, max_new = 0, context = c->max_tokens;
+    expect(n, "an empty prompt: expected text (-i or -f), as %s has no bos token", s->tokenizer->file.path);
+    expect(n <= context, "the prompt: expected at most %zu tokens (the context, -c), found %zu", context, n);
+    if (steps) {
+        size_t n_bos = (int32_t)c->tokens.data[0] == bos; // -n does not count it
+        expect(n < steps + n_bos, "the prompt: expected fewer than %zu tokens (-n; 0 fills the context), found %zu",
+               steps, n - n_bos);
+        max_new = steps + n_bos - n;
+        context = min(context, n + max_new - 1); // the last token is not computed
+    }
+    start_run(s, context);
+    return max_new;
+}
+
+static void expect_text(const Options *o) {
+    if (!o->prompt && !o->prompt_file)
+        die(EXIT_USAGE, "-m %s: expected a text, -i or -f", o->mode);
+}
+
+// Replaces the first token of a window on a text by bos, if the tokenizer begins texts with it.
+static void begin_with_bos(const Tokenizer *t, uint32_t *tokens) {
+    if (t->h.flags & ADD_BOS)
+        tokens[0] = (uint32_t)t->h.bos_id;
+}
+
+// Prints a result: a line, or in JSON `"key": value` behind `separator`.
+static void print_result(bool json, const char *separator, const char *key, const char *format, double value) {
+    if (json)
+        printf("%s\"%s\": ", separator, key);
+    else
+        printf("%-14s ", key);
+    printf(format, value);
+    fputs(json ? "" : "\n", stdout);
+}
+
+// Computes n tokens in batches and leaves the logits of the last one.
+static void eval_tokens(Session *s, const uint32_t *tokens, size_t n, size_t pos) {
+    for (size_t at = 0, T; at < n; at += T) {
+        T = min(s->run.batch, n - at);
+        forward_parallel(&s->model, &s->run, tokens + at, T, pos + at, at + T == n);
+    }
+}
+
+// -m tokenize: prints the token ids of the prompt on one line, as the model would receive them.
+static void tokenize(Session *s) {
+    const Options *o = s->options;
+    encode(s->tokenizer, &s->context.tokens, read_prompt(o));
+    const Tokens tokens = s->context.tokens;
+    if (!o->json) {
+        print_ids(tokens, " ");
+        puts("");
+        return;
+    }
+    fputs("{\"tokens\": [", stdout);
+    print_ids(tokens, ", ");
+    fputs("], \"pieces\": [", stdout);
+    for (size_t i = 0; i < tokens.n; i++) {
+        fputs(i ? ", " : "", stdout);
+        print_quoted(piece_text(s->tokenizer, tokens.data[i]), PRINT_JSON);
+    }
+    fputs("]}\n", stdout);
+}
+
+// -m next: shows what may follow the prompt. If the prompt is longer than the context, takes its end.
+static void next(Session *s) {
+    const Options *o = s->options;
+    size_t vocab_size = s->model.h.vocab_size;
+    expect_text(o);
+    encode(s->tokenizer, &s->context.tokens, read_prompt(o));
+    Tokens *tokens = &s->context.tokens;
+    size_t all = tokens->n, n = min(all, s->context.max_tokens);
+    expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
+    uint32_t *window = tokens->data + all - n;
+    if (n < all) {
+        begin_with_bos(s->tokenizer, window);
+        fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
+    }
+    print_model(s, n);
+    s->run = alloc_run_state(&s->model, n, 1, o->threads);
+    eval_tokens(s, window, n, 0);
+    const float *logits = s->run.logits;
+    double total = log_sum_exp(logits, vocab_size), entropy = 0;
+    for (size_t i = 0; i < vocab_size; i++) {
+        double logprob = (double)logits[i] - total;
+        entropy -= exp(logprob) * logprob / log(2);
+    }
+    if (o->json)
+        printf("{\"tokens\": %zu, \"entropy_bits\": %.6f, \"next\": ", n, entropy);
+    print_top_k(s, o->top_k ? o->top_k : 10, all, logits);
+    if (o->json)
+        puts("}");
+    else
+        printf("entropy %.2f bits\n", entropy);
+}
+
+enum { SCORED_AT_ONCE = 32 }; // tokens whose logits are in memory at the same time
+
+// Computes the negative log likelihood of the tokens from `first` to n - 1 of a window: nll (n).
+static void window_nll(Session *s, double *nll, const uint32_t *tokens, size_t n, size_t first) {
+    const Model *m = &s->model;
+    RunState *run = &s->run;
+    size_t vocab_size = m->h.vocab_size;
+    for (size_t at = 0, T; at + 1 < n; at += T) { // the last token is not followed by another
+        T = min(run->batch, n - 1 - at);
+        forward_parallel(m, run, tokens + at, T, at, 0);
+        for (size_t i = max(at + 1, first), count; i <= at + T; i += count) {
+            count = min(SCORED_AT_ONCE, at + T + 1 - i);
+#pragma omp parallel num_threads((int)run->threads)
+            {
+                compute_logits(m, run, i - 1 - at, count); // the logits of token i are those after token i - 1
+#pragma omp for
+                for (size_t j = 0; j < count; j++) {
+                    const float *logits = run->logits + j * vocab_size;
+                    nll[i + j] = -log_probability(logits, vocab_size, tokens[i + j]);
+                }
+            }
+            check_finite(m, run->logits, count, i - 1);
+        }
+    }
+}
+
+// -m perplexity: how well the model predicts a text, in windows of the length of the context. Each window overlaps the
+// one before by a token, in whose place is bos, if the tokenizer begins texts with it; so each token is scored once,
+// except the first of the text. With --stride N, windows start N tokens apart, no token is replaced, and each window
+// scores the tokens that the ones before it have not.
+static void perplexity(Session *s) {
+    const Options *o = s->options;
+    size_t context = s->context.max_tokens;
+    if (context < 2)
+        die(EXIT_USAGE, "-c: perplexity expected at least 2, found %zu", context);
+    if (o->stride > context)
+        die(EXIT_USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
+    expect_text(o);
+    encode(s->tokenizer, &s->context.tokens, read_prompt(o));
+    uint32_t *tokens = s->context.tokens.data;
+    size_t all = s->context.tokens.n;
+    context = min(context, all);
+    expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
+    size_t stride = min(o->stride ? o->stride : context - 1, context);
+    print_model(s, context);
+    s->run = alloc_run_state(&s->model, context, SCORED_AT_ONCE, o->threads);
+    double *nll = allocate(context, sizeof *nll, "the scores of a window");
+    double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
+    size_t scored = 1; // the tokens before this one have been scored; nothing precedes the first
+    for (size_t at = 0; scored < all; at += stride) {
+        size_t n = min(context, all - at);
+        if (!o->stride)
+            begin_with_bos(s->tokenizer, tokens + at);
+        size_t first = max(scored, at + 1) - at;
+        window_nll(s, nll, tokens + at, n, first);
+        for (size_t i = first; i < n; i++) {
+            count++;
+            sum += nll[i];
+            squares += nll[i] * nll[i];
+            bytes += (double)decode(s->tokenizer, tokens[at + i], at + i).n;
+        }
+        scored = at + n;
+        if (isatty(STDERR_FILENO))
+            fprintf(stderr, "\r%zu tokens%s", scored, scored < all ? "" : "\n");
+    }
+    free(nll);
+    double tok_s = count / (seconds() - start), mean = sum / count;
+    double variance = fmax(squares / count - mean * mean, 0) * count / fmax(count - 1, 1);
+    // By the delta method, the standard error of e^mean is e^mean times that of the mean. JSON has no infinity.
+    double result = fmin(exp(mean), DBL_MAX), error = fmin(result * sqrt(variance / count), DBL_MAX);
+    print_result(o->json, "{", "tokens", "%.0f", count);
+    print_result(o->json, ", ", "nll", "%.9g", mean);
+    print_result(o->json, ", ", "perplexity", "%.9g", result);
+    print_result(o->json, ", ", "stderr", "%.6g", error);
+    print_result(o->json, ", ", "bits_per_byte", "%.9g", sum / log(2) / fmax(bytes, 1));
+    print_result(o->json, ", ", "tok_s", "%.6g", tok_s);
+    fputs(o->json ? "}\n" : "", stdout);
+}
+
+enum { MAX_REPEAT = 100 };
+
+// A kind of work that -m bench measures.
+typedef struct {
+    const char *name;
+    size_t tokens, pos, step; // so many tokens from this position on, so many in a pass
+    const char *rate;         // what its limit is counted in
+    double work;              // floating-point operations, or bytes read, per token
+    double tok_s[MAX_REPEAT]; // tokens per second, once for each repetition
+} Work;
+
+enum { PREFILL, DECODE, DECODE_AT_END, N_WORKS };
+
+// Fills in the works: a prompt, and generation at the start and at the end of the context.
+static void prepare_bench(Session *s, Work works[N_WORKS]) {
+    const Options *o = s->options;
+    const Model *m = &s->model;
+    size_t context = s->context.max_tokens;
+    if (!o->context)
+        context = min(context, 4096);
+    size_t prefill = o->prefill ? o->prefill : min(512, context);
+    size_t decode = o->decode ? o->decode : min(64, context);
+    if (max(prefill, decode) > context)
+        die(EXIT_USAGE, "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
+            max(prefill, decode));
+    size_t tail = context - decode;
+    s->context.max_tokens = context;
+    s->run = alloc_run_state(m, context, 1, o->threads);
+    uint64_t random = 0;
+    for (size_t i = 0; i < (size_t)(s->run.v - s->run.k) * 2; i++) { // as if there were tokens at all positions
+        float value = (float)random_f64(&random) - 0.5f;
+        convert_f32(s->run.k + i, s->run.kv_type, &value, 1);
+    }
+    for (size_t i = 0; i < context; i++)
+        push(&s->context.tokens, (uint32_t)(random_f64(&random) * m->h.vocab_size));
+
+    // A product with n weights takes 2n operations per token. Attention multiplies each query with the keys of the
+    // positions so far, and the weights of the positions with the values.
+    double T = (double)prefill, layers = m->h.n_layers, embedding = (double)m->embedding.rows * m->h.dim;
+    double flops =
+        2 * layers * (double)layer_params(m) + 2 * embedding / T + layers * 4 * (double)m->q_dim * (T + 1) / 2;
+    double weights = (double)m->file.size - (m->h.flags & TIED ? 0 : 2 * embedding);
+    double per_position = kv_cache_bytes(m, context) / (double)s->run.context;
+    double bytes = weights + per_position * ((double)decode + 1) / 2;
+    works[PREFILL] = (Work){"prefill", prefill, 0, prefill, "gflops", flops, {0}};
+    works[DECODE] = (Work){"decode", decode, 0, 1, "gb_s", bytes, {0}};
+    works[DECODE_AT_END] = (Work){"decode_at_end", decode, tail, 1, "gb_s", bytes + per_position * (double)tail, {0}};
+}
+
+// Computes one pass of a work, from its token t on, and returns how long it took, in seconds.
+static double bench_pass(Session *s, const Work *w, size_t t) {
+    double start = seconds();
+    eval_tokens(s, s->context.tokens.data + t, w->step, w->pos + t);
+    return seconds() - start;
+}
+
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void print_work(Work *w, size_t n, bool json) {
+    qsort(w->tok_s, n, sizeof *w->tok_s, ascending);
+    double tok_s = w->tok_s[n / 2], rate = tok_s * w->work / 1e9;
+    if (json)
+        printf(", \"%s\": {\"tokens\": %zu, \"position\": %zu, \"tok_s\": %.6g, \"tok_s_min\": %.6g, \"tok_s_max\": "
+               "%.6g, \"%s\": %.6g}",
+               w->name, w->tokens, w->pos, tok_s, w->tok_s[0], w->tok_s[n - 1], w->rate, rate);
+    else
+        printf("| %-13s | %6zu | %8zu | %9.2f | %9.2f | %9.2f | %-6s %7.1f |\n", w->name, w->tokens, w->pos, tok_s,
+               w->tok_s[0], w->tok_s[n - 1], strcmp(w->rate, "gb_s") ? "GFLOPS" : "GB/s", rate);
+}
+
+// -m bench: measures tokens per second. `make bench` compares them with the limits of the machine.
+static void bench(Session *s) {
+    Work works[N_WORKS];
+    const Options *o = s->options;
+    const Model *m = &s->model;
+    prepare_bench(s, works);
+    bench_pass(s, &works[DECODE], 0); // loads the weights into memory
+    for (size_t i = 0; i < o->repeat; i++)
+        for (Work *w = works; w < works + N_WORKS; w++) {
+            double time = 0;
+            for (size_t t = 0; t < w->tokens; t += w->step)
+                time += bench_pass(s, w, t);
+            w->tok_s[i] = (double)w->tokens / time;
+        }
+    uint64_t hash = hash_of(s->run.logits, m->h.vocab_size * sizeof(float));
+    fputs(o->json ? "{\"model\": " : "", stdout);
+    print_quoted(span_of(m->file.path), PRINT_JSON);
+    printf(o->json ? ", \"params\": %zu, \"dtype\": \"%s\", \"file_bytes\": %zu, \"isa\": \"%s\", \"threads\": %zu, "
+                     "\"context\": %zu, \"repeat\": %zu, \"logits_hash\": \"%016llx\""
+                   : ": %zu parameters in %s, %zu bytes; %s; threads: %zu; context: %zu; median of %zu; logits "
+                     "%016llx\n\n"
+                     "| work          | tokens | position |     tok/s |       min |       max |           rate |\n"
+                     "|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|\n",
+           n_params(m), dtype_name(m), m->file.size, isa(), s->run.threads, s->context.max_tokens, (size_t)o->repeat,
+           (unsigned long long)hash);
+    for (Work *w = works; w < works + N_WORKS; w++)
+        print_work(w, o->repeat, o->json);
+    fputs(o->json ? "}\n" : "", stdout);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 8 The command line
+
+typedef struct {
+    const char *name;
+    void (*run)(Session *s);
+} Mode;
+
+static const Mode *find_mode(const char *name) {
+    static const Mode modes[] = {{"generate", generate},     {"chat", chat},         {"next", next},
+                                 {"perplexity", perplexity}, {"tokenize", tokenize}, {"bench", bench}};
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
+        if (!strcmp(name, modes[i].name))
+            return &modes[i];
+    die(EXIT_USAGE, "-m: expected generate, chat, next, perplexity, tokenize or bench, found '%s'", name);
+}
+
+typedef struct {
+    const char *flag;
+    enum { TEXT, NUMBER, INTEGER, SWITCH } kind;
+    void *target; // const char *, float, uint64_t, bool
+    long long min, max;
+    const char *value, *help;
+} Option;
+
+static void set_option(const Option *option, const char *text) {
+    char *end = NULL;
+    bool good = true;
+    if (option->kind == TEXT) {
+        *(const char **)option->target = text;
+    } else if (option->kind == NUMBER) {
+        float value = *(float *)option->target = strtof(text, &end);
+        good = value >= (float)option->min && value <= (float)option->max;
+    } else if (option->kind == INTEGER) {
+        errno = 0;
+        long long value = strtoll(text, &end, 10);
+        good = !errno && value >= option->min && value <= option->max;
+        *(uint64_t *)option->target = (uint64_t)value;
+    }
+    if (!good || (end && (end == text || *end)))
+        die(EXIT_USAGE, "%s: expected a %s from %lld to %lld, found '%s'", option->flag,
+            option->kind == INTEGER ? "whole number" : "number", option->min, option->max, text);
+}
+
+#define NEXT_LINE "\n                 " // in the description of a flag
+
+// Reads the command line. The table also is the text of --help; a flag that is "" is a heading there.
+static Options parse_options(int argc, char **argv) {
+    Options o = {.model = NULL, .mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX};
+    o.repeat = 5;
+    o.threads = default_threads();
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    o.seed = (uint64_t)(now.tv_sec ^ now.tv_nsec);
+    bool help = false, version = false;
+    const Option options[] = {
+        {"-m", TEXT, &o.mode, 0, 0, "MODE",
+         "generate: continue the prompt (default); chat: answer messages;" NEXT_LINE
+         "next: show what may come next; perplexity: rate a text;" NEXT_LINE
+         "tokenize: print token ids; bench: measure the speed"},
+        {"-i", TEXT, &o.prompt, 0, 0, "TEXT", "prompt"},
+        {"-f", TEXT, &o.prompt_file, 0, 0, "FILE", "prompt from a file; -: from standard input"},
+        {"-y", TEXT, &o.system, 0, 0, "TEXT", "chat: system prompt"},
+        {"-c", INTEGER, &o.context, 1, INT32_MAX, "N", "context in tokens (default: the model's)"},
+        {"-j", INTEGER, &o.threads, 1, 1024, "N", "threads (default: one per physical core)"},
+        {"-z", TEXT, &o.tokenizer, 0, 0, "FILE",
+         "tokenizer (default: MODEL.tokenizer.bin, else" NEXT_LINE "tokenizer.bin beside it or here)"},
+        {"", SWITCH, NULL, 0, 0, "", "Sampling"},
+        {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
+         "stop after N tokens, prompt included (default 256; 0: end of context);" NEXT_LINE
+         "chat: N tokens per answer (default 0: until the model stops)"},
+        {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (default 1.0; 0: always the most likely token)"},
+        {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p (default 0.9; 1: off)"},
+        {"-k", INTEGER, &o.top_k, 0, INT32_MAX, "K", "top-k (default 0: off); next: tokens shown (default 10)"},
+        {"-s", INTEGER, &o.seed, 0, INT64_MAX, "SEED", "random seed (default: time); same seed, same text"},
+        {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N",
+         "speculate up to N tokens per step, output unchanged (default 0)"},
+        {"", SWITCH, NULL, 0, 0, "", "Output"},
+        {"--probs", SWITCH, &o.probs, 0, 0, "",
+         "colour tokens by probability; with --json: list the top K (default 5)"},
+        {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
+        {"", SWITCH, NULL, 0, 0, "", "Measuring"},
+        {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N",
+         "perplexity: start windows N tokens apart (default: the context)"},
+        {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX, "N", "bench: tokens of the prompt (default 512)"},
+        {"--decode", INTEGER, &o.decode, 1, INT32_MAX, "N", "bench: tokens to generate (default 64)"},
+        {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT, "N", "bench: repetitions (default 5)"},
+        {"-h", SWITCH, &help, 0, 0, "", NULL},
+        {"--help", SWITCH, &help, 0, 0, "", "show this text (also -h)"},
+        {"--version", SWITCH, &version, 0, 0, "", "show the version and the instruction set"},
+    };
+    const Option *end = options + sizeof options / sizeof *options;
+    for (int i = 1; i < argc; i++) {
+        const Option *option = options;
+        while (option < end && (!*option->flag || strcmp(argv[i], option->flag)))
+            option++;
+        if (*argv[i] != '-') {
+            if (o.model)
+                die(EXIT_USAGE, "expected one MODEL, found '%s' and '%s'", o.model, argv[i]);
+            o.model = argv[i];
+        } else if (option == end) {
+            die(EXIT_USAGE, "unknown flag '%s'", argv[i]);
+        } else if (option->kind == SWITCH) {
+            *(bool *)option->target = true;
+        } else if (++i == argc) {
+            die(EXIT_USAGE, "%s: expected a value, found the end of the command line", option->flag);
+        } else {
+            set_option(option, argv[i]);
+        }
+    }
+    if (help) {
+        puts("usage: run [MODEL] [options]   MODEL: a weights file (default " DEFAULT_MODEL ")");
+        for (const Option *option = options; option < end; option++)
+            if (option->help && !*option->flag)
+                puts(option->help);
+            else if (option->help)
+                printf("  %-9s %-4s %s\n", option->flag, option->value, option->help);
+        puts("Examples\n"
+             "  run -t 0.8 -i \"Once upon a time\"\n"
+             "  run models/smollm2.bin -m chat -y \"You are a pirate.\"\n"
+             "  run model.bin -m perplexity -f book.txt --json");
+    } else if (version) {
+        printf("twofiles %s (%s)\n", VERSION, isa());
+    }
+    if (help || version) {
+        flush_output();
+        exit(0);
+    }
+    if (o.prompt && o.prompt_file && strcmp(o.mode, "chat"))
+        die(EXIT_USAGE, "expected one of -i and -f, found both");
+    if (o.steps == UINT64_MAX) // no -n
+        o.steps = strcmp(o.mode, "chat") ? 256 : 0;
+    return o;
+}
+
+// The length of a path without .bin at its end.
+static int stem(const char *path) {
+    size_t n = strlen(path);
+    if (n >= 4 && !strcmp(path + n - 4, ".bin"))
+        n -= 4;
+    return (int)n;
+}
+
+// The length of a path's folder, with the / at its end.
+static int folder(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return (int)(slash ? slash + 1 - path : 0);
+}
+
+// The tokenizer file: -z FILE, else MODEL.tokenizer.bin beside MODEL.bin, else tokenizer.bin beside it, else here. If
+// MODEL is a link, looks beside the link and beside the file that it leads to.
+static const char *tokenizer_path(const Options *o) {
+    if (o->tokenizer)
+        return o->tokenizer;
+    char target[PATH_MAX];
+    const char *names[] = {o->model, realpath(o->model, target) ? target : o->model};
+    size_t size = max(strlen(names[0]), strlen(names[1])) + sizeof ".tokenizer.bin";
+    char *path = allocate(size, 1, "a path");
+    for (size_t i = 0; i < 5; i++) {
+        const char *name = names[i % 2];
+        if (i < 2)
+            snprintf(path, size, "%.*s.tokenizer.bin", stem(name), name);
+        else
+            snprintf(path, size, "%.*stokenizer.bin", i < 4 ? folder(name) : 0, name);
+        if (!access(path, F_OK))
+            return path;
+    }
+    die(EXIT_ERROR,
+        "%s: no tokenizer file: expected %.*s.tokenizer.bin, or tokenizer.bin beside it or here, or -z FILE", o->model,
+        stem(o->model), o->model);
+}
+
+static void check_vocab_match(const Model *m, const Tokenizer *t) {
+    expect(m->h.vocab_size == t->h.vocab_size && m->h.vocab_hash == t->h.vocab_hash,
+           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
+           "%016llx",
+           t->file.path, m->file.path, m->h.vocab_size, (unsigned long long)m->h.vocab_hash, t->h.vocab_size,
+           (unsigned long long)t->h.vocab_hash);
+}
+
+#ifndef NO_MAIN // the tests include this file and have their own main
+int main(int argc, char **argv) {
+    prepare_process(argv);
+    Options o = parse_options(argc, argv);
+    const Mode *mode = find_mode(o.mode);
+    if (!o.model && !(mode->run == tokenize && o.tokenizer)) // tokenize needs no model
+        o.model = DEFAULT_MODEL;
+    Session s = {.options = &o, .printer = new_printer(&o)};
+    if (o.model) {
+        s.model = open_model(o.model);
+        uint32_t longest = s.model.h.max_seq_len;
+        s.context.max_tokens = o.context ? o.context : longest;
+        if (s.context.max_tokens > longest)
+            die(EXIT_USAGE, "-c: expected at most %u, the context of %s, found %zu", longest, o.model,
+                s.context.max_tokens);
+        o.threads = min(o.threads, max_useful_threads(&s.model));
+    }
+    s.tokenizer = open_tokenizer(tokenizer_path(&o));
+    if (o.model)
+        check_vocab_match(&s.model, s.tokenizer);
+    mode->run(&s);
+    flush_output();
+    exit(0); // instead of return, so that no memory counts as lost
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// 9 Plumbing
+
+// ---- Errors and memory
+
+static _Noreturn void die(int status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fputs("run: ", stderr);
+    vfprintf(stderr, format, args);
+    fputs(status == EXIT_USAGE ? " (run --help shows the usage)\n" : "\n", stderr);
+    va_end(args);
+    exit(status);
+}
+
+// Aligned to a cache line: a vector load that crosses two lines costs twice. At least 1 byte, so that NULL is an error.
+static void *allocate(size_t count, size_t size, const char *what) {
+    void *memory;
+    expect(!posix_memalign(&memory, 64, count * size + 1), "no memory for %s: %.1f MB needed", what,
+           (double)count * (double)size / 1e6);
+    return memory;
+}
+
+// Gives an array room for n elements.
+static void *grow(void *data, size_t *capacity, size_t n, size_t size) {
+    if (n <= *capacity)
+        return data;
+    *capacity = 2 * n;
+    data = realloc(data, *capacity * size);
+    expect(data, "no memory for a text: %.1f MB needed", (double)*capacity * (double)size / 1e6);
+    return data;
+}
+
+static void append_bytes(Bytes *array, Span text) {
+    reserve(array, text.n);
+    if (text.n)
+        memcpy(array->data + array->n, text.bytes, text.n);
+    array->n += text.n;
+}
+
+static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
+
+// An entry that comes before another in a heap.
+static bool heap_before(HeapEntry a, HeapEntry b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
+
+// A binary heap: the children of entry i are 2i + 1 and 2i + 2, and come after it.
+static void heap_push(Heap *heap, HeapEntry entry) {
+    push(heap, entry);
+    HeapEntry *entries = heap->data;
+    size_t i = heap->n - 1;
+    while (i > 0 && heap_before(entry, entries[(i - 1) / 2])) {
+        entries[i] = entries[(i - 1) / 2];
+        i = (i - 1) / 2;
+    }
+    entries[i] = entry;
+}
+
+static HeapEntry heap_pop(Heap *heap) {
+    HeapEntry *entries = heap->data, top = entries[0];
+    size_t i = 0, n = --heap->n;
+    for (size_t child = 1; child < n; child = 2 * i + 1) {
+        if (child + 1 < n && heap_before(entries[child + 1], entries[child]))
+            child++;
+        if (!heap_before(entries[child], entries[n]))
+            break;
+        entries[i] = entries[child];
+        i = child;
+    }
+    entries[i] = entries[n];
+    return top;
+}
+
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+// ---- Files
+
+static void check(const char *path, const char *name, double value, double low, double high) {
+    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
+    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
+}
+
+_Static_assert(sizeof(Header) == 96, "the compiler added padding to Header");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are little-endian and used as they are");
+
+// Refuses a damaged header. The bounds also keep every size that is computed from it below 2^63.
+static void check_header(const char *path, const Header *h) {
+    check(path, "version", h->version, 1, 1);
+    check(path, "dtype", h->dtype, BF16, F16);
+    check(path, "flags", h->flags, 0, ALL_FLAGS);
+    check(path, "dim", h->dim, 1, 1 << 20);
+    check(path, "hidden_dim", h->hidden_dim, 1, 1 << 22);
+    check(path, "n_layers", h->n_layers, 1, 1 << 12);
+    check(path, "n_heads", h->n_heads, 1, 1 << 14);
+    check(path, "n_kv_heads", h->n_kv_heads, 1, h->n_heads);
+    expect(h->n_heads % h->n_kv_heads == 0, "%s: n_kv_heads: expected a divisor of n_heads %u, found %u", path,
+           h->n_heads, h->n_kv_heads);
+    check(path, "head_dim", h->head_dim, 2, MAX_HEAD);
+    expect(h->head_dim % 2 == 0, "%s: head_dim: expected an even number, found %u", path, h->head_dim);
+    check(path, "vocab_size", h->vocab_size, 1, 1 << 24);
+    check(path, "max_seq_len", h->max_seq_len, 1, 1 << 28);
+    check(path, "norm_eps", h->norm_eps, 0, 1);
+    check(path, "rope_theta", h->rope_theta, 1, FLT_MAX);
+    check(path, "rope_scaling", h->rope_scaling, ROPE_PLAIN, ROPE_LLAMA3);
+    if (h->rope_scaling != ROPE_PLAIN)
+        check(path, "rope_factor", h->rope_factor, 1, FLT_MAX);
+    if (h->rope_scaling == ROPE_LLAMA3) {
+        check(path, "rope_low_freq_factor", h->rope_low_freq_factor, FLT_MIN, 1e6f);
+        check(path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
+        check(path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
+    }
+    for (const char *p = (const char *)(h + 1); p < (const char *)h + HEADER_SPACE; p++)
+        check(path, "the unused bytes of the header", *p, 0, 0);
+}
+
+static File map_file(const char *path, const char *magic, size_t min_size, const char *what) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe must not block; it is refused below
+    struct stat st;
+    expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s, as python3 export.py CHECKPOINT -o MODEL.bin makes it: %s",
+           path, what, strerror(errno));
+    expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
+           S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
+    size_t size = (size_t)st.st_size;
+    expect(size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, size);
+    File f = {path, mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0), size, fd};
+    expect(f.bytes != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, size, strerror(errno));
+
+    // The file of another program is the likeliest mistake, so this shows what it starts with.
+    char start[9] = {0};
+    for (int i = 0; i < 8; i++)
+        start[i] = f.bytes[i] >= ' ' && f.bytes[i] <= '~' ? (char)f.bytes[i] : '.';
+    expect(!memcmp(f.bytes, magic, 8),
+           "%s: expected %s, which starts \"%s\", found \"%s\" (export.py converts other files)", path, what, magic,
+           start);
+    return f;
+}
+
+// Reads a file into memory. Unlike a mapped file, it cannot change after it has been checked.
+static File read_file(const char *path, const char *magic, size_t min_size, const char *what) {
+    File mapped = map_file(path, magic, min_size, what), f = mapped;
+    f.bytes = allocate(f.size, 1, what);
+    memcpy(f.bytes, mapped.bytes, f.size);
+    munmap(mapped.bytes, f.size);
+    close(f.fd);
+    return f;
+}
+
+static FILE *open_text(const char *path) {
+    if (!strcmp(path, "-"))
+        return stdin;
+    FILE *file = fopen(path, "rb");
+    expect(file, "%s: cannot read: %s", path, strerror(errno));
+    return file;
+}
+
+// Chat reads messages from -f, or else from standard input.
+static FILE *open_chat_input(const Options *o) { return open_text(o->prompt_file ? o->prompt_file : "-"); }
+
+// The text of -i or -f.
+static Span read_prompt(const Options *o) {
+    if (!o->prompt_file)
+        return span_of(o->prompt ? o->prompt : "");
+    Bytes text = {0};
+    FILE *file = open_text(o->prompt_file);
+    while (!feof(file) && !ferror(file)) {
+        reserve(&text, 1 << 16);
+        text.n += fread(text.data + text.n, 1, 1 << 16, file);
+        expect(text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
+    }
+    expect(!ferror(file), "%s: cannot read the prompt: %s", o->prompt_file, strerror(errno));
+    if (file != stdin)
+        fclose(file);
+    return (Span){text.data, text.n};
+}
+
+// ---- Number formats
+
+static inline float float_from_bits(uint32_t bits) {
+    return (
+               union {
+                   uint32_t u;
+                   float f;
+               }){bits}
+        .f;
+}
+static inline uint32_t float_bits(float value) {
+    return (
+               union {
+                   float f;
+                   uint32_t u;
+               }){value}
+        .u;
+}
+static inline float bf16_to_f32(uint16_t h) { return float_from_bits((uint32_t)h << 16); }
+
+// Rounds to nearest, ties to even. NaN stays NaN.
+static inline uint16_t f32_to_bf16(float value) {
+    uint32_t bits = float_bits(value);
+    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded >> 16);
+}
+
+// The exponent of an F16 is biased by 15, that of an F32 by 127. Multiplying by 2^112 corrects it, and makes subnormal
+// numbers of F16 normal at the same time.
+static inline float f16_to_f32(uint16_t h) {
+    float magnitude = float_from_bits((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
+    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0; // infinity or NaN
+    return float_from_bits(float_bits(magnitude) | special | (uint32_t)(h & 0x8000) << 16);
+}
+
+// Rounds to nearest, ties to even. Numbers that are too large become infinity. Conditional expressions instead of
+// branches let the compiler make vector code of this function.
+static inline uint16_t f32_to_f16(float value) {
+    uint32_t sign = float_bits(value) >> 16 & 0x8000;
+    uint32_t bits = float_bits(value) & 0x7fffffff;
+    uint32_t normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+    uint32_t subnormal = float_bits(float_from_bits(bits) + 0.5f) - 0x3f000000; // the addition rounds
+    uint32_t half = bits < 0x38800000 ? subnormal : normal;                     // below 2^-14
+    half = bits >= 0x477ff000 ? 0x7c00 : half;                                  // rounds to 65,536 or more: infinity
+    half = bits > 0x7f800000 ? 0x7e00 : half;                                   // NaN
+    return (uint16_t)(half | sign);
+}
+
+static inline size_t size_of(Dtype dtype) { return dtype == F32 ? sizeof(float) : sizeof(uint16_t); }
+
+static inline const void *element_ptr(const void *array, Dtype dtype, size_t i) {
+    return (const char *)array + i * size_of(dtype);
+}
+
+static inline float load_number(const void *array, Dtype dtype, size_t i) {
+    if (dtype == F32)
+        return ((const float *)array)[i];
+    uint16_t h = ((const uint16_t *)array)[i];
+    if (dtype == F16)
+        return f16_to_f32(h);
+    return bf16_to_f32(h);
+}
+
+static void convert_f32(void *out, Dtype dtype, const float *values, size_t n) {
+    uint16_t *halves = out;
+    if (dtype == F32)
+        memcpy(out, values, n * sizeof *values);
+    else if (dtype == F16)
+        for (size_t i = 0; i < n; i++)
+            halves[i] = f32_to_f16(values[i]);
+    else
+        for (size_t i = 0; i < n; i++)
+            halves[i] = f32_to_bf16(values[i]);
+}
+
+// a * b + c, in one instruction if the CPU has one
+static inline float fma_f32(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// e^x within 3 units in the last place; 0 below -87, and e^88 above 88. Compilers make vector code of this function,
+// which they cannot do with libm's: x = n ln 2 + r, e^r is a polynomial, and 2^n goes straight into the exponent bits.
+static inline float exp_f32(float x) {
+    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, left in the low bits of the mantissa
+    float y = x > 88.0f ? 88.0f : x;
+    float shifted = fma_f32(y, 1.44269504f, round);
+    float n = shifted - round;
+    float r =
+        fma_f32(n, -1.42860677e-6f, fma_f32(n, -0.693145752f, y)); // ln 2 in two parts: n times the first is exact
+    float p = 1.0f / 720;
+    p = fma_f32(p, r, 1.0f / 120);
+    p = fma_f32(p, r, 1.0f / 24);
+    p = fma_f32(p, r, 1.0f / 6);
+    p = fma_f32(p, r, 0.5f);
+    p = fma_f32(p, r, 1.0f);
+    p = fma_f32(p, r, 1.0f);
+    return y < -87.0f ? 0.0f : p * float_from_bits((float_bits(shifted) + 127) << 23);
+}
+
+// logits (n, V) of the positions from pos on
+static void check_finite(const Model *m, const float *logits, size_t n, size_t pos) {
+    for (size_t t = 0; t < n; t++) {
+        size_t bad = 0;
+        for (size_t i = 0; i < m->h.vocab_size; i++)
+            bad += !(fabsf(logits[t * m->h.vocab_size + i]) <= FLT_MAX);
+        expect(bad == 0, "%s: %zu logits after position %zu are not finite: the weights contain NaN or are too large",
+               m->file.path, bad, pos + t);
+    }
+}
+
 // ---- The process
 
-#if defined(__x86_64__) && !defined(NO_MAIN)
+#ifdef __x86_64__
 static void need(bool there, const char *name) {
     if (there)
         return;
-    fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n", name);
+    fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
+            name);
     _exit(EXIT_ERROR);
 }
 
@@ -2710,8 +2679,8 @@ __attribute__((constructor)) static void check_cpu(void) {
     need(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"), "AVX2");
 #endif
 #ifdef __AVX512F__
-    need(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl"),
+    need(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
          "AVX-512");
 #endif
 #ifdef __AVX512BF16__
@@ -2794,7 +2763,6 @@ static size_t default_threads(void) {
 }
 #endif
 
-#ifndef NO_MAIN
 // A page of the mapped file cannot be read: its disk failed, or another program has made the file shorter.
 static void on_sigbus(int signal) {
     (void)signal;
@@ -2817,7 +2785,6 @@ static void prepare_process(char **argv) {
 #endif
     (void)argv;
 }
-#endif
 
 // ------------------------------------------------------------------------------------------------
 // 10 Fast kernels
@@ -2830,17 +2797,23 @@ static void prepare_process(char **argv) {
 // with many sums takes the accumulators one after the other. The sums are the same, bit for bit.
 
 enum {
-    MR = 4,             // rows of weights that the micro-kernel multiplies at a time
-    MC = 128,           // rows of weights that stay in L2 while all tokens are multiplied with them
-    KC_BYTES = 4096,    // of each token's row, multiplied at a time
-    TOKENS_IN_L1 = 6,   // tokens that stay in L1 while the rows of a block stream past
-    KV_BLOCK = 64,      // keys and values that attention handles at a time
-    Q_BLOCK = 64,       // queries that are multiplied with a block of keys while it is in cache
-    Q_TILE = 4          // queries that share each key and value that is loaded
+    MR = 4,           // rows of weights that the micro-kernel multiplies at a time
+    MC = 128,         // rows of weights that stay in L2 while all tokens are multiplied with them
+    KC_BYTES = 4096,  // of each token's row, multiplied at a time
+    TOKENS_IN_L1 = 6, // tokens that stay in L1 while the rows of a block stream past
+    KV_BLOCK = 64,    // keys and values that attention handles at a time
+    Q_BLOCK = 64,     // queries that are multiplied with a block of keys while it is in cache
+    Q_TILE = 4        // queries that share each key and value that is loaded
 };
 
 static void page_weights(Paging *p, Tensor w); // section 11
 static Paging *open_paging(const Model *m);
+
+#ifdef PLAIN
+enum { FAST = 0 }; // `make plain`: the plain loops of section 2
+#else
+enum { FAST = 1 }; // the kernels of section 10
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -3046,6 +3019,26 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
 
 static float *thread_scratch(const RunState *s) { return s->scratch + (size_t)omp_get_thread_num() * s->scratch_size; }
 
+// Writes a key and a value (d each) of kv head g at position pos into the KV cache, in 16 bits.
+static void cache_kv(const Model *m, RunState *s, size_t layer, size_t g, size_t pos, const float *k, const float *v) {
+    size_t d = m->h.head_dim;
+    uint16_t k16[MAX_HEAD], v16[MAX_HEAD];
+    convert_f32(k16, s->kv_type, k, d);
+    convert_f32(v16, s->kv_type, v, d);
+    for (size_t i = 0; i < d; i++) {
+        s->k[k_index(m, s, layer, g, pos, i)] = k16[i];
+        s->v[v_index(m, s, layer, g, pos, i)] = v16[i];
+    }
+}
+
+static float cached_k(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i) {
+    return load_number(s->k, s->kv_type, k_index(m, s, layer, g, pos, i));
+}
+
+static float cached_v(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i) {
+    return load_number(s->v, s->kv_type, v_index(m, s, layer, g, pos, i));
+}
+
 // ---- Vectors of any length, in the language of gcc and clang
 
 typedef uint32_t vec_u32 __attribute__((vector_size(4 * W)));
@@ -3158,7 +3151,8 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
         }
 }
 
-// Up to this many tokens, the matrix product is limited by memory: each few rows are used for all tokens as they arrive.
+// Up to this many tokens, the matrix product is limited by memory: each few rows are used for all tokens as they
+// arrive.
 enum { SMALL_BATCH = MR * NR };
 
 // Multiplies whole groups of MR rows and whole vectors of columns by several tokens. A chunk of TOKENS_IN_L1 tokens
@@ -3168,7 +3162,7 @@ enum { SMALL_BATCH = MR * NR };
 INLINE void gemm_blocked(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, Update update,
                          bool large) {
     const size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, chunk = KC_BYTES / size_of(x_type);
-    size_t lines = MR * w.stride * size_of(w_type) / 64;                                  // in a group of rows
+    size_t lines = MR * w.stride * size_of(w_type) / 64;                                         // in a group of rows
     size_t passes = (x.rows + TOKENS_IN_L1 - 1) / TOKENS_IN_L1 * ((x.cols + chunk - 1) / chunk); // of these rows
     size_t steps = (x.rows + NR - 1) / NR * (x.cols / step);
     Prefetch prefetch = {element_ptr(w.data, w_type, w.rows * w.stride),
@@ -3239,7 +3233,11 @@ static void gemm(float *out, size_t stride, Tensor w, Tensor x, Update update) {
 
 // Splits the rows of w among the threads. One token: each thread has a range of rows to stream. A small batch: each
 // few rows are used for all tokens as they arrive. A large batch: a block of rows stays in L2.
-static void matmul_fast(RunState *s, float *out, Tensor w, Tensor x, Update update) {
+static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update) {
+    if (!FAST) {
+        matmul_ref(out, w, x, update);
+        return;
+    }
 #pragma omp master
     page_weights(s->paging, w);
     size_t block = MC;
@@ -3303,8 +3301,8 @@ INLINE void weighted_sum_typed(float *y, size_t y_stride, const float *a, size_t
 }
 
 // The weighted sums of rows that attention is made of, for 1 or Q_TILE queries. May read a vector past the end of x.
-static void weighted_sum(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries,
-                         const uint16_t *x, bool pairs, size_t m, size_t n) {
+static void weighted_sum(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
+                         bool pairs, size_t m, size_t n) {
     if (pairs)
         weighted_sum_typed(y, y_stride, a, a_stride, queries, x, true, m, n);
     else
@@ -3338,9 +3336,10 @@ static float online_softmax(float score[KV_BLOCK], size_t n_visible, float scale
 }
 
 // Attention for `count` queries that share kv head g, one block of keys and values after the other. Query `first` + i
-// is that of head (first + i) % (H/G) of the group, of token (first + i) / (H/G) of the batch.  (FlashAttention: Dao 2022)
-static void attention_block(const Model *m, RunState *s, Tensor result, size_t layer, size_t pos, size_t g, size_t first,
-                            size_t count) {
+// is that of head (first + i) % (H/G) of the group, of token (first + i) / (H/G) of the batch.
+//                                                                                            (FlashAttention: Dao 2022)
+static void attention_block(const Model *m, RunState *s, Tensor result, size_t layer, size_t pos, size_t g,
+                            size_t first, size_t count) {
     const size_t d = m->h.head_dim, group = m->h.n_heads / m->h.n_kv_heads, P = pair_size(s);
     const bool pairs = P == 2; // then queries and weights are rounded to bf16, too
     const float scale = 1.0f / sqrtf((float)d);
@@ -3376,7 +3375,8 @@ static void attention_block(const Model *m, RunState *s, Tensor result, size_t l
                     weights = rounded;
                 }
             }
-            weighted_sum(out + i * d, d, weights, KV_BLOCK / P, queries, s->v + block, pairs, (n_visible + P - 1) / P, d);
+            weighted_sum(out + i * d, d, weights, KV_BLOCK / P, queries, s->v + block, pairs, (n_visible + P - 1) / P,
+                         d);
         }
     }
     for (size_t i = 0; i < count; i++) {
@@ -3386,7 +3386,11 @@ static void attention_block(const Model *m, RunState *s, Tensor result, size_t l
     }
 }
 
-static void attention_fast(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
+static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
+    if (!FAST) {
+        attention_ref(m, s, out, layer, pos);
+        return;
+    }
     size_t queries = out.rows * (m->h.n_heads / m->h.n_kv_heads); // that share a kv head
 #pragma omp for collapse(2) schedule(dynamic)
     for (size_t g = 0; g < m->h.n_kv_heads; g++)
