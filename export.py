@@ -2362,7 +2362,9 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         flags |= find_no_think(chat, parts)
         if "strftime_now" in source:
             say("note", "the chat template holds today's date, which stays as it is")
-        return Template(tuple(script_of(part, added) for part in parts.values()), flags)
+        *scripts, _ = (script_of(part, added) for part in parts.values())
+        end_of_thought = (parts["end_of_thought"],) if parts["end_of_thought"] else ()
+        return Template((*scripts, end_of_thought), flags)
     except TemplateError as error:
         say("note", f"no chat template is stored: {error}")
         return None
@@ -2451,7 +2453,7 @@ def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
         gap = "" if spaces or newlines else "\n\n"
         kept = [gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
         check_template(chat, parts, with_thoughts("\n\n"), kept=kept)
-        return SPACES_AFTER_THOUGHT if spaces else NEWLINES_AFTER_THOUGHT if newlines else 0
+        return SPACES_AFTER_THOUGHT | NEWLINES_AFTER_THOUGHT if spaces else NEWLINES_AFTER_THOUGHT if newlines else 0
     return 0
 
 

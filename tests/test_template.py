@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from files import Model as FileModel
+from files import Program, chain_model, read_tokenizer
 from peers import LLAMA3, Tokens, corpus, trained
 from test_tokenizer import CASES
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -302,6 +304,92 @@ def test_tokens_that_take_spaces_with_them(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
     assert export.read_tokenizer(tmp_path).template is None
     assert "<|im_end|> takes spaces with it" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models that think
+
+
+def thinking(opens: str, rest: str) -> str:
+    """A template with a switch, where `opens` stands in front of a new answer, and `rest` is left of an earlier one."""
+    return (
+        "{%- for m in messages %}{%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\n' }}{%- generation %}"
+        "{%- if '</think>' in m.content %}{{- " + rest + " }}{%- else %}{{- m.content }}{%- endif %}"
+        "{%- endgeneration %}{{- '<|im_end|>\n' }}"
+        "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
+        "{%- else %}{{- '" + opens + "' }}{%- endif %}{%- endif %}"
+    )
+
+
+LAST = "m.content.split('</think>')[-1]"
+THINKERS = {
+    "drops": thinking("", LAST),
+    "drops newlines": thinking("", LAST + ".lstrip('\n')"),  # Qwen3
+    "drops spaces": thinking("", LAST + ".lstrip()"),
+    "opens": thinking("<think>\n", LAST),  # DeepSeek-R1's distillations
+    "opens, drops newlines": thinking("<think>\n", LAST + ".lstrip('\n')"),  # QwQ
+    "keeps": thinking("", "m.content"),
+    "trims": thinking("", LAST + " | trim").replace("{{- m.content }}", "{{- m.content | trim }}"),
+}
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
+@pytest.mark.parametrize("name", THINKERS)
+def test_chats_with_thoughts(tmp_path: Path, run: Program, name: str, special: bool) -> None:
+    """What the model reads in conversations of one, three and five turns is what transformers gives it."""
+    library = byte_level()
+    library.normalizer = None
+    library.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL])
+    library.add_tokens([AddedToken(t, normalized=False, special=special) for t in ("<think>", "</think>")])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "chat_template": THINKERS[name]})
+    )
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<|im_end|>")
+    theirs.chat_template = THINKERS[name]
+    vocabulary = read_tokenizer(export.read_tokenizer(tmp_path).to_bytes())
+    for says in ("<think>r</think>\n\nA", "<think>r</think> \nA", "<think>r</think>A", "A", "<think>r"):
+        for options in ({}, {"enable_thinking": False}):
+            first = theirs.apply_chat_template(
+                [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False, **options
+            )
+            said = says.removeprefix("<think>") if "opens" in name and not options else says
+            reply = theirs.encode(said, add_special_tokens=False)
+            end = theirs.convert_tokens_to_ids("<|im_end|>")
+            if first[-1] in reply:  # each token of such a model has one successor
+                continue
+            model = chain_model([first[-1], *reply, end], vocabulary=vocabulary, max_seq_len=512)
+            path = model.write(tmp_path / "m.bin")
+            args = ["-m", "chat", "--json", "-t", 0, *(["--no-think"] if options else [])]
+            lines = run.ok(path, *args, stdin=b"Hi\nyo\nand then?\n").stdout.splitlines()
+            prompts = [found["prompt_tokens"] for found in map(json.loads, lines) if "prompt_tokens" in found]
+            messages = []
+            for found, user in zip(prompts, ["Hi", "yo", "and then?"], strict=True):
+                messages.append({"role": "user", "content": user})
+                expected = theirs.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False, **options
+                )
+                assert found == expected, (says, options, messages)
+                messages.append({"role": "assistant", "content": said})
+
+
+def test_no_think_takes_a_template_that_knows_it(tmp_path: Path, run: Program) -> None:
+    found = Model(tmp_path, KINDS[0], CHATML)
+    found.close()
+    vocabulary = read_tokenizer(found.tokenizer.to_bytes())
+    path = FileModel(vocabulary=vocabulary).zero().write(tmp_path / "m.bin")
+    run.fails(1, path, "-m", "chat", "--no-think", says=["--no-think", "knows no such switch"])
+
+
+def test_what_cannot_be_done_is_said_with_the_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = (
+        "{% for m in messages %}[{% if m.role == 'assistant' and loop.index > 3 %}later {% endif %}"
+        "{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+    )
+    assert export.find_template(odd, {}, {}) is None
+    assert "turn 4 of 5, an answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
