@@ -178,17 +178,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def setting(s: Settings, key: str, kind: type, *default: Any) -> Any:
-    """A setting of this very type, but a whole number may stand for any; null counts as absent.
-
-    A list of one value for each layer, all the same, is that value.
-    """
+    """A setting of this very type, but a whole number may stand for any; null counts as absent."""
     value = s.get(key)
     if value is None:
         if not default:
             raise ExportError(f"lacks {key}")
         return default[0]
-    if isinstance(value, list) and kind is not list and value and value.count(value[0]) == len(value):
-        value = value[0]
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -485,11 +480,11 @@ class Model:
             tensor = others.pop(name, None)
             if tensor is None:
                 raise ExportError(f"lacks the tensor {name} of the shape {shape}", self.path)
-            if tensor.shape != shape:
-                found = f"expected the shape {shape}, found {tensor.shape}"
-                raise ExportError(f"tensor {name}: {found}", tensor.path)
             if tensor.dtype not in STORED:
                 found = f"expected the type F32, F16 or BF16, found {tensor.dtype}"
+                raise ExportError(f"tensor {name}: {found}", tensor.path)
+            if tensor.shape != shape:
+                found = f"expected the shape {shape}, found {tensor.shape}"
                 raise ExportError(f"tensor {name}: {found}", tensor.path)
         for name, tensor in others.items():
             if not BUFFER.fullmatch(name) and not is_zero_bias(name, tensor):
@@ -563,10 +558,10 @@ def read_torch(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", mmap=in_zip, weights_only=True)
         except pickle.UnpicklingError as error:
             asked = re.search(r"GLOBAL (\S+)", str(error))
-            name = asked[1] if asked else str(error).partition("\n")[0]
-            raise ExportError(
-                f"its pickle asks for {name}, expected tensors and nothing that could run code"
-            ) from None
+            if asked is None:
+                raise
+            expected = "expected tensors and nothing that could run code"
+            raise ExportError(f"its pickle asks for {asked[1]}, {expected}") from None
         if not isinstance(found, dict) or not all(
             isinstance(tensor, torch.Tensor) for tensor in found.values()
         ):
@@ -856,19 +851,14 @@ def sliding_window(family: str, s: Settings, config: Config) -> int | None:
 
 def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
     """In one file, or in several: what lies in one that is missing will be missed."""
-    readers = {"model{}.safetensors": read_safetensors, "pytorch_model{}.bin": read_torch}
-    for form, read in readers.items():
-        for paths in ([folder / form.format("")], sorted(folder.glob(form.format("-*-of-*")))):
-            if paths and paths[0].exists():
-                found = {name: tensor for path in paths for name, tensor in read(path).items()}
-                prefix = (
-                    "" if any(name.startswith("model.") for name in found) else "model."
-                )  # a bare LlamaModel
-                return {
-                    name if name.startswith("lm_head.") else prefix + name: t for name, t in found.items()
-                }
-    expected = " or ".join(form.format("[-00001-of-...]") for form in readers)
-    raise ExportError(f"expected {expected}, found neither", folder)
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
+        one = folder / name
+        paths = [one] if one.exists() else sorted(folder.glob(f"*-of-*{one.suffix}"))
+        found = {name: tensor for path in paths for name, tensor in read(path).items()}
+        if paths:
+            prefix = "" if any(name.startswith("model.") for name in found) else "model."  # a bare LlamaModel
+            return {name if name.startswith("lm_head.") else prefix + name: t for name, t in found.items()}
+    raise ExportError("expected model.safetensors, pytorch_model.bin, or their shards, found none", folder)
 
 
 META_SETTINGS = {  # all that is known in params.json; of others, nobody knows what they change
@@ -998,7 +988,7 @@ def open_gguf(path: Path) -> Model:
         found |= read_gguf(other)[1]
     with naming(path):
         architecture = known_setting(s, "general.architecture", ["llama", "qwen2", "qwen3"])
-        own = {key.removeprefix(f"{architecture}."): value for key, value in s.items()}
+        own = {key.removeprefix(f"{architecture}."): same_in_all_layers(value) for key, value in s.items()}
         refuse(own, "expert_count", "logit_scale", "residual_scale", "embedding_scale", "attention.scale")
         factors = found.pop("rope_freqs.weight", None)
         found = by_hugging_face_names(found, setting(own, "block_count", int))
@@ -1017,6 +1007,11 @@ def open_gguf(path: Path) -> Model:
         stop_ids = ids_in(s, "tokenizer.ggml.eos_token_id") + ids_in(s, "tokenizer.ggml.eot_token_id")
         window = setting(own, "attention.sliding_window", int, 0) or None
         return Model(path, config, found, stop_ids, window, path if "tokenizer.ggml.tokens" in s else None)
+
+
+def same_in_all_layers(value: Any) -> Any:
+    """A number of which llama.cpp may have one for each layer."""
+    return value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
 
 
 def gguf_splits(path: Path, s: Settings) -> list[Path]:
@@ -2453,7 +2448,13 @@ def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
         gap = "" if spaces or newlines else "\n\n"
         kept = [gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
         check_template(chat, parts, with_thoughts("\n\n"), kept=kept)
-        return SPACES_AFTER_THOUGHT | NEWLINES_AFTER_THOUGHT if spaces else NEWLINES_AFTER_THOUGHT if newlines else 0
+        return (
+            SPACES_AFTER_THOUGHT | NEWLINES_AFTER_THOUGHT
+            if spaces
+            else NEWLINES_AFTER_THOUGHT
+            if newlines
+            else 0
+        )
     return 0
 
 
