@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"export.py: error: expected Python 3.11 or newer, found {sys.version.split()[0]}")
 
 import argparse
@@ -87,7 +87,7 @@ def naming(about: object) -> Iterator[None]:
     except OSError as error:
         message = error.strerror or str(error)
         raise ExportError(message, error.filename or about) from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         message = str(error).strip().partition("\n")[0]
         raise ExportError(
             f"damaged, or of an unknown form ({type(error).__name__}: {message})", about
@@ -2308,7 +2308,7 @@ class ChatTemplate:
             )
         except TemplateError:
             raise
-        except Exception as error:  # a template may do anything
+        except Exception as error:  # noqa: BLE001 a template may do anything
             raise TemplateError(f"{type(error).__name__}: {error}") from None
 
 
