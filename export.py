@@ -699,14 +699,13 @@ def config_of(source: int, s: Settings, found: dict[str, Tensor], **others: Any)
     Where both say something, Model checks that they agree.
     """
     layer = "model.layers.0."
-    values: dict[str, Any] = {
-        "qkv_bias": f"{layer}self_attn.q_proj.bias" in found,
-        "qk_norm": f"{layer}self_attn.q_norm.weight" in found,
-        "tied": "lm_head.weight" not in found,
-        "vocab_size": shape_of(found, "model.embed_tokens.weight")[0],
-        "dim": shape_of(found, "model.embed_tokens.weight")[1],
-        "hidden_dim": shape_of(found, f"{layer}mlp.gate_proj.weight")[0],
-    } | others
+    rows, dim, *_ = shape_of(found, "model.embed_tokens.weight")
+    hidden_dim = shape_of(found, f"{layer}mlp.gate_proj.weight")[0]
+    values: dict[str, Any] = {"vocab_size": rows, "dim": dim, "hidden_dim": hidden_dim}
+    values["qkv_bias"] = f"{layer}self_attn.q_proj.bias" in found
+    values["qk_norm"] = f"{layer}self_attn.q_norm.weight" in found
+    values["tied"] = "lm_head.weight" not in found
+    values |= others
     said = {field: keys[source] for field, keys in SETTINGS.items()}
     for field, key in said.items():
         kind = float if field == "norm_eps" else int
@@ -861,11 +860,10 @@ def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
     raise ExportError("expected model.safetensors, pytorch_model.bin, or their shards, found none", folder)
 
 
-META_SETTINGS = {  # all that is known in params.json; of others, nobody knows what they change
-    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"),
-    *("norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor"),
-    *("head_dim", "hidden_dim", "max_seq_len", "max_batch_size", "sliding_window", "model_type"),
-}
+META_SETTINGS = """
+    dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta use_scaled_rope
+    rope_scaling_factor rope_high_freq_factor head_dim hidden_dim max_seq_len max_batch_size sliding_window model_type
+""".split()  # noqa: SIM905 all that is known in params.json; of others, nobody knows what they change
 
 
 def open_meta(folder: Path) -> Model:
@@ -873,7 +871,7 @@ def open_meta(folder: Path) -> Model:
     path = folder / "params.json"
     s = read_json(path)
     with naming(path):
-        if unknown := sorted(s.keys() - META_SETTINGS):
+        if unknown := sorted(s.keys() - set(META_SETTINGS)):
             raise ExportError(f"{unknown[0]} is not supported")
         n_layers = setting(s, "n_layers", int)
     shards = meta_shards(folder)
@@ -1114,17 +1112,16 @@ def with_adapter(base: Model, folder: Path) -> Model:
     return replace(base, tensors=base.tensors | merged)
 
 
-LORA_SETTINGS = {  # all in adapter_config.json that does not change how weights are merged, or is looked at
-    *("peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "target_modules"),
-    *("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "inference_mode"),
-    *("lora_dropout", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config"),
-    *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-}
+LORA_SETTINGS = """
+    peft_type r lora_alpha use_rslora bias init_lora_weights target_modules base_model_name_or_path revision
+    peft_version auto_mapping task_type inference_mode lora_dropout exclude_modules layers_to_transform layers_pattern
+    eva_config megatron_config megatron_core qalora_group_size runtime_config ensure_weight_tying
+""".split()  # noqa: SIM905 all in adapter_config.json that does not change how weights are merged, or is looked at
 
 
 def lora_rank_and_scale(s: Settings) -> tuple[int, float]:
     known_setting(s, "peft_type", ["LORA"])
-    refuse(s, *sorted(s.keys() - LORA_SETTINGS))
+    refuse(s, *sorted(s.keys() - set(LORA_SETTINGS)))
     known_setting(s, "bias", ["none"], "none")
     init = s.get("init_lora_weights", True)  # some other ways change the model's own weights as well
     if init not in (True, False, "gaussian", "orthogonal", "eva"):
@@ -1521,14 +1518,8 @@ def merges_of(
     return tuple(merges[i] for i in sorted(last.values()) if tokens[merges[i].merged].type != CONTROL)
 
 
-LLAMA3_SPECIAL = {
-    0: "begin_of_text",
-    1: "end_of_text",
-    6: "start_header_id",
-    7: "end_header_id",
-    8: "eom_id",
-    9: "eot_id",
-}
+LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
+LLAMA3_SPECIAL |= {8: "eom_id", 9: "eot_id"}
 
 
 def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
@@ -1564,30 +1555,12 @@ def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
 
 
 # Texts of tokens that end what a model says, whatever a GGUF file says of them, as in llama.cpp
-GGUF_ENDS = (
-    *(
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<|eom_id|>",
-    ),
-    *("<｜end▁of▁sentence｜>", "</s>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "<end_of_utterance>"),
-    *("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<turn|>", "<|tool_response>", "[e~["),
-    *(
-        "<|fim_pad|>",
-        "<fim-pad>",
-        "<fim_pad>",
-        "<PAD>",
-        "[PAD]",
-        "<|fim_repo|>",
-        "<|repo_name|>",
-        "<fim-repo>",
-    ),
-    *("<REPO>", "<reponame>", "<|file_sep|>"),
-)
+GGUF_ENDS = """
+    <|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <|eom_id|> <｜end▁of▁sentence｜> </s>
+    <EOT> _<EOT> [EOT] [EOS] <eos> <end_of_utterance> <|return|> <|call|> <|flush|> <|calls|> <turn|>
+    <|tool_response> [e~[ <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO>
+    <reponame> <|file_sep|>
+""".split()  # noqa: SIM905
 
 
 def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -2233,21 +2206,19 @@ HAS_TEMPLATE, HAS_SYSTEM = 1, 2
 TRIMS = 4  # from this bit on, find_trimming's
 NEWLINES_AFTER_THOUGHT, SPACES_AFTER_THOUGHT, HAS_NO_THINK = 1 << 10, 1 << 11, 1 << 12  # which go, too
 
-THOUGHTS = [  # how models mark what they think
-    *(
-        ("<think>", "</think>"),
-        ("<thinking>", "</thinking>"),
-        ("[THINK]", "[/THINK]"),
-        ("<thought>", "</thought>"),
-    ),
-    *(
-        ("<seed:think>", "</seed:think>"),
-        ("<reasoning>", "</reasoning>"),
-        ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ),
+THOUGHTS = [
+    (f"<{word}>", f"</{word}>") for word in ("think", "thinking", "thought", "seed:think", "reasoning")
 ]
+THOUGHTS += [
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+]  # how models mark what they think
 ANY_SYSTEM, *ANY_TURNS = ["zqsystemqz", "zquseraqz", "zqanswerbqz", "zquseradqz", "zqanswerfqz", "zquserghqz"]
 ANY_THOUGHT = "zqthoughtqz"
+
+
+Parts = Mapping[str, str]
+Turns = Sequence[str]
 
 
 class TemplateError(Exception):
@@ -2296,16 +2267,14 @@ class ChatTemplate:
         """A text of turns (the user's, an answer, the user's, ...), up to where the model starts to answer the last."""
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        prompt = len(turns) % 2 == 1
+        given = {
+            "messages": messages,
+            "add_generation_prompt": len(turns) % 2 == 1,
+            "tools": None,
+            "documents": None,
+        }
         try:
-            return self.template.render(
-                messages=messages,
-                add_generation_prompt=prompt,
-                tools=None,
-                documents=None,
-                **self.special,
-                **options,
-            )
+            return self.template.render(**given, **self.special, **options)
         except TemplateError:
             raise
         except Exception as error:  # noqa: BLE001 a template may do anything
@@ -2335,14 +2304,11 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         _, answered, between, _ = cut(chat.render(turns[:3]), turns[:3])
         after_user = common_start(opened, answered, added)
         after_answer = tail if between.startswith(tail) else between
-        parts = dict.fromkeys(TEMPLATE_PARTS, "") | {
-            "before_user": before_user,
-            "after_user": after_user,
-            "before_answer": answered.removeprefix(after_user),
-            "after_answer": after_answer,
-            "next_user": between.removeprefix(after_answer),
-            "opens_answer": opened.removeprefix(after_user),
-        }
+        parts = dict.fromkeys(TEMPLATE_PARTS, "")
+        parts |= {"before_user": before_user, "after_user": after_user, "after_answer": after_answer}
+        parts["before_answer"] = answered.removeprefix(after_user)
+        parts["next_user"] = between.removeprefix(after_answer)
+        parts["opens_answer"] = opened.removeprefix(after_user)
         flags = HAS_TEMPLATE
         check_template(chat, parts, turns)
         try:
@@ -2373,10 +2339,10 @@ def common_start(a: str, b: str, added: Mapping[str, int]) -> str:
 
 def check_template(
     chat: ChatTemplate,
-    parts: Mapping[str, str],
-    turns: Sequence[str],
+    parts: Parts,
+    turns: Turns,
     system: str | None = None,
-    kept: Sequence[str] | None = None,
+    kept: Turns | None = None,
     **options: Any,
 ) -> None:
     """Compares what the template makes of conversations with what run.c makes of the parts.
@@ -2661,12 +2627,9 @@ def report(path: Path, model: Model, dtype: str, verified: bool = False) -> None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "export.py",
-        description="Makes the two files of a model for run.c.",
-        epilog=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "Makes the two files of a model for run.c."
+    parser = argparse.ArgumentParser("export.py", description=about, epilog=HELP, formatter_class=raw)
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a checkpoint, see below")
     parser.add_argument("-o", dest="output", metavar="OUT.bin", type=Path, required=True)
     kinds = "tokenizer.json, .model (SentencePiece or tiktoken), llama2.c's .bin, a folder, or one made by this program"
