@@ -761,7 +761,7 @@ def open_hugging_face(folder: Path) -> Model:
         architectures = setting(s, "architectures", list, [family.architecture])
         if [str(one).lower() for one in architectures] != [family.architecture.lower()]:
             raise ExportError(f"architectures {architectures} of {name!r} are not supported")
-        refuse(s, "mlp_bias", "quantization_config")
+        refuse(s, "mlp_bias", "quantization_config", "quantization")
         known_setting(s, "hidden_act", ["silu", "swish"], "silu")
         tied = setting(s, "tie_word_embeddings", bool, False)
         if tied:
@@ -1818,6 +1818,19 @@ class TokenizerFolder:
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
                 raise ExportError(f"a tokenizer.json with {option} {model[option]!r} (not supported)")
+        for step in flattened(self.json.get("decoder"), "decoders"):
+            plain = step.get("content") == " " or step["type"] in (
+                "ByteLevel",
+                "Metaspace",
+                "ByteFallback",
+                "Fuse",
+                "Strip",
+            )
+            if not plain:
+                say(
+                    "note",
+                    f"text is printed without this step of the tokenizer's decoder: {json.dumps(step):.200}",
+                )
         kinds = flattened(self.json.get("pre_tokenizer"), "pretokenizers")
         normalizers = flattened(self.json.get("normalizer"), "normalizers")
         if any(normalizer["type"] == "NFC" for normalizer in normalizers):
@@ -1901,7 +1914,10 @@ class TokenizerFolder:
             return (self.folder / "chat_template.jinja").read_text("utf-8")
         found = self.config.get("chat_template") or self.read("chat_template.json").get("chat_template")
         if isinstance(found, list):  # several of them, by name
-            found = next((t.get("template") for t in found if t.get("name") == "default"), None)
+            names = {str(t.get("name")): t.get("template") for t in found}
+            found = names.get("default")
+            if found is None:
+                say("note", f"no chat template is stored: none of {', '.join(names)} is the default one")
         return found if isinstance(found, str) else None
 
 

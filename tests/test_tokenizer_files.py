@@ -125,6 +125,27 @@ def test_vocab_and_merges(tmp_path: Path, kind: str) -> None:
         export.read_tokenizer(tmp_path)
 
 
+def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps of a decoder that change what is printed, and templates of which none is the default."""
+    library = library_of(LLAMA3)
+    data = json.loads(library.to_str())
+    replace = {"type": "Replace", "pattern": {"String": "\n "}, "content": "\n"}
+    decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    for steps, note in (([decoder], ""), ([decoder, replace], "without this step")):
+        data["decoder"] = {"type": "Sequence", "decoders": steps}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+        export.read_tokenizer(tmp_path)
+        said = capsys.readouterr().err
+        assert note in said and bool(said) == bool(note)
+    data["decoder"] = decoder
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    for name, note in (("default", ""), ("rag", "none of rag is the default one")):
+        config = {"chat_template": [{"name": name, "template": CHATML}]}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert bool(export.read_tokenizer(tmp_path).template) == (name == "default")
+        assert note in capsys.readouterr().err
+
+
 def test_spaces_that_sentencepiece_removes(tmp_path: Path) -> None:
     import sentencepiece
 
