@@ -6,7 +6,7 @@
  * with billions of fixed numbers, the weights, also called parameters. The weights were found beforehand, by training:
  * they were adjusted, little by little, until the scores suited a very large amount of text. The program chooses the
  * next token with the help of the logits, appends it to the text, and repeats. Stories, answers and programs are all
- * written in this way, token by token.
+ * written in this way, token by token. (A third, small file lists the vocabulary.)
  *
  * The program runs every model of the Llama family that export.py has converted to a weights file, in which each
  * parameter takes 2 bytes. It does not train models. It needs libc and libm, and it uses OpenMP, if the compiler has
@@ -35,8 +35,9 @@
  *   T tokens in this batch    D dim            H n_heads       d head_dim    Q = H*d
  *   C positions of context    F hidden_dim     G n_kv_heads    V vocab_size  K = G*d
  *
- * Logits are reproducible bit for bit: they depend neither on the number of threads nor on how a text is split into
- * batches, because a build of the program accumulates every sum in one fixed order.
+ * Several tokens can pass through the model together, as a batch. Logits are the same bit for bit however a text is
+ * split into batches, and for any number of threads, because a build of the program accumulates every sum in one fixed
+ * order. Section 4 relies on this.
  */
 #define _GNU_SOURCE // for sched_getaffinity
 #include <math.h>
@@ -61,7 +62,6 @@ static void *allocate(size_t count, size_t size, const char *what); // uninitial
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max(size_t a, size_t b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-static float load_number(const void *array, Dtype dtype, size_t i);             // array[i] as f32
 static void convert_f32(void *out, Dtype dtype, const float *values, size_t n); // n f32 to an array of `dtype`
 static float exp_f32(float x);                                                  // e^x to 3 units in the last place
 static double seconds(void);                                                    // a clock, to measure times
@@ -120,7 +120,7 @@ typedef struct {
     float rope_high_freq_factor; // ROPE_LLAMA3: pairs that make more turns than this are kept
     uint32_t rope_original_max_seq_len; // ROPE_LLAMA3: the longest text of the first training, in tokens
     uint64_t file_size;                 // the size of the file, in bytes
-    uint64_t vocab_hash;                // a hash of the vocabulary: a tokenizer file with another one does not fit
+    uint64_t vocab_hash;                // a hash of the vocabulary: a tokenizer file with another one is refused
 } Header;
 
 // A matrix, or a vector (rows = 1).
@@ -128,7 +128,7 @@ typedef struct {
     void *data;
     Dtype dtype;
     size_t rows, cols;
-    size_t stride; // the distance from one row to the next, in elements
+    size_t stride; // the distance from one row to the next, in elements: cols, or more in a part of a matrix
 } Tensor;
 
 // The weights of one layer. A matrix with 5 rows and 3 columns makes 5 numbers from 3: matrices are (outputs, inputs).
@@ -212,17 +212,20 @@ static Model open_model(const char *path) {
 // The Transformer is the function that computes logits from token ids. Each token is represented by a vector x of D
 // numbers, at first its row of the embedding matrix. The vectors pass through n_layers layers of the same form, each
 // with its own weights. A layer has two blocks. Each of them computes a vector from x and adds it to x. So nothing is
-// overwritten, each block only adds a correction (a "residual"), and x is called the residual stream.
+// overwritten: each block can read what all blocks before it have found, and only adds a correction (a "residual").
+// Therefore x is called the residual stream.
 //
-//   Attention collects information from earlier tokens. For each token, a weight matrix turns x into queries (what the
-//   token looks for), keys (what it can be found by) and values (what it passes on), vectors of d numbers. The dot
-//   product of a query with the key of a token says how well the two match. Softmax turns these scores into attention
-//   weights, which add up to 1, and the token receives the sum of the values, each multiplied by its weight. A token
-//   looks at itself and at earlier tokens, never at later ones, because the model was trained to predict these.
+//   Attention collects information from earlier tokens. For each token, a weight matrix makes from x a query (what the
+//   token looks for), a key (what it can be found by) and a value (what it passes on), three vectors of d numbers. The
+//   dot product of a query with the key of a token says how well the two match. Softmax turns these scores into
+//   attention weights, which add up to 1, and the result is the sum of the values, each multiplied by its weight. A
+//   token looks at itself and at earlier tokens, never at later ones: it was trained to predict these.
 //
-//   All this is done H times side by side. Each time is called a head; different heads look for different things. In
-//   grouped-query attention, H/G query heads use the same keys and values. A head of keys and values is called a kv
-//   head, and there are only G of them, so that fewer keys and values have to be kept.
+//   All this is done H times side by side, each time with other rows of the weight matrix, so that each looks for
+//   something else. Each of them is called a head. The results of all heads stand side by side, and a second matrix
+//   makes from these Q numbers the D numbers that are added to x. In grouped-query attention, H/G query heads use the
+//   same keys and values. A head of keys and values is called a kv head, and there are only G of them, so that fewer
+//   keys and values have to be kept.
 //
 //   The feed-forward block works on the vector of each token alone. A matrix makes 2F numbers from x, a non-linear
 //   function makes F numbers from these, and a second matrix makes the D numbers that are added to x. Without the
@@ -236,13 +239,15 @@ static Model open_model(const char *path) {
 // KV cache. Thanks to it, only the new token has to pass through the layers at each step, not the whole text again.
 //
 // The prompt is the text that the model is given to continue. To read it is called prefill: its tokens are all known,
-// so they pass through the layers together, as a batch, and each weight that is loaded from memory serves all of them.
-// Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one before,
-// so T = 1, each token needs all weights, and the limit is how fast memory delivers them.
+// so they pass through the layers together, as a batch. In each layer, first the keys and values of all of them are
+// computed, then each token looks at the earlier ones. Each weight that is loaded from memory serves all tokens of the
+// batch. Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one
+// before, so T = 1, each token needs all weights, and the limit is how fast memory delivers them.
 //
 // All threads call the functions of this section at the same time. `omp for` gives each thread a share of the loop that
-// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. Two functions have no
-// such loop, matmul_ref and attention_ref: the plain program, which uses them, has one thread.
+// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. Functions without
+// such a loop work on one row, inside of one, or only call others. matmul_ref and attention_ref are the exception: only
+// the plain program runs them, and it has one thread.
 
 typedef struct Paging Paging; // section 11
 
@@ -275,7 +280,8 @@ static float cached_k(const Model *m, const RunState *s, size_t layer, size_t g,
 static float cached_v(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
 // xb_view returns s->xb as a matrix (T, cols).
 static Tensor xb_view(const RunState *s, size_t T, size_t cols);
-// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on.
+// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on. c has to be
+// even, because AMX stores numbers in pairs.
 static float element(Tensor a, size_t r, size_t c);
 static void store_row(Tensor a, size_t r, size_t c, const float *values, size_t n);
 // thread_scratch returns the buffer of the calling thread. It has room for max(D, Q, F, C) numbers.
@@ -294,7 +300,7 @@ static float dot_ref(Tensor w, size_t r, Tensor x, size_t t) {
 }
 
 // Multiplies each token's row of x (T, cols) by the matrix w (rows, cols): out[t][r] = w[r] . x[t], or with ADD +=
-// that. The program spends nearly all of its time here.
+// that. This takes most of the time.
 static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
     for (size_t t = 0; t < x.rows; t++)
         for (size_t r = 0; r < w.rows; r++) {
@@ -305,7 +311,7 @@ static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
         }
 }
 
-// matmul_update is the fast version, shared by all threads; section 10.
+// matmul_update, in section 10, is the fast version, shared by all threads. In the plain program it calls matmul_ref.
 static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update);
 // out (T, rows) = x . w^T, and out (T, rows) += x . w^T
 static void matmul(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, SET); }
@@ -313,20 +319,20 @@ static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_upd
 
 // ---- The steps of a layer
 
-// RMSNorm (root mean square). The vector x grows as blocks add to it, more for some tokens than for others. RMSNorm
-// brings the input of each block back to the size that its weights were trained for: out = x / sqrt(mean(x^2) + eps) *
-// weight.
-//                                                                                            (Zhang and Sennrich 2019)
+// RMSNorm (root mean square). The numbers in x get larger as blocks add to them, more for some tokens than for others.
+// RMSNorm brings them back to the magnitude that the next weights were trained for, and a weight for each number sets
+// how
+// much that number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
     float squares = 0;
-    // allows vectors; the order of adding is the same for every vector in one build
+    // allows vector instructions, which add in another order, but in one build in the same order for every x
 #pragma omp simd reduction(+ : squares)
     for (size_t i = 0; i < n; i++)
         squares += x[i] * x[i];
     float scale = 1.0f / sqrtf(squares / (float)n + eps);
     for (size_t i = 0; i < n; i++)
-        out[i] = x[i] * scale * load_number(weight.data, weight.dtype, i);
+        out[i] = x[i] * scale * element(weight, 0, i);
 }
 
 // out (T, D) = RMSNorm of each row of x (T, D)
@@ -349,9 +355,10 @@ static void embed(float *x, Tensor embedding, const uint32_t *tokens, size_t T) 
 
 // RoPE (rotary position embedding) tells attention where a token stands, since attention as such does not know the
 // order of the tokens. The numbers of each query and key are taken in pairs (i, i + d/2), and each pair is rotated by
-// an angle proportional to the position of the token. To rotate both by the same angle does not change their dot
-// product, so the score of a query and a key depends on how far apart their tokens are, not on where in the text.
-//                                                                                                      (Su et al. 2021)
+// an angle proportional to the position of the token. Rotating a query and a key by the same angle does not change
+// their dot product. So only the difference of their two angles counts, and that is proportional to how far apart their
+// tokens
+// are, wherever in the text.                                                                        (Su et al. 2021)
 static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t half) {
     for (size_t i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
@@ -392,8 +399,8 @@ static void rope_cos_sin(RunState *s, const Header *h, size_t pos, size_t T) {
     }
 }
 
-// Adds the biases to queries, keys and values, normalises queries and keys (each only if the model does this), applies
-// RoPE to queries and keys, and writes keys and values into the KV cache.
+// Adds the biases to queries, keys and values, normalises queries and keys so that no score gets very large (each only
+// if the model does this), applies RoPE to queries and keys, and writes keys and values into the KV cache.
 static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t pos, size_t T) {
     const Layer *l = &m->layers[layer];
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
@@ -403,7 +410,7 @@ static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t 
         float *k = q + H * d;
         float *v = k + G * d;
         for (size_t i = 0; i < l->bqkv.cols; i++) // adds the biases of q, k and v, which are adjacent
-            q[i] += load_number(l->bqkv.data, l->bqkv.dtype, i);
+            q[i] += element(l->bqkv, 0, i);
         for (size_t head = 0; head < H + G; head++) { // the query heads, then the key heads
             float *vector = q + head * d;
             if (m->h.flags & QK_NORM)
@@ -420,7 +427,6 @@ static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t 
 // because a factor common to all e^x cancels out.
 static void softmax(float *x, size_t n) {
     float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
     for (size_t i = 0; i < n; i++)
         largest = x[i] > largest ? x[i] : largest;
     for (size_t i = 0; i < n; i++)
@@ -437,6 +443,7 @@ static void softmax(float *x, size_t n) {
 //                                                                                                 (Vaswani et al. 2017)
 static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
+    float result[MAX_HEAD];
     float *attn = thread_scratch(s); // the attention weight of each position
     for (size_t t = 0; t < out.rows; t++)
         for (size_t head = 0; head < H; head++) {
@@ -449,7 +456,8 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
                 float score = 0;
                 for (size_t i = 0; i < d; i++)
                     score += q[i] * cached_k(m, s, layer, g, j, i);
-                attn[j] = score / sqrtf((float)d); // without it, large d would make softmax pick one position only
+                attn[j] =
+                    score / sqrtf((float)d); // undivided, sums of d products would make softmax choose one position
             }
             softmax(attn, n);
 
@@ -458,12 +466,13 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
                 float sum = 0;
                 for (size_t j = 0; j < n; j++)
                     sum += attn[j] * cached_v(m, s, layer, g, j, i);
-                store_row(out, t, head * d + i, &sum, 1);
+                result[i] = sum;
             }
+            store_row(out, t, head * d, result, d);
         }
 }
 
-// attention is the fast version, shared by all threads; section 10.
+// attention, in section 10, is the fast version, shared by all threads. In the plain program it calls attention_ref.
 static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos);
 
 // SwiGLU, the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up, where silu(x) = x / (1 +
@@ -584,20 +593,21 @@ static uint32_t argmax(const float *values, size_t n) {
     return (uint32_t)best;
 }
 
-// Collects the candidates, the most likely first: the top_k most likely tokens, cut off where their probabilities reach
-// the part top_p of the sum of all of them. Returns the sum of the candidates' probabilities.
+// Adds to the candidates, which are empty before, the top_k most likely tokens, the most likely first, and of these
+// only as many as it takes to have the part top_p of the sum of their probabilities. Returns the candidates' sum.
 static double top_k_top_p(Sampler *s, size_t n) {
     const float *p = s->probabilities;
     size_t k = s->top_k ? s->top_k : n;
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
-    double enough = s->top_k ? 1 : top_p; // with top-k, top_p is a part of a sum that is not known yet, see below
+    double enough = s->top_k ? 1 : top_p; // with top-k, the first loop takes k tokens: top_p is a part of their sum
 
-    // A heap gives the most likely tokens without sorting all. Tokens below the floor have less than 1 - enough in all,
-    // so the others are enough, and they come first.
-    double floor = (1 - enough) / (double)n;
+    // A heap gives the most likely tokens without sorting all. All tokens less likely than `least`, at most n, have
+    // less than 1 - enough together. So the others have more than enough, the loop that takes the most likely first
+    // never reaches them, and they stay out of the heap.
+    double least = (1 - enough) / (double)n;
     s->heap.n = 0;
     for (size_t i = 0; i < n; i++)
-        if ((double)p[i] >= floor)
+        if ((double)p[i] >= least)
             heap_push(&s->heap, (HeapEntry){.key = p[i], .index = (uint32_t)i});
 
     double sum = 0;
@@ -630,9 +640,8 @@ static uint32_t sample(Sampler *s, const float *logits, size_t n) {
 
     // collect the tokens that can be drawn
     double sum = 1;
-    bool all = s->top_k == 0 && (s->top_p == 0 || s->top_p == 1);
     s->candidates.n = 0;
-    if (!all)
+    if (s->top_k || (s->top_p > 0 && s->top_p < 1))
         sum = top_k_top_p(s, n);
     else
         for (uint32_t i = 0; i < n; i++)
@@ -663,14 +672,14 @@ typedef struct Printer Printer;     // the state of standard output, section 9
 typedef struct {
     Tokens tokens;
     size_t n_past;     // the KV cache holds the keys and values of the first n_past tokens
-    size_t max_tokens; // the number of tokens for which the KV cache has room
+    size_t max_tokens; // the most tokens that it can hold: the length of the KV cache, C
 } Context;
 
 // What the statistics at the end are computed from.
 typedef struct {
     size_t n_prompt, n_generated; // tokens that were read, and tokens that were generated
     size_t n_decoded;             // generated tokens except the first of each answer, whose logits come from prefill
-    size_t n_accepted;            // decoded tokens that draft had guessed
+    size_t n_accepted;            // decoded tokens that had been guessed: see generate_reply
     double prefill_time, decode_time; // in seconds
 } Stats;
 
@@ -695,16 +704,17 @@ static void print_prompt(Session *s);
 static void print_token(Session *s, uint32_t token, const float *logits); // prints nothing for a stop token
 static void end_reply(Session *s);                                        // ends the line
 static void print_stats(const Session *s);
-// make_room returns whether the context has room for another token. A chat forgets its oldest turns for that.
-static bool make_room(Session *s);
-// draft guesses the next tokens: it looks for an earlier place in the text that has the same tokens as its end, and
-// copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how many: 0 without
-// --draft, and never more than the batch and the context have room for. Section 10.
+// make_room returns whether the context has room for another token. A chat forgets its oldest turns for that: the
+// tokens after them get other positions, n_past goes back, and evaluate computes them again. draft guesses the next
+// tokens: it takes the last few tokens of the text, looks for an earlier place where the same ones stand, and copies
+// what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how many: 0 without
+// --draft or if more than one token is not in the KV cache, never more than fit in a batch and in the context.
 static size_t draft(Session *s);
 
 // Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch, and on n_draft guesses that
-// stand behind the last one. Then row 0 of the logits is for the token after the last one, and row i for the token
-// after guess i. Guesses do not count as cached: later tokens overwrite the wrong ones. Ctrl-C ends it early.
+// stand behind the last one, in the same batch as this one. Then row 0 of the logits is for the token after the last
+// one, and row i for the token after guess i. Guesses do not count in n_past: the keys and values of wrong ones are
+// overwritten before any token looks at them. Ctrl-C ends it early.
 static void evaluate(Session *s, size_t n_draft) {
     Context *c = &s->context;
     while (c->n_past < c->tokens.n && !interrupted()) {
@@ -726,7 +736,7 @@ static void evaluate(Session *s, size_t n_draft) {
 static void generate_reply(Session *s, size_t max_new) {
     Context *c = &s->context;
     size_t vocab_size = s->model.h.vocab_size, n_new = 0;
-    size_t n_draft = 0, n_accepted = 0; // guesses in the last pass, and how many of them were chosen so far
+    size_t n_draft = 0, n_used = 0; // guesses in the last pass, and how many of them have been chosen
 
     // prefill
     double start = seconds();
@@ -737,28 +747,28 @@ static void generate_reply(Session *s, size_t max_new) {
 
     while (!interrupted()) {
         // choose a token and print it
-        const float *logits = s->run.logits + n_accepted * vocab_size;
+        const float *logits = s->run.logits + n_used * vocab_size;
         uint32_t token = sample(&s->sampler, logits, vocab_size);
         print_token(s, token, logits);
         n_new++;
         if (is_stop(s->tokenizer, token))
             break;
 
-        // append it; the first guess that is not used yet stands where it goes
-        bool guessed = n_accepted < n_draft && c->tokens.data[c->tokens.n] == token;
+        // append it, after comparing it with the next guess, which lies where it goes
+        bool guessed = n_used < n_draft && c->tokens.data[c->tokens.n] == token;
         push(&c->tokens, token);
         if (n_new == max_new || !make_room(s))
             break;
 
         // decode: get the logits that follow it
         s->stats.n_decoded++;
-        if (guessed) { // the last pass has computed its keys, values and logits
+        if (guessed) { // then the last pass has computed its keys, values and logits
             c->n_past++;
-            n_accepted++;
+            n_used++;
             s->stats.n_accepted++;
         } else {
             n_draft = draft(s);
-            n_accepted = 0;
+            n_used = 0;
             evaluate(s, n_draft);
         }
     }
@@ -767,7 +777,7 @@ static void generate_reply(Session *s, size_t max_new) {
     end_reply(s);
 }
 
-// The mode that runs without -m: prints the prompt and its continuation.
+// The default mode: prints the prompt and its continuation.
 static void generate(Session *s) {
     encode(s->tokenizer, &s->context.tokens, read_prompt(s->options));
     size_t max_new = start_generation(s);
@@ -814,12 +824,8 @@ typedef ARRAY(unsigned char) Bytes;
 #define VERSION "0.2.0"
 #define DEFAULT_MODEL "models/stories.bin"
 
-static void check(const char *path, const char *name, double value, double low, double high);
-static void append_bytes(Bytes *array, Span text);
-static Span span_of(const char *string);
 static File read_file(const char *path, const char *magic, size_t min_size, const char *what);
-static FILE *open_chat_input(const Options *o);
-static void start_note(const Session *s); // on standard error
+static FILE *open_text(const char *path);
 static void print_ids(Tokens tokens, const char *between);
 static size_t n_params(const Model *m);
 static size_t layer_params(const Model *m);
@@ -910,11 +916,27 @@ struct Tokenizer {
     const TemplateItem *items;   // (n_template_items)
     const uint8_t *char_class;   // (N_CODEPOINTS + 256)   only with automata
     const unsigned char *text;   // (n_text)
-    bool prefix;                 // encode: the next text gets a space in front
-    Bytes normalised;            // encode: the text, with room for that space
-    ARRAY(Symbol) symbols;       // encode_word: the symbols of a word
-    Heap pairs;                  // encode_word: neighbours that can be merged, the next merge on top
+    uint32_t starts[0x10001]; // where in by_text the texts with the same first_bytes start; the next one is their end
+    bool prefix;              // encode: the next text gets a space in front
+    Bytes normalised;         // encode: the text, with room for that space
+    ARRAY(Symbol) symbols;    // encode_word: the symbols of a word
+    Heap pairs;               // encode_word: neighbours that can be merged, the next merge on top
 };
+
+static void append_bytes(Bytes *array, Span text) {
+    reserve(array, text.n);
+    if (text.n)
+        memcpy(array->data + array->n, text.bytes, text.n);
+    array->n += text.n;
+}
+
+static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
+
+// Refuses a value in a file that is not from low to high.
+static void check(const char *path, const char *name, double value, double low, double high) {
+    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
+    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
+}
 
 // FNV-1a, over 32-bit words.
 static uint64_t hash_of(const void *data, size_t size) {
@@ -937,9 +959,17 @@ static int compare(Span a, Span b) {
     return order;
 }
 
-// The token with this text, NONE if there is none.
+// The first two bytes of a text as a number. Texts that are sorted by their bytes are sorted by this number, too.
+static size_t first_bytes(Span text) {
+    size_t second = 0;
+    if (text.n > 1)
+        second = text.bytes[1];
+    return (size_t)*text.bytes << 8 | second;
+}
+
+// The token with this text, NONE if there is none. Bisects the tokens that start with the same two bytes.
 static uint32_t find_piece(const Tokenizer *t, Span text) {
-    size_t low = 0, high = t->h.n_by_text;
+    size_t first = first_bytes(text), low = t->starts[first], high = t->starts[first + 1];
     while (low < high) {
         size_t middle = (low + high) / 2;
         int order = compare(piece_text(t, t->by_text[middle]), text);
@@ -961,12 +991,6 @@ static int compare_merges(const void *a, const void *b) {
     return (x->right > y->right) - (x->right < y->right);
 }
 
-// What two tokens merge into, NULL if they do not.
-static const Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right) {
-    Merge key = {left, right, 0, 0};
-    return bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
-}
-
 static bool is_user_defined(uint32_t type) { return type == USER_DEFINED || type == LATE_USER_DEFINED; }
 
 static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
@@ -982,7 +1006,7 @@ static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
     for (size_t i = 0; i < h->n_stops; i++)
         check(path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
     check(path, "n_by_text", h->n_by_text, 0, h->vocab_size);
-    check(path, "n_merges", h->n_merges, 0, 1 << 26);
+    check(path, "n_merges", h->n_merges, 0, 1 << 24); // a float is exact up to there, see push_pair
     check(path, "n_dfas", h->n_dfas, 0, MAX_DFAS);
     check(path, "n_classes", h->n_classes, h->n_dfas ? 2 : 0, 256);
     check(path, "n_states", h->n_states, h->n_dfas ? h->n_dfas + 1 : 0, 1 << 20);
@@ -1067,6 +1091,10 @@ static Tokenizer *open_tokenizer(const char *path) {
     expect(hash == h->hash, "%s: hash: expected %016llx, found %016llx: damaged", path, (unsigned long long)h->hash,
            (unsigned long long)hash);
     check_tokenizer(t);
+    for (uint32_t i = 0; i < h->n_by_text; i++)
+        t->starts[first_bytes(piece_text(t, t->by_text[i])) + 1] = i + 1; // the last of these texts decides
+    for (size_t i = 1; i < sizeof t->starts / sizeof *t->starts; i++)
+        t->starts[i] = (uint32_t)max(t->starts[i], t->starts[i - 1]);
     return t;
 }
 
@@ -1152,20 +1180,21 @@ static void push_pair(Tokenizer *t, uint32_t first) {
     if (first == NONE || symbols[first].next == NONE)
         return;
     const Symbol *a = &symbols[first], *b = &symbols[a->next];
-    HeapEntry pair = {.index = first, .merged = NONE, .length = (uint32_t)(a->text.n + b->text.n)};
+    HeapEntry pair = {.index = first, .length = (uint32_t)(a->text.n + b->text.n)};
     if (t->h.flags & MERGES_BY_RANK) {
-        const Merge *merge = find_merge(t, a->id, b->id);
-        if (merge) {
-            pair.merged = merge->merged;
-            pair.key = -(float)merge->rank;
-        }
+        Merge key = {a->id, b->id, NONE, 0};
+        const Merge *merge = bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
+        if (!merge)
+            return;
+        pair.merged = merge->merged;
+        pair.key = -(float)merge->rank;
     } else {
         pair.merged = find_piece(t, (Span){a->text.bytes, pair.length});
-        if (pair.merged != NONE)
-            pair.key = t->pieces[pair.merged].score;
+        if (pair.merged == NONE)
+            return;
+        pair.key = t->pieces[pair.merged].score;
     }
-    if (pair.merged != NONE)
-        heap_push(&t->pairs, pair);
+    heap_push(&t->pairs, pair);
 }
 
 // Merges the best pair, of equals the leftmost, until none is left. With the heap, this takes n log n steps.
@@ -1191,22 +1220,23 @@ static void merge_symbols(Tokenizer *t) {
     }
 }
 
+// Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes a token for each byte, or one
+// <unk> for all.
 static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
-    uint32_t whole = NONE;
-    if (t->h.flags & IGNORE_MERGES)
-        whole = find_piece(t, word);
-    if (whole != NONE) {
-        push(tokens, whole);
-        return;
+    if (t->h.flags & IGNORE_MERGES) {
+        uint32_t whole = find_piece(t, word);
+        if (whole != NONE) {
+            push(tokens, whole);
+            return;
+        }
     }
     split_symbols(t, word);
     merge_symbols(t);
     for (size_t i = 0; i < t->symbols.n; i++) {
         const Symbol *symbol = &t->symbols.data[i];
-        if (symbol->text.n && symbol->id != NONE)
+        if (symbol->id != NONE && symbol->text.n)
             push(tokens, symbol->id);
-        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE;
-             b++) { // a token for each byte, or one <unk> for all
+        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE; b++) {
             uint32_t id = t->byte_id[symbol->text.bytes[b]];
             if (id != (uint32_t)t->h.unk_id || tokens->n == 0 || tokens->data[tokens->n - 1] != id)
                 push(tokens, id);
@@ -1380,6 +1410,7 @@ struct Chat {
     FILE *input;   // where the user's messages come from
     bool terminal; // they are typed on a terminal
     ARRAY(Turn) turns;
+    size_t first_turn;  // the turns before this one are forgotten
     size_t reply_start; // the index of the first token of the last turn's answer
     Bytes pending;      // text that is to follow the tokens; text that meets is encoded as one
 };
@@ -1500,14 +1531,11 @@ static void keep_reply(Session *s) {
         push(assistant, s->context.tokens.data[i]);
 }
 
-// Frees the first n turns.
-static void forget_turns(Chat *chat, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        free(chat->turns.data[i].user.data);
-        free(chat->turns.data[i].assistant.data);
-    }
-    chat->turns.n -= n;
-    memmove(chat->turns.data, chat->turns.data + n, chat->turns.n * sizeof *chat->turns.data);
+// A note on standard error starts on a line of its own.
+static void start_note(const Session *s) {
+    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
+    if (s->printer->terminal && in_reply)
+        fputc('\n', stderr);
 }
 
 // Shifts the context: if it is full, forgets turns from the oldest on, until half of it is free. Returns whether there
@@ -1522,15 +1550,15 @@ static bool make_room(Session *s) {
     if (!chat)
         return false;
     keep_reply(s);
-    size_t first = 0;
+    size_t first = chat->first_turn;
     while (first + 1 < chat->turns.n && c->tokens.n > c->max_tokens / 2)
         render_chat(s, ++first);
     if (c->tokens.n > c->max_tokens || c->tokens.n == 0) {
         fprintf(stderr, "this message and its answer alone take %zu\n", c->tokens.n);
         return false;
     }
-    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first);
-    forget_turns(chat, first);
+    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first - chat->first_turn);
+    chat->first_turn = first;
     return true;
 }
 
@@ -1540,7 +1568,7 @@ static void chat_turn(Session *s, Span message) {
     Turn turn = {0};
     append_bytes(&turn.user, message);
     push(&chat->turns, turn);
-    render_chat(s, 0);
+    render_chat(s, chat->first_turn);
     bool empty = s->context.tokens.n == 0;
     if (empty)
         fputs("run: an empty message is left out: the chat template adds no tokens to it\n", stderr);
@@ -1568,8 +1596,7 @@ static bool interrupted(void) { return interrupts; }
 
 // Exits from a signal handler, which may call very few functions.
 static _Noreturn void exit_from_signal(int status, const char *message) {
-    ssize_t written = write(STDERR_FILENO, message, strlen(message));
-    (void)written;
+    (void)!write(STDERR_FILENO, message, strlen(message));
     _exit(status);
 }
 
@@ -1591,12 +1618,13 @@ static void install_sigint(int flags) {
 static bool read_message(Chat *chat, Bytes *message) {
     char *line = NULL;
     size_t capacity = 0;
-    bool more = true, any = false;
+    bool more = true;
     message->n = 0;
     while (more) {
+        // wait for a line
         install_sigint(0);
         if (chat->terminal)
-            fputs(any ? ". " : "> ", stderr);
+            fputs(message->n ? ". " : "> ", stderr);
         errno = 0;
         ssize_t n = getline(&line, &capacity, chat->input);
         int error = errno;
@@ -1605,19 +1633,19 @@ static bool read_message(Chat *chat, Bytes *message) {
         expect(interrupted || !ferror(chat->input), "cannot read the next message: %s", strerror(error));
         if (n > 0)
             append_bytes(message, (Span){(unsigned char *)line, (size_t)n});
-        any = any || n > 0;
         if (interrupted) {
             clearerr(chat->input);
             if (chat->terminal) { // Ctrl-C drops what has been typed
                 fputs("\n(Ctrl-C again, or Ctrl-D, leaves)\n", stderr);
                 message->n = 0;
-                any = false;
             }
             continue;
         }
         if (n < 0)
             break;
         interrupts = 0;
+
+        // remove the end of the line; a backslash before it becomes a newline
         if (chat->terminal && n > 0 && line[n - 1] != '\n') // Ctrl-D ends a line, too
             fputc('\n', stderr);
         while (message->n && (message->data[message->n - 1] == '\n' || message->data[message->n - 1] == '\r'))
@@ -1627,7 +1655,7 @@ static bool read_message(Chat *chat, Bytes *message) {
             message->data[message->n - 1] = '\n';
     }
     free(line);
-    return any;
+    return !more || message->n;
 }
 
 // Answers -i, and then each message from the terminal, from standard input, or from -f.
@@ -1641,13 +1669,15 @@ static void chat(Session *s) {
     expect(!s->options->no_think || t->h.template_flags & HAS_NO_THINK,
            "%s: --no-think: its chat template knows no such switch", t->file.path);
     t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
-    s->chat = &(Chat){.input = open_chat_input(s->options)};
+    static Chat conversation;         // static, so that its memory is still in use when the program exits
+    s->chat = &conversation;
+    s->chat->input = open_text(s->options->prompt_file);
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
     start_run(s, s->context.max_tokens);
     install_sigint(SA_RESTART);
     if (s->options->prompt)
         chat_turn(s, span_of(s->options->prompt));
-    Bytes message = {0};
+    static Bytes message;
     while (read_message(s->chat, &message))
         if (message.n || !s->chat->terminal)
             chat_turn(s, (Span){message.data, message.n});
@@ -1677,8 +1707,7 @@ typedef enum { PRINT_PLAIN, PRINT_TERMINAL, PRINT_QUOTED, PRINT_JSON } Style;
 
 // Prints a text in one of these styles:
 //   PRINT_PLAIN     as it is
-//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so that a model cannot control the
-//   terminal
+//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so a model cannot control the terminal
 //   PRINT_QUOTED    the same, with \" \\ \n \t and \u001b, as between quotes
 //   PRINT_JSON      the same as a JSON string, which cannot express bytes that are not UTF-8: they become U+FFFD
 static void print_text(Span text, Style style) {
@@ -1869,13 +1898,6 @@ static void print_token(Session *s, uint32_t token, const float *logits) {
     flush_output();
 }
 
-// A note on standard error starts on a line of its own.
-static void start_note(const Session *s) {
-    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
-    if (s->printer->terminal && in_reply)
-        fputc('\n', stderr);
-}
-
 // Ends the line of a text or an answer.
 static void end_reply(Session *s) {
     stream_text(s->printer, (Span){0}, 0, true);
@@ -1886,23 +1908,22 @@ static void end_reply(Session *s) {
 
 static const char *dtype_name(const Model *m) { return m->h.dtype == BF16 ? "bf16" : "f16"; }
 
-// On a terminal, says what is running.
-static void print_model(const Session *s, size_t context) {
+// Allocates the memory to run the model with `context` tokens and n_logits tokens' logits at a time. On a terminal,
+// says what is running.
+static void start_model(Session *s, size_t context, size_t n_logits) {
     const Model *m = &s->model;
-    if (s->options->json || !isatty(STDERR_FILENO))
-        return;
-    fprintf(stderr, "%s: %.*f M parameters, %s; context %zu, KV cache %.1f MB; %zu thread%s, %s\n", m->file.path,
-            n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context, kv_cache_bytes(m, context) / 1e6,
-            (size_t)s->options->threads, s->options->threads == 1 ? "" : "s", isa());
+    size_t threads = s->options->threads;
+    if (!s->options->json && isatty(STDERR_FILENO))
+        fprintf(stderr, "%s: %.*f M parameters, %s; context %zu, KV cache %.1f MB; %zu thread%s, %s\n", m->file.path,
+                n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context,
+                kv_cache_bytes(m, context) / 1e6, threads, threads == 1 ? "" : "s", isa());
+    s->run = alloc_run_state(m, context, n_logits, threads);
 }
 
 static void print_stats(const Session *s) {
     const Stats *stats = &s->stats;
-    double prefill = 0, decode = 0;
-    if (stats->prefill_time > 0)
-        prefill = (double)stats->n_prompt / stats->prefill_time;
-    if (stats->decode_time > 0)
-        decode = (double)stats->n_decoded / stats->decode_time;
+    double prefill = (double)stats->n_prompt / fmax(stats->prefill_time, 1e-9); // an answer may take no time
+    double decode = (double)stats->n_decoded / fmax(stats->decode_time, 1e-9);
     fprintf(stderr, "\nprefill: %zu tokens, %.*f tok/s; decode: %zu tokens, %.*f tok/s; seed %llu\n", stats->n_prompt,
             prefill < 10 ? 2 : 1, prefill, stats->n_generated, decode < 10 ? 2 : 1, decode,
             (unsigned long long)s->options->seed);
@@ -1913,10 +1934,9 @@ static void print_stats(const Session *s) {
 // Allocates all that generation needs, for `context` tokens.
 static void start_run(Session *s, size_t context) {
     const Options *o = s->options;
-    print_model(s, context);
+    start_model(s, context, 1 + o->draft);
     if (s->printer->colours && isatty(STDERR_FILENO))
         print_legend();
-    s->run = alloc_run_state(&s->model, context, 1 + o->draft, o->threads);
     s->sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
     s->sampler.probabilities = allocate(s->model.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
 }
@@ -1962,14 +1982,6 @@ static void print_result(bool json, const char *separator, const char *key, cons
     fputs(json ? "" : "\n", stdout);
 }
 
-// Computes n tokens in batches and leaves the logits of the last one.
-static void eval_tokens(Session *s, const uint32_t *tokens, size_t n, size_t pos) {
-    for (size_t at = 0, T; at < n; at += T) {
-        T = min(s->run.batch, n - at);
-        forward_parallel(&s->model, &s->run, tokens + at, T, pos + at, at + T == n);
-    }
-}
-
 // -m tokenize: prints the token ids of the prompt on one line, as the model would receive them.
 static void tokenize(Session *s) {
     const Options *o = s->options;
@@ -1999,14 +2011,14 @@ static void next(Session *s) {
     Tokens *tokens = &s->context.tokens;
     size_t all = tokens->n, n = min(all, s->context.max_tokens);
     expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
-    uint32_t *window = tokens->data + all - n;
     if (n < all) {
-        begin_with_bos(s->tokenizer, window);
+        memmove(tokens->data, tokens->data + all - n, n * sizeof *tokens->data);
+        tokens->n = n;
+        begin_with_bos(s->tokenizer, tokens->data);
         fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
     }
-    print_model(s, n);
-    s->run = alloc_run_state(&s->model, n, 1, o->threads);
-    eval_tokens(s, window, n, 0);
+    start_model(s, n, 1);
+    evaluate(s, 0);
     const float *logits = s->run.logits;
     double total = log_sum_exp(logits, vocab_size), entropy = 0;
     for (size_t i = 0; i < vocab_size; i++) {
@@ -2066,8 +2078,7 @@ static void perplexity(Session *s) {
     context = min(context, all);
     expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
     size_t stride = min(o->stride ? o->stride : context - 1, context);
-    print_model(s, context);
-    s->run = alloc_run_state(&s->model, context, SCORED_AT_ONCE, o->threads);
+    start_model(s, context, SCORED_AT_ONCE);
     double *nll = allocate(context, sizeof *nll, "the scores of a window");
     double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
     size_t scored = 1; // the tokens before this one have been scored; nothing precedes the first
@@ -2150,11 +2161,11 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
     works[DECODE_AT_END] = (Work){"decode_at_end", decode, tail, 1, "gb_s", bytes + per_position * (double)tail, {0}};
 }
 
-// Computes one pass of a work, from its token t on, and returns how long it took, in seconds.
-static double bench_pass(Session *s, const Work *w, size_t t) {
-    double start = seconds();
-    eval_tokens(s, s->context.tokens.data + t, w->step, w->pos + t);
-    return seconds() - start;
+// Computes the n tokens from position pos on.
+static void eval_range(Session *s, size_t pos, size_t n) {
+    s->context.n_past = pos;
+    s->context.tokens.n = pos + n;
+    evaluate(s, 0);
 }
 
 static int ascending(const void *a, const void *b) {
@@ -2180,13 +2191,13 @@ static void bench(Session *s) {
     const Options *o = s->options;
     const Model *m = &s->model;
     prepare_bench(s, works);
-    bench_pass(s, &works[DECODE], 0); // loads the weights into memory
+    eval_range(s, 0, 1); // loads the weights into memory
     for (size_t i = 0; i < o->repeat; i++)
         for (Work *w = works; w < works + N_WORKS; w++) {
-            double time = 0;
+            double start = seconds();
             for (size_t t = 0; t < w->tokens; t += w->step)
-                time += bench_pass(s, w, t);
-            w->tok_s[i] = (double)w->tokens / time;
+                eval_range(s, w->pos + t, w->step);
+            w->tok_s[i] = (double)w->tokens / (seconds() - start);
         }
     uint64_t hash = hash_of(s->run.logits, m->h.vocab_size * sizeof(float));
     fputs(o->json ? "{\"model\": " : "", stdout);
@@ -2252,12 +2263,9 @@ static void set_option(const Option *option, const char *text) {
 
 // Reads the command line. The table also is the text of --help; a flag that is "" is a heading there.
 static Options parse_options(int argc, char **argv) {
-    Options o = {.model = NULL, .mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX};
-    o.repeat = 5;
+    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX, .repeat = 5};
     o.threads = default_threads();
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    o.seed = (uint64_t)(now.tv_sec ^ now.tv_nsec);
+    o.seed = (uint64_t)(seconds() * 1e6);
     bool help = false, version = false;
     const Option options[] = {
         {"-m", TEXT, &o.mode, 0, 0, "MODE",
@@ -2274,7 +2282,7 @@ static Options parse_options(int argc, char **argv) {
         {"--no-think", SWITCH, &o.no_think, 0, 0, "", "chat: ask the model not to think, if its template knows how"},
         {"", SWITCH, NULL, 0, 0, "", "Sampling"},
         {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
-         "stop after N tokens, prompt included (default 256; 0: end of context);" NEXT_LINE
+         "stop at N tokens, prompt included (default 256; 0: no limit);" NEXT_LINE
          "chat: N tokens per answer (default 0: until the model stops)"},
         {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (default 1.0; 0: always the most likely token)"},
         {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p (default 0.9; 1: off)"},
@@ -2283,8 +2291,7 @@ static Options parse_options(int argc, char **argv) {
         {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N",
          "speculate up to N tokens per step, output unchanged (default 0)"},
         {"", SWITCH, NULL, 0, 0, "", "Output"},
-        {"--probs", SWITCH, &o.probs, 0, 0, "",
-         "colour tokens by probability; with --json: list the top K (default 5)"},
+        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; --json: list top K (default 5)"},
         {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
         {"", SWITCH, NULL, 0, 0, "", "Measuring"},
         {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N",
@@ -2316,7 +2323,7 @@ static Options parse_options(int argc, char **argv) {
         }
     }
     if (help) {
-        puts("usage: run [MODEL] [options]   MODEL: a weights file (default " DEFAULT_MODEL ")");
+        puts("usage: run [MODEL] [options]   MODEL: weights file (default " DEFAULT_MODEL ")");
         for (const Option *option = options; option < end; option++)
             if (option->help && !*option->flag)
                 puts(option->help);
@@ -2377,14 +2384,6 @@ static const char *tokenizer_path(const Options *o) {
         stem(o->model), o->model);
 }
 
-static void check_vocab_match(const Model *m, const Tokenizer *t) {
-    expect(m->h.vocab_size == t->h.vocab_size && m->h.vocab_hash == t->h.vocab_hash,
-           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
-           "%016llx",
-           t->file.path, m->file.path, m->h.vocab_size, (unsigned long long)m->h.vocab_hash, t->h.vocab_size,
-           (unsigned long long)t->h.vocab_hash);
-}
-
 #ifndef NO_MAIN // the tests include this file and have their own main
 int main(int argc, char **argv) {
     prepare_process(argv);
@@ -2403,8 +2402,12 @@ int main(int argc, char **argv) {
         o.threads = min(o.threads, max_useful_threads(&s.model));
     }
     s.tokenizer = open_tokenizer(tokenizer_path(&o));
-    if (o.model)
-        check_vocab_match(&s.model, s.tokenizer);
+    const TokenizerHeader *t = &s.tokenizer->h;
+    expect(!o.model || (s.model.h.vocab_size == t->vocab_size && s.model.h.vocab_hash == t->vocab_hash),
+           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
+           "%016llx",
+           s.tokenizer->file.path, o.model, s.model.h.vocab_size, (unsigned long long)s.model.h.vocab_hash,
+           t->vocab_size, (unsigned long long)t->vocab_hash);
     mode->run(&s);
     flush_output();
     exit(0); // instead of return, so that no memory counts as lost
@@ -2445,15 +2448,6 @@ static void *grow(void *data, size_t *capacity, size_t n, size_t size) {
     return data;
 }
 
-static void append_bytes(Bytes *array, Span text) {
-    reserve(array, text.n);
-    if (text.n)
-        memcpy(array->data + array->n, text.bytes, text.n);
-    array->n += text.n;
-}
-
-static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
-
 // An entry that comes before another in a heap.
 static bool heap_before(HeapEntry a, HeapEntry b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
 
@@ -2491,11 +2485,6 @@ static double seconds(void) {
 }
 
 // ---- Files
-
-static void check(const char *path, const char *name, double value, double low, double high) {
-    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
-    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
-}
 
 _Static_assert(sizeof(Header) == 96, "the compiler added padding to Header");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are little-endian and used as they are");
@@ -2566,22 +2555,20 @@ static File read_file(const char *path, const char *magic, size_t min_size, cons
     return f;
 }
 
+// Opens a file for reading. NULL and "-" mean standard input.
 static FILE *open_text(const char *path) {
-    if (!strcmp(path, "-"))
+    if (!path || !strcmp(path, "-"))
         return stdin;
     FILE *file = fopen(path, "rb");
     expect(file, "%s: cannot read: %s", path, strerror(errno));
     return file;
 }
 
-// Chat reads messages from -f, or else from standard input.
-static FILE *open_chat_input(const Options *o) { return open_text(o->prompt_file ? o->prompt_file : "-"); }
-
 // The text of -i or -f.
 static Span read_prompt(const Options *o) {
     if (!o->prompt_file)
         return span_of(o->prompt ? o->prompt : "");
-    Bytes text = {0};
+    static Bytes text; // static, because the result points into it
     FILE *file = open_text(o->prompt_file);
     while (!feof(file) && !ferror(file)) {
         reserve(&text, 1 << 16);
@@ -2596,22 +2583,13 @@ static Span read_prompt(const Options *o) {
 
 // ---- Number formats
 
-static inline float float_from_bits(uint32_t bits) {
-    return (
-               union {
-                   uint32_t u;
-                   float f;
-               }){bits}
-        .f;
-}
-static inline uint32_t float_bits(float value) {
-    return (
-               union {
-                   float f;
-                   uint32_t u;
-               }){value}
-        .u;
-}
+// A float and its bits.
+typedef union {
+    uint32_t bits;
+    float value;
+} FloatBits;
+static inline float float_from_bits(uint32_t bits) { return (FloatBits){.bits = bits}.value; }
+static inline uint32_t float_bits(float value) { return (FloatBits){.value = value}.bits; }
 static inline float bf16_to_f32(uint16_t h) { return float_from_bits((uint32_t)h << 16); }
 
 // Rounds to nearest, ties to even. NaN stays NaN.
@@ -2711,95 +2689,92 @@ static void check_finite(const Model *m, const float *logits, size_t n, size_t p
 // ---- The process
 
 #ifdef __x86_64__
-static void need(bool there, const char *name) {
-    if (there)
-        return;
-    fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
-            name);
-    _exit(EXIT_ERROR);
-}
-
 // Runs before main, so that no instruction that the CPU lacks is used before this check.
 __attribute__((constructor)) static void check_cpu(void) {
+    const char *missing = NULL;
     __builtin_cpu_init();
-#ifdef __AVX2__
-    need(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"), "AVX2");
+#ifdef __AVX512BF16__
+    if (!__builtin_cpu_supports("avx512bf16"))
+        missing = "AVX-512 BF16";
 #endif
 #ifdef __AVX512F__
-    need(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-         "AVX-512");
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        missing = "AVX-512";
 #endif
-#ifdef __AVX512BF16__
-    need(__builtin_cpu_supports("avx512bf16"), "AVX-512 BF16");
+#ifdef __AVX2__
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+        missing = "AVX2";
 #endif
+    if (missing) {
+        fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
+                missing);
+        _exit(EXIT_ERROR);
+    }
 }
 #endif
 
 #ifdef __linux__
+// Reads one or two numbers from a file of the system. Where there is no number, `a` or `b` stays as it is.
+__attribute__((format(printf, 3, 4))) static void read_numbers(double *a, double *b, const char *format, ...) {
+    char path[2 * PATH_MAX];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(path, sizeof path, format, args);
+    va_end(args);
+    FILE *file = fopen(path, "r");
+    if (!file)
+        return;
+    (void)!fscanf(file, "%lf %lf", a, b);
+    fclose(file);
+}
+
 // Hyper-threads of a core share its arithmetic and its path to memory, so one thread per core is best.
 static size_t physical_cores(void) {
     cpu_set_t allowed, cores; // a core is known by the number of its first hyper-thread
     CPU_ZERO(&cores);
     if (sched_getaffinity(0, sizeof allowed, &allowed))
         return 1;
-    for (size_t cpu = 0, first; cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
+    for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        double first = (double)cpu, last;
         if (!CPU_ISSET(cpu, &allowed))
             continue;
-        FILE *file = fopen(path, "r");
-        if (!file || fscanf(file, "%zu", &first) != 1)
-            first = cpu;
-        CPU_SET(first, &cores);
-        if (file)
-            fclose(file);
+        read_numbers(&first, &last, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
+        CPU_SET((size_t)first, &cores);
     }
     return (size_t)CPU_COUNT(&cores);
 }
 
-// Reads a number from a file of a control group; 0 if there is none, -1 or "max": no limit.
-static double read_cgroup(const char *folder, const char *name, size_t index) {
-    char path[PATH_MAX + 64];
-    double numbers[2] = {0};
-    snprintf(path, sizeof path, "/sys/fs/cgroup/%s/%s", folder, name);
-    FILE *file = fopen(path, "r");
-    if (file) {
-        if (fscanf(file, "%lf %lf", &numbers[0], &numbers[1]) < 1)
-            numbers[0] = 0;
-        fclose(file);
-    }
-    return numbers[index];
-}
-
-// The CPUs that a quota of CPU time amounts to, rounded up. Containers are often limited in this way. A quota is a part
-// of a period, in microseconds, and that of any control group above counts, too.
+// The CPUs that a quota of CPU time amounts to, rounded up, at most 1024. Containers are often limited in this way. A
+// quota is a part of a period, in microseconds, and that of any control group above counts, too.
 static size_t cpu_quota(void) {
-    char line[PATH_MAX], folder[PATH_MAX + 8];
-    double cpus = INFINITY;
+    char line[PATH_MAX];
+    double cpus = 1024;
     FILE *file = fopen("/proc/self/cgroup", "r");
     while (file && fgets(line, sizeof line, file)) {
         // version 2: "0::/group"; version 1: "4:cpu,cpuacct:/group"
-        char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!group)
-            continue;
-        *group++ = 0;
-        group[strcspn(group, "\n")] = 0;
-        bool v2 = !strcmp(controllers, ":");
-        if (!v2 && strncmp(controllers, ":cpu,", 5) && strcmp(controllers, ":cpu"))
+        char *rest = line;
+        strsep(&rest, ":");
+        const char *controllers = strsep(&rest, ":");
+        char *group = strsep(&rest, "\n");
+        if (!group || (*controllers && strcmp(controllers, "cpu") && strncmp(controllers, "cpu,", 4)))
             continue;
         for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
             *end = 0; // the group, then those above it
-            snprintf(folder, sizeof folder, "%s%s", v2 ? "" : "cpu", group);
-            double quota = v2 ? read_cgroup(folder, "cpu.max", 0) : read_cgroup(folder, "cpu.cfs_quota_us", 0);
-            double period = v2 ? read_cgroup(folder, "cpu.max", 1) : read_cgroup(folder, "cpu.cfs_period_us", 0);
+            double quota = 0, period = 0, none;
+            if (*controllers) {
+                read_numbers(&quota, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group); // -1: no limit
+                read_numbers(&period, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_period_us", group);
+            } else {
+                read_numbers(&quota, &period, "/sys/fs/cgroup%s/cpu.max", group); // "max 100000": no limit
+            }
             if (quota > 0 && period > 0)
                 cpus = fmin(cpus, ceil(quota / period));
         }
     }
     if (file)
         fclose(file);
-    return cpus < 1024 ? (size_t)cpus : 1024;
+    return (size_t)cpus;
 }
 
 static size_t default_threads(void) { return min(physical_cores(), cpu_quota()); }
@@ -2844,13 +2819,16 @@ static void prepare_process(char **argv) {
 // with many sums takes the accumulators one after the other. The sums are the same, bit for bit.
 
 enum {
-    MR = 4,           // rows of weights that the micro-kernel multiplies at a time
-    MC = 128,         // rows of weights that stay in L2 while all tokens are multiplied with them
-    KC_BYTES = 4096,  // of each token's row, multiplied at a time
-    TOKENS_IN_L1 = 6, // tokens that stay in L1 while the rows of a block stream past
-    KV_BLOCK = 64,    // keys and values that attention handles at a time
-    Q_BLOCK = 64,     // queries that are multiplied with a block of keys while it is in cache
-    Q_TILE = 4        // queries that share each key and value that is loaded
+    MR = 4,             // rows of weights that the micro-kernel multiplies at a time
+    MC = 128,           // rows of weights that stay in L2 while all tokens are multiplied with them
+    KC_BYTES = 4096,    // of each token's row, multiplied at a time
+    TOKENS_IN_L1 = 6,   // tokens that stay in L1 while the rows of a block stream past
+    AMX_BLOCK = 32,     // AMX: rows and tokens that are multiplied at a time, and columns that an instruction takes
+    AMX_TOKENS = 256,   // AMX: tokens, and
+    AMX_COLUMNS = 2048, // AMX: columns of them, that stay in L2 while all rows are multiplied with them
+    KV_BLOCK = 64,      // keys and values that attention handles at a time
+    Q_BLOCK = 64,       // queries that are multiplied with a block of keys while it is in cache
+    Q_TILE = 4          // queries that share each key and value that is loaded
 };
 
 static void page_weights(Paging *p, Tensor w); // section 11
@@ -2886,7 +2864,11 @@ INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#define AMX
+#define BF16_DOT "AMX BF16"
+#elif defined(__AVX512BF16__)
 #define BF16_DOT "AVX-512 BF16"
 #endif
 #ifdef __AVX512BF16__
@@ -2959,7 +2941,7 @@ static const char *isa(void) { return ISA; }
 
 // How many bytes ahead the weights of one token are prefetched, and how close to the CPU (3: L1, 2: L2). These were
 // fastest on Zen 5, which is known by its AVX-VNNI, and on Zen 4 and Xeons.
-#if defined(__AVXVNNI__) && !defined(__AMX_BF16__)
+#if defined(__AVXVNNI__) && !defined(AMX)
 enum { PREFETCH_BYTES = 4096, PREFETCH_LOCALITY = 3 };
 #else
 enum { PREFETCH_BYTES = 3072, PREFETCH_LOCALITY = 2 };
@@ -2967,25 +2949,58 @@ enum { PREFETCH_BYTES = 3072, PREFETCH_LOCALITY = 2 };
 
 // ---- The order of numbers in memory
 
-// The type of xb. The bf16 dot product takes both sides in bf16.
-static Dtype xb_type(uint32_t weights) { return weights == BF16 && has_bf16_dot() ? BF16 : F32; }
+// Returns the type of xb. The bf16 dot product takes both sides in bf16.
+static Dtype choose_xb_type(uint32_t weights) {
+    if (weights != BF16 || !has_bf16_dot())
+        return F32;
+#ifdef AMX
+    // Linux gives the tile registers only to programs that ask for them.
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+    expect(syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0,
+           "no AMX from the system: %s; make ARCH='-march=native -mno-amx-bf16' does without", strerror(errno));
+    return BF16_AMX;
+#endif
+    return BF16;
+}
 
 // The distance between rows of xb. With a power of two, all rows would compete for the same sets of the cache.
-static size_t xb_stride(size_t cols) { return round_up(cols, 64) + 32; }
+static size_t xb_stride(Dtype dtype, size_t cols) {
+    return dtype == BF16_AMX ? round_up(cols, AMX_BLOCK) : round_up(cols, 64) + 32;
+}
 
 static Tensor xb_view(const RunState *s, size_t T, size_t cols) {
-    return (Tensor){s->xb, s->xb_type, T, cols, xb_stride(cols)};
+    return (Tensor){s->xb, s->xb_type, T, cols, xb_stride(s->xb_type, cols)};
 }
 
-static inline float element(Tensor a, size_t r, size_t c) { return load_number(a.data, a.dtype, r * a.stride + c); }
+// Where element (r, c) of a matrix is. BF16_AMX is (T/16, cols/2, 16, 2): pairs of columns of 16 tokens stand together.
+static inline size_t element_index(Tensor a, size_t r, size_t c) {
+    if (a.dtype == BF16_AMX)
+        return r / 16 * 16 * a.stride + c / 2 * 32 + r % 16 * 2 + c % 2;
+    return r * a.stride + c;
+}
+
+static inline float element(Tensor a, size_t r, size_t c) {
+    return load_number(a.data, a.dtype, element_index(a, r, c));
+}
 
 static void store_row(Tensor a, size_t r, size_t c, const float *values, size_t n) {
-    convert_f32((char *)a.data + (r * a.stride + c) * size_of(a.dtype), a.dtype, values, n);
+    if (a.dtype != BF16_AMX) {
+        convert_f32((char *)a.data + element_index(a, r, c) * size_of(a.dtype), a.dtype, values, n);
+        return;
+    }
+    uint16_t *to = (uint16_t *)a.data + element_index(a, r, c); // c is even, and pairs are 32 numbers apart
+    for (size_t i = 0; i < n; i += AMX_BLOCK) {
+        uint16_t some[AMX_BLOCK] = {0};
+        convert_f32(some, BF16, values + i, min(AMX_BLOCK, n - i));
+        for (size_t j = 0; j < AMX_BLOCK && i + j < n; j += 2)
+            memcpy(to + (i + j) * 16, some + j, 2 * sizeof *some);
+    }
 }
 
-// `rows` rows of a matrix, from row r on, and of these `cols` columns, from column c on.
+// Returns `rows` rows of a matrix, from row r on, and of these `cols` columns, from column c on. With BF16_AMX, r has
+// to be a multiple of 16 and c of 2.
 static inline Tensor slice(Tensor a, size_t r, size_t rows, size_t c, size_t cols) {
-    return (Tensor){(char *)a.data + (r * a.stride + c) * size_of(a.dtype), a.dtype, rows, cols, a.stride};
+    return (Tensor){(char *)a.data + element_index(a, r, c) * size_of(a.dtype), a.dtype, rows, cols, a.stride};
 }
 
 // bf16 numbers of the KV cache are stored in pairs (P = 2), which the bf16 dot product takes together.
@@ -3037,9 +3052,9 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
     size_t widest = max(max(D, Q), F), outputs = max(Q + 2 * K, 2 * F); // per token: input and output of a product
     const char *what = "the activations";
     RunState s = {.threads = threads, .context = round_up(context, KV_BLOCK)};
-    s.xb_type = xb_type(m->h.dtype);
+    s.xb_type = choose_xb_type(m->h.dtype);
     s.kv_type = s.xb_type == BF16 ? BF16 : F16; // a CPU that has AMX is slow at bf16 dot products of vectors
-    size_t per_token = (D + outputs + d) * sizeof(float) + xb_stride(widest) * size_of(s.xb_type);
+    size_t per_token = (D + outputs + d) * sizeof(float) + xb_stride(s.xb_type, widest) * size_of(s.xb_type);
     size_t room = BATCH_BYTES - min(BATCH_BYTES / 2, n_logits * m->h.vocab_size * sizeof(float));
     s.batch = min(min(max(room / per_token, 1), MAX_BATCH), context);
 
@@ -3054,7 +3069,7 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
     s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
     s.x = allocate(s.batch * D, sizeof *s.x, what);
     s.qkv = s.gate_up = allocate(s.batch * outputs, sizeof *s.qkv, what);
-    s.xb = allocate(s.batch * xb_stride(widest), size_of(s.xb_type), what);
+    s.xb = allocate(round_up(s.batch, AMX_BLOCK) * xb_stride(s.xb_type, widest), size_of(s.xb_type), what);
     s.logits = allocate(n_logits * m->h.vocab_size, sizeof *s.logits, "the logits");
     s.rope_cos = allocate(s.batch * d / 2, sizeof *s.rope_cos, what);
     s.rope_sin = allocate(s.batch * d / 2, sizeof *s.rope_sin, what);
@@ -3232,6 +3247,18 @@ INLINE void gemm_blocked(float *out, size_t stride, Tensor w, Dtype w_type, Tens
     }
 }
 
+// Adds what whole vectors, or tiles, leave of a product: the columns from `cols` on, and the rows from `rows` on.
+static void gemm_rest(float *out, size_t stride, Tensor w, Tensor x, size_t rows, size_t cols, Update update) {
+    for (size_t r = 0; r < w.rows; r++) {
+        size_t c = r < rows ? cols : 0;
+        Tensor row = slice(w, r, 1, c, w.cols - c), tokens = slice(x, 0, x.rows, c, w.cols - c);
+        for (size_t t = 0; t < x.rows && row.cols; t++) {
+            float *at = out + t * stride + r;
+            *at = (update == ADD || c ? *at : 0) + dot_ref(row, 0, tokens, t);
+        }
+    }
+}
+
 INLINE void gemm_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, Update update) {
     w.dtype = w_type;
     x.dtype = x_type;
@@ -3259,13 +3286,7 @@ INLINE void gemm_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor
                     micro_kernel(at, stride, row, w_type, 1, 1, token, x_type, 1, 1, c ? ADD : update, NULL);
             }
         }
-    // The last columns, fewer than a vector has.
-    Tensor last_w = slice(w, 0, w.rows, cols, x.cols - cols), last_x = slice(x, 0, x.rows, cols, x.cols - cols);
-    for (size_t t = 0; t < x.rows && last_w.cols; t++)
-        for (size_t r = 0; r < w.rows; r++) {
-            float dot = dot_ref(last_w, r, last_x, t);
-            out[t * stride + r] = (update == ADD || cols ? out[t * stride + r] : 0) + dot;
-        }
+    gemm_rest(out, stride, w, x, w.rows, cols, update);
 }
 
 // out[t][r] = sum_c w[r][c] x[t][c], or += it; rows of out are `stride` apart
@@ -3278,6 +3299,89 @@ static void gemm(float *out, size_t stride, Tensor w, Tensor x, Update update) {
         gemm_typed(out, stride, w, F16, x, F32, update);
 }
 
+#ifdef AMX
+
+// AMX has eight tile registers of 16 rows of 64 bytes, and an instruction that multiplies two of them: A, 16 rows and
+// 32 columns of weights, as they are in the file, and B, 16 pairs of columns of 16 tokens, as store_row has written
+// them. It adds the products to a third tile of 16 x 16 sums, in the same order for each sum. A batch is padded to
+// whole tiles; the sums of the padding are not used. So a token has the same bits alone as in a batch.
+
+// Multiplies 32 rows of w, from row r on, by up to 32 tokens, from token t on, over the columns from c to end. Each
+// pass over these rows prefetches: a single pass two tiles ahead in these rows, and then in the next 32; pass number
+// `pass` of several `passes` its share of the next 32 rows.
+static void amx_micro_kernel(float *out, size_t stride, Tensor w, size_t r, size_t c, size_t end, Tensor x, size_t t,
+                             Update update, size_t pass, size_t passes) {
+    const size_t tokens = min(AMX_BLOCK, x.rows - t), share = (AMX_BLOCK + passes - 1) / passes;
+    const size_t distance = passes == 1 ? 2 * AMX_BLOCK : w.cols;
+    const uint16_t *weights = (const uint16_t *)w.data + r * w.stride;
+    const uint16_t *left = (const uint16_t *)x.data + t * x.stride, *right = left + 16 * x.stride; // 16 tokens each
+    const long row = (long)(w.stride * sizeof *weights), sums_row = AMX_BLOCK * sizeof(float);
+    float sums[AMX_BLOCK][AMX_BLOCK];
+    __asm__ volatile("" : : : "memory"); // gcc does not know that tiles are loaded from memory
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (; c < end; c += AMX_BLOCK) {
+        _tile_loadd(4, weights + c, row);
+        _tile_loadd(5, weights + 16 * w.stride + c, row);
+        _tile_loadd(6, left + c * 16, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (tokens > 16) {
+            _tile_loadd(7, right + c * 16, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        size_t ahead = pass * share * w.stride + c + distance;
+        if (c + distance >= w.cols) // goes on in the next 32 rows
+            ahead += AMX_BLOCK * w.stride - w.cols;
+        for (size_t i = 0; i < share; i++)
+            __builtin_prefetch(weights + ahead + i * w.stride, 0, 3);
+    }
+    _tile_stored(0, sums[0], sums_row);
+    _tile_stored(1, sums[16], sums_row);
+    _tile_stored(2, sums[0] + 16, sums_row);
+    _tile_stored(3, sums[16] + 16, sums_row);
+    for (size_t j = 0; j < tokens; j++)
+        for (size_t i = 0; i < AMX_BLOCK; i++) {
+            float *at = out + (t + j) * stride + r + i;
+            *at = (update == ADD ? *at : 0) + sums[i][j];
+        }
+}
+
+// Up to 32 tokens: each few rows are read once, from end to end. More: a part of x stays in L2 while a thread's rows
+// pass.
+static void matmul_amx(RunState *s, float *out, Tensor w, Tensor x, Update update) {
+    size_t share = AMX_BLOCK, cols = w.cols / AMX_BLOCK * AMX_BLOCK, end, passes;
+    if (x.rows > AMX_BLOCK)
+        share = round_up((w.rows + s->threads - 1) / s->threads, AMX_BLOCK);
+    // All eight tiles of this thread are 16 rows of 64 bytes.
+    static const struct {
+        uint8_t palette, reserved[15];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } tiles = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&tiles);
+#pragma omp for schedule(static)
+    for (size_t first = 0; first < w.rows; first += share) {
+        Tensor part = slice(w, first, min(share, w.rows - first), 0, w.cols);
+        size_t rows = part.rows / AMX_BLOCK * AMX_BLOCK;
+        for (size_t start = 0; start < x.rows; start = end) {
+            end = min(start + AMX_TOKENS, x.rows);
+            passes = (end - start + AMX_BLOCK - 1) / AMX_BLOCK;
+            for (size_t c = 0; c < cols; c += AMX_COLUMNS)
+                for (size_t r = 0; r < rows; r += AMX_BLOCK)
+                    for (size_t t = start; t < end; t += AMX_BLOCK)
+                        amx_micro_kernel(out + first, w.rows, part, r, c, min(c + AMX_COLUMNS, cols), x, t,
+                                         c ? ADD : update, (t - start) / AMX_BLOCK, passes);
+        }
+        gemm_rest(out + first, w.rows, part, x, rows, cols, update);
+    }
+    _tile_release();
+}
+#endif
+
 // Splits the rows of w among the threads. One token: each thread has a range of rows to stream. A small batch: each
 // few rows are used for all tokens as they arrive. A large batch: a block of rows stays in L2.
 static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update) {
@@ -3287,6 +3391,12 @@ static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update up
     }
 #pragma omp master
     page_weights(s->paging, w);
+#ifdef AMX
+    if (x.dtype == BF16_AMX) {
+        matmul_amx(s, out, w, x, update);
+        return;
+    }
+#endif
     size_t block = MC;
     if (x.rows == 1)
         block = (w.rows + s->threads - 1) / s->threads;
@@ -3402,7 +3512,8 @@ static void attention_block(const Model *m, RunState *s, Tensor result, size_t l
         largest[i] = -INFINITY;
         sum[i] = 0;
     }
-    for (size_t start = 0; start < kv_len[count - 1]; start += KV_BLOCK) {
+    size_t end = pos + (first + count - 1) / group + 1; // the last query looks at the most positions
+    for (size_t start = 0; start < end; start += KV_BLOCK) {
         size_t block = kv_offset(m, s, layer, g, start);
         for (size_t i = 0, queries; i < count; i += queries) {
             queries = count - i >= Q_TILE ? Q_TILE : 1;

@@ -221,7 +221,7 @@ def print_row(shape: str, threads: int, work: str, pairs: list[tuple[float, floa
 def generate_ours(program: Path, path: Path, threads: int) -> float:
     flags = f"-i Hello -t 0 -n {FEW + 2} -j {threads} -c {CONTEXT}"  # the prompt is two tokens, the first comes with it
     made = subprocess.run([program, path, *flags.split()], capture_output=True, text=True, check=True)
-    found = re.search(r"then: (\d+) tokens, ([0-9.]+) tok/s", made.stderr)
+    found = re.search(r"decode: (\d+) tokens, ([0-9.]+) tok/s", made.stderr)
     assert found and int(found[1]) == FEW + 1, made.stderr
     return float(found[2])
 

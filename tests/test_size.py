@@ -66,7 +66,7 @@ def test_own_memory_is_the_cache_and_64_mb(
     text = " ".join(["the"] * (prompt - 1))
     args = [path, "-z", TOKENIZER, "-i", text, "-n", prompt + 2, "-t", 0, "-j", 2]
     done = run.ok(*args, preexec=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
-    assert f"prompt: {prompt} tokens" in done.stderr
+    assert f"prefill: {prompt} tokens" in done.stderr
 
 
 def test_70b_runs_whole(run: Program, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_prompt_of_100000_tokens(run: Program, tmp_path: Path) -> None:
     limit = 2 * model.n_kv_heads * model.head_dim * positions * 2 + 64 * MB
     args = [path, "-f", text, "-n", 0, "-t", 0, "-c", n + 40, "--json"]
     done = run.ok(*args, preexec=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
-    fed = re.search(r"prompt: (\d+) tokens", done.stderr)
+    fed = re.search(r"prefill: (\d+) tokens", done.stderr)
     assert fed and int(fed[1]) > 0.9 * n
     assert all(math.isfinite(json.loads(line)["logprob"]) for line in done.stdout.splitlines())
 
