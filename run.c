@@ -857,7 +857,8 @@ enum { // TokenizerHeader.flags
 // The texts of a chat template around what is said, and their order in the file; models/FORMAT.md describes them.
 enum { BEFORE_USER, BEFORE_SYSTEM, AFTER_SYSTEM, AFTER_USER, BEFORE_ANSWER, AFTER_ANSWER, NEXT_USER };
 enum { OPENS_ANSWER = NEXT_USER + 1, OPENS_ANSWER_NO_THINK, END_OF_THOUGHT, N_TEMPLATES };
-enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 8191 }; // TokenizerHeader.template_flags
+enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 8191 };   // TokenizerHeader.template_flags
+enum { TRIM_NEWLINES = 1024, TRIM_SPACES = 2048, HAS_NO_THINK = 4096 }; // of those, after a dropped thought; --no-think
 
 #define NONE UINT32_MAX // no token, no symbol
 
@@ -1388,7 +1389,7 @@ struct Options {
     uint64_t prefill, decode, repeat; // bench: tokens (0: default), and how often they are measured
     uint64_t stride;                  // perplexity: the distance between windows
     uint64_t draft;                   // the most tokens that are guessed at a time
-    bool json, probs;
+    bool json, probs, no_think;
 };
 
 struct Printer {
@@ -1436,16 +1437,51 @@ static void append_template(Session *s, size_t which) {
 }
 
 // Bits 2 + 2 * role and 3 + 2 * role of template_flags: the template trims such a text on the left, on the right.
-typedef enum { SYSTEM_TEXT, FIRST_USER_AFTER_SYSTEM, OTHER_USER } Role;
+typedef enum { SYSTEM_TEXT, FIRST_USER_AFTER_SYSTEM, OTHER_USER, ANSWER } Role;
 
-// Appends what someone said. It is only ever text: it cannot become a control token.
-static void append_message(Session *s, Span text, Role role) {
+static Span trimmed(const Session *s, Span text, Role role) {
     uint32_t trim = s->tokenizer->h.template_flags >> (2 + 2 * role);
     while (trim & 1 && text.n && is_space(*text.bytes))
         text = from(text, 1);
     while (trim & 2 && text.n && is_space(text.bytes[text.n - 1]))
         text.n--;
-    append_bytes(&s->chat->pending, text);
+    return text;
+}
+
+// Appends what someone said. It is only ever text: it cannot become a control token.
+static void append_message(Session *s, Span text, Role role) {
+    append_bytes(&s->chat->pending, trimmed(s, text, role));
+}
+
+// Appends an earlier answer as its tokens were sampled. But where the template drops what the model thought, up to the
+// last END_OF_THOUGHT, or trims the answer, appends the rest of its text.
+static void append_answer(Session *s, Tokens answer) {
+    const Tokenizer *t = s->tokenizer;
+    const uint32_t *ends = t->h.template_ends;
+    Bytes said = {0};
+    for (size_t i = 0; i < answer.n; i++)
+        append_bytes(&said, piece_text(t, answer.data[i]));
+    Span text = {said.data, said.n}, rest = text;
+    if (ends[END_OF_THOUGHT] > ends[END_OF_THOUGHT - 1]) {
+        TemplateItem end = t->items[ends[END_OF_THOUGHT - 1]];
+        for (size_t i = 0; i + end.length <= text.n; i++)
+            if (!memcmp(text.bytes + i, t->text + end.offset, end.length))
+                rest = from(text, i + end.length);
+    }
+    bool dropped = rest.n < text.n;
+    while (dropped && rest.n && is_space(*rest.bytes) &&
+           t->h.template_flags & (*rest.bytes == '\n' ? TRIM_NEWLINES : TRIM_SPACES))
+        rest = from(rest, 1);
+    rest = trimmed(s, rest, ANSWER);
+    if (rest.n < text.n) {
+        append_template(s, BEFORE_ANSWER);
+        append_bytes(&s->chat->pending, rest);
+    } else {
+        encode_pending(s);
+        for (size_t i = 0; i < answer.n; i++)
+            push(&s->context.tokens, answer.data[i]);
+    }
+    free(said.data);
 }
 
 // Renders the conversation to tokens, from turn `first` on.
@@ -1469,11 +1505,15 @@ static void render_chat(Session *s, size_t first) {
         bool after_system = system && i == first;
         append_message(s, (Span){turn->user.data, turn->user.n}, after_system ? FIRST_USER_AFTER_SYSTEM : OTHER_USER);
         append_template(s, AFTER_USER);
-        encode_pending(s);
-        chat->reply_start = c->tokens.n;
-        for (size_t j = 0; j < turn->assistant.n; j++)
-            push(&c->tokens, turn->assistant.data[j]);
+        if (i + 1 < chat->turns.n)
+            append_answer(s, turn->assistant);
     }
+    append_template(s, s->options->no_think ? OPENS_ANSWER_NO_THINK : OPENS_ANSWER);
+    encode_pending(s);
+    chat->reply_start = c->tokens.n;
+    Tokens reply = chat->turns.data[chat->turns.n - 1].assistant; // so far
+    for (size_t i = 0; i < reply.n; i++)
+        push(&c->tokens, reply.data[i]);
 
     // The KV cache stays valid up to the first token that differs. The last token is computed anew, for its logits.
     size_t same = 0;
@@ -1626,6 +1666,8 @@ static void chat(Session *s) {
            t->file.path);
     expect(!s->options->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system prompt",
            t->file.path);
+    expect(!s->options->no_think || t->h.template_flags & HAS_NO_THINK,
+           "%s: --no-think: its chat template knows no such switch", t->file.path);
     t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
     static Chat conversation;         // static, so that its memory is still in use when the program exits
     s->chat = &conversation;
@@ -2237,6 +2279,7 @@ static Options parse_options(int argc, char **argv) {
         {"-j", INTEGER, &o.threads, 1, 1024, "N", "threads (default: one per physical core)"},
         {"-z", TEXT, &o.tokenizer, 0, 0, "FILE",
          "tokenizer (default: MODEL.tokenizer.bin, else" NEXT_LINE "tokenizer.bin beside it or here)"},
+        {"--no-think", SWITCH, &o.no_think, 0, 0, "", "chat: ask the model not to think, if its template knows how"},
         {"", SWITCH, NULL, 0, 0, "", "Sampling"},
         {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
          "stop at N tokens, prompt included (default 256; 0: no limit);" NEXT_LINE
@@ -2484,6 +2527,10 @@ static File map_file(const char *path, const char *magic, size_t min_size, const
     expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
            S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
     size_t size = (size_t)st.st_size;
+    char text[16] = {0};
+    bool pointer = pread(fd, text, 15, 0) == 15 && !strcmp(text, "version https:/");
+    expect(!pointer, "%s: expected %s, found a Git LFS pointer (git lfs pull gets the file itself)", path, what);
+    expect(*text != '<', "%s: expected %s, found a web page (the download has failed)", path, what);
     expect(size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, size);
     File f = {path, mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0), size, fd};
     expect(f.bytes != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, size, strerror(errno));

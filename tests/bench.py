@@ -22,9 +22,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOFLINE = ROOT / "build" / "roofline-native"  # `run -m bench`, and the limits
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "models")]
 
-from export import SHAPES, Config, RandomSource, file_size, read_tokenizer, write_model
+from random_weights import SHAPES, random_model
+
+from export import Config, file_size, read_tokenizer, write_model
 
 HEAD = [
     "| model | file GB | prompt tok/s | GFLOPS | of peak | tok/s | GB/s | of a plain read | times 7b |",
@@ -56,7 +58,7 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
     config = that_fits(whole, args.room or room)
     path = args.folder / f"{shape}-{config.n_layers}.bin"
     if not path.exists():
-        write_model(path, RandomSource(config, dtype=args.dtype), read_tokenizer(ROOT / "tokenizer.bin"))
+        write_model(path, random_model(config, dtype=args.dtype), read_tokenizer(ROOT / "tokenizer.bin"))
     prefill = min(args.prefill, config.max_seq_len)
     sizes = ["--prefill", prefill, "--decode", args.decode, "--repeat", args.repeat]
     threads = ["-j", args.threads] if args.threads else []

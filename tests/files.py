@@ -706,9 +706,11 @@ def on_terminal(run: Program, *args: object, columns: int = 0, stderr_too: bool 
     return output.decode(), stderr
 
 
-def interrupt_export(folder: Path, *args: str | Path, number: int = signal.SIGINT) -> None:
+def interrupt_export(
+    folder: Path, *args: str | Path, number: int = signal.SIGINT, program: Path = ROOT / "export.py"
+) -> None:
     """A signal in the middle of writing `folder`/out.bin: silent, its status, and nothing is left behind."""
-    command = [sys.executable, ROOT / "export.py", *args, "-o", folder / "out.bin"]
+    command = [sys.executable, program, *args, "-o", folder / "out.bin"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 30

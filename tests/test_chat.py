@@ -41,7 +41,7 @@ HAS_TEMPLATE, HAS_SYSTEM = 1, 2
 
 def vocabulary(**changes: Any) -> Vocabulary:
     """Of bytes and few words, with a template: <s>U:Hello|A:an answer</s>U:..., and <s>S:system|U:Hello."""
-    pieces: list[export.Piece] = [(BOS, "U:"), (BOS, "S:"), ("|U:",), ("|A:",), (), (STOP,), ("U:",)]
+    pieces: list[export.Script] = [(BOS, "U:"), (BOS, "S:"), ("|U:",), ("|A:",), (), (STOP,), ("U:",)]
     return default_vocabulary(
         **{
             "flags": ADD_BOS,
