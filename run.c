@@ -1028,7 +1028,8 @@ static void check_tokenizer(const Tokenizer *t) {
         check(path, "a token's type", p->type, NORMAL, LATE_USER_DEFINED);
         check(path, "a token's score", p->score, -FLT_MAX, FLT_MAX);
         check(path, "a token's offset", p->offset, 0, h->n_text);
-        check(path, "a token's length", p->length, p->type != UNUSED, p->type == BYTE ? 1 : h->n_text - p->offset);
+        check(path, "a token's length", p->length, p->type != UNUSED,
+              (double)min(p->type == BYTE ? 1 : SIZE_MAX, h->n_text - p->offset));
     }
     for (size_t b = 0; b < 256; b++) {
         uint32_t id = t->byte_id[b];
@@ -2521,7 +2522,7 @@ static void check_header(const char *path, const Header *h) {
         check(path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
         check(path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
     }
-    for (const char *p = (const char *)(h + 1); p < (const char *)h + HEADER_SPACE; p++)
+    for (const uint8_t *p = (const uint8_t *)(h + 1); p < (const uint8_t *)h + HEADER_SPACE; p++)
         check(path, "the unused bytes of the header", *p, 0, 0);
 }
 

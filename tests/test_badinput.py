@@ -157,12 +157,14 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_formats(victim: Victim, name: str) -> None:
-    victim.bad_model(FOREIGN[name], "expected", "a weights file", '"twofiles"', "found")
+    known = "a Git LFS pointer" if name == "Git LFS" else '"twofiles"'
+    victim.bad_model(FOREIGN[name], "expected", "a weights file", known, "found")
 
 
 @pytest.mark.parametrize("name", [n for n in FOREIGN if n != "ours, swapped"])
 def test_foreign_tokenizers(victim: Victim, name: str) -> None:
-    victim.bad_tokenizer(FOREIGN[name], "expected", "a tokenizer file", '"twotoken"', "found")
+    known = "a Git LFS pointer" if name == "Git LFS" else '"twotoken"'
+    victim.bad_tokenizer(FOREIGN[name], "expected", "a tokenizer file", known, "found")
 
 
 def test_a_tokenizer_in_place_of_the_model_and_the_reverse(victim: Victim) -> None:
@@ -365,15 +367,15 @@ def test_a_tokenizer_that_is_too_long(victim: Victim) -> None:
         *[("stop_ids", v, f"stop id: expected 0 to 311, found {v}") for v in (-1, -2, 10**6, 0x7FFFFFFF)],
         *[("n_by_text", v, f"n_by_text: expected 0 to 312, found {v}") for v in (313, 1 << 31, HUGE)],
         *[("n_by_text", v, "file size") for v in (0, 1, 312)],
-        *[("n_merges", v, "n_merges: expected 0 to 67108864, found") for v in ((1 << 26) + 1, HUGE)],
-        *[("n_merges", v, "file size") for v in (1, 1 << 26)],
+        *[("n_merges", v, "n_merges: expected 0 to 16777216, found") for v in ((1 << 24) + 1, HUGE)],
+        *[("n_merges", v, "file size") for v in (1, 1 << 24)],
         *[("n_dfas", v, f"n_dfas: expected 0 to 16, found {v}") for v in (17, HUGE)],
         *[("n_dfas", v, "n_classes: expected 2 to 256, found 0") for v in (1, 16)],
         *[("n_classes", v, f"n_classes: expected 0 to 256, found {v}") for v in (257, HUGE)],
-        *[("n_classes", v, "file size") for v in (1, 256)],
+        *[("n_classes", v, "n_class_blocks: expected 1 to 4353, found 0") for v in (1, 256)],
         *[("n_states", v, f"n_states: expected 0 to 1048576, found {v}") for v in ((1 << 20) + 1, HUGE)],
         *[("template_flags", v, f"template_flags: expected 0 to 8191, found {v}") for v in (8192, HUGE)],
-        *[("template_ends", v, f"a template's end: expected 0, found {v}") for v in (1, HUGE)],
+        *[("template_ends", v, "a template's end: expected") for v in (1, HUGE)],
         *[("n_class_blocks", v, f"n_class_blocks: expected 0, found {v}") for v in (1, HUGE)],
         *[("n_text", v, "found") for v in (0, 1, 10**6, HUGE)],
         *[("file_size", v, "hash: expected") for v in (0, 80, 160, 2**32, 2**64 - 1)],
@@ -620,7 +622,7 @@ def test_any_flipped_bit_of_an_array(byte_level: ByteLevelVictim) -> None:
     ("name", "values"),
     [
         ("n_by_text", [0, 6, 8, 1 << 24, HUGE]),
-        ("n_merges", [0, 5, 7, 1 << 26, (1 << 26) + 1, HUGE]),
+        ("n_merges", [0, 5, 7, 1 << 24, (1 << 24) + 1, HUGE]),
         ("n_classes", [0, 1, 2, 4, 256, 257, HUGE]),
         ("n_states", [0, 1, 3, 5, 1 << 20, (1 << 20) + 1, HUGE]),
         ("n_dfas", [0, 2, 3, 4, 16, 17, HUGE]),
@@ -740,7 +742,8 @@ def test_ends_of_templates(byte_level: ByteLevelVictim) -> None:
         for end in bad:
             spoilt = bytearray(data)
             struct.pack_into("<I", spoilt, start + 4 * i, end % (1 << 32))
-            byte_level.bad(fix(bytes(spoilt)), "a template's end", "expected", "found")
+            says = "file size" if (i, end) == (9, 6) else "a template's end"  # the last is the number of items
+            byte_level.bad(fix(bytes(spoilt)), says, "expected", "found")
 
 
 def test_bytes_that_are_missing(byte_level: ByteLevelVictim) -> None:
