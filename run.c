@@ -841,7 +841,8 @@ enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
 // and LATE_USER_DEFINED ones in the normalised text. No text becomes a CONTROL token.
 enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE_USER_DEFINED = 7 };
 enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, MAX_DFAS = 16 };
-enum { N_CODEPOINTS = 0x110000 }; // code points of Unicode; larger numbers stand for bytes that are not UTF-8
+// Code points of Unicode; larger numbers stand for bytes that are not UTF-8. Pages are groups of 256 of both.
+enum { N_CODEPOINTS = 0x110000, N_PAGES = N_CODEPOINTS / 256 + 1 };
 
 enum { // TokenizerHeader.flags
     ADD_BOS = 1,
@@ -875,7 +876,7 @@ typedef struct {
     uint32_t n_stops; // tokens that end a text or an answer
     int32_t stop_ids[MAX_STOPS];
     uint32_t n_by_text, n_merges, n_dfas, n_classes, n_states; // lengths of arrays
-    uint32_t template_flags, n_template_items, n_text;
+    uint32_t template_flags, n_class_blocks, n_text;
     uint32_t template_ends[N_TEMPLATES]; // a template's items end here, and those of the next begin
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 160, "the compiler added padding to TokenizerHeader");
@@ -913,8 +914,9 @@ struct Tokenizer {
     const uint32_t *by_text;     // (n_by_text)  the tokens that text can become, sorted by their bytes
     const Merge *merges;         // (n_merges)   sorted by left and right
     const uint32_t *transitions; // (n_states, n_classes)  the automata that find words, see match_word
-    const TemplateItem *items;   // (n_template_items)
-    const uint8_t *char_class;   // (N_CODEPOINTS + 256)   only with automata
+    const TemplateItem *items;   // (template_ends[N_TEMPLATES - 1])
+    const uint32_t *class_block; // (N_PAGES)   the block of each 256 code points; only with automata
+    const uint8_t *classes;      // (n_class_blocks, 256)   the class of each code point of a block
     const unsigned char *text;   // (n_text)
     uint32_t starts[0x10001]; // where in by_text the texts with the same first_bytes start; the next one is their end
     bool prefix;              // encode: the next text gets a space in front
@@ -1010,9 +1012,10 @@ static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
     check(path, "n_dfas", h->n_dfas, 0, MAX_DFAS);
     check(path, "n_classes", h->n_classes, h->n_dfas ? 2 : 0, 256);
     check(path, "n_states", h->n_states, h->n_dfas ? h->n_dfas + 1 : 0, 1 << 20);
+    check(path, "n_class_blocks", h->n_class_blocks, h->n_classes ? 1 : 0, h->n_classes ? N_PAGES : 0);
     check(path, "template_flags", h->template_flags, 0, ALL_TEMPLATE_FLAGS);
     for (size_t i = 0; i < N_TEMPLATES; i++)
-        check(path, "a template's end", h->template_ends[i], i ? h->template_ends[i - 1] : 0, h->n_template_items);
+        check(path, "a template's end", h->template_ends[i], i ? h->template_ends[i - 1] : 0, 1 << 20);
 }
 
 // Checks every number that is used as an index, and every order that a search relies on.
@@ -1051,9 +1054,11 @@ static void check_tokenizer(const Tokenizer *t) {
     }
     for (size_t i = 0; i < (size_t)h->n_states * h->n_classes; i++)
         check(path, "a transition", t->transitions[i], 0, 2 * (double)h->n_states - 1);
-    for (size_t i = 0; i < N_CODEPOINTS + 256 && h->n_classes; i++)
-        check(path, "a character's class", t->char_class[i], 0, h->n_classes - 1);
-    for (size_t i = 0; i < h->n_template_items; i++) {
+    for (size_t i = 0; i < N_PAGES && h->n_classes; i++)
+        check(path, "a block of classes", t->class_block[i], 0, h->n_class_blocks - 1);
+    for (size_t i = 0; i < (size_t)h->n_class_blocks * 256; i++)
+        check(path, "a character's class", t->classes[i], 0, h->n_classes - 1);
+    for (size_t i = 0; i < h->template_ends[N_TEMPLATES - 1]; i++) {
         const TemplateItem *item = &t->items[i];
         check(path, "a template's token", item->token == NONE ? 0 : item->token, 0, last_id);
         check(path, "a template's offset", item->offset, 0, h->n_text);
@@ -1081,8 +1086,9 @@ static Tokenizer *open_tokenizer(const char *path) {
     t->by_text = next_array(t, &at, h->n_by_text, sizeof *t->by_text);
     t->merges = next_array(t, &at, h->n_merges, sizeof *t->merges);
     t->transitions = next_array(t, &at, (size_t)h->n_states * h->n_classes, sizeof *t->transitions);
-    t->items = next_array(t, &at, h->n_template_items, sizeof *t->items);
-    t->char_class = next_array(t, &at, h->n_classes ? N_CODEPOINTS + 256 : 0, 1);
+    t->items = next_array(t, &at, h->template_ends[N_TEMPLATES - 1], sizeof *t->items);
+    t->class_block = next_array(t, &at, h->n_classes ? N_PAGES : 0, sizeof *t->class_block);
+    t->classes = next_array(t, &at, h->n_class_blocks, 256);
     t->text = next_array(t, &at, h->n_text, 1);
     expect(at == t->file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged",
            path, at, t->file.size);
@@ -1255,7 +1261,7 @@ static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
         size_t length = 0;
         if (at < text.n) {
             length = next_char(from(text, at), &codepoint);
-            class = t->char_class[codepoint];
+            class = t->classes[t->class_block[codepoint / 256] * 256 + codepoint % 256];
         }
         uint32_t transition = t->transitions[(size_t)state * t->h.n_classes + class];
         if (transition & 1)

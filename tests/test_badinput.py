@@ -31,10 +31,12 @@ from files import (
     Vocabulary,
     byte_level_vocabulary,
     chain_model,
+    class_blocks,
     default_vocabulary,
     file_hash,
     fix,
     patch,
+    u32,
 )
 
 HUGE = 0xFFFFFFFF
@@ -372,7 +374,7 @@ def test_a_tokenizer_that_is_too_long(victim: Victim) -> None:
         *[("n_states", v, f"n_states: expected 0 to 1048576, found {v}") for v in ((1 << 20) + 1, HUGE)],
         *[("template_flags", v, f"template_flags: expected 0 to 8191, found {v}") for v in (8192, HUGE)],
         *[("template_ends", v, f"a template's end: expected 0, found {v}") for v in (1, HUGE)],
-        *[("n_template_items", v, "file size") for v in (1, 1 << 24, HUGE)],
+        *[("n_class_blocks", v, f"n_class_blocks: expected 0, found {v}") for v in (1, HUGE)],
         *[("n_text", v, "found") for v in (0, 1, 10**6, HUGE)],
         *[("file_size", v, "hash: expected") for v in (0, 80, 160, 2**32, 2**64 - 1)],
         *[("vocab_hash", v, "hash: expected") for v in (0, 1, 2**64 - 1)],
@@ -622,7 +624,7 @@ def test_any_flipped_bit_of_an_array(byte_level: ByteLevelVictim) -> None:
         ("n_classes", [0, 1, 2, 4, 256, 257, HUGE]),
         ("n_states", [0, 1, 3, 5, 1 << 20, (1 << 20) + 1, HUGE]),
         ("n_dfas", [0, 2, 3, 4, 16, 17, HUGE]),
-        ("n_template_items", [0, 4, 6, 1 << 30, HUGE]),
+        ("n_class_blocks", [0, 4, 6, 4353, 4354, 1 << 30, HUGE]),
         ("n_text", [0, 1, 1 << 20, HUGE]),
         ("template_ends", [3, 6, HUGE]),
         ("template_flags", [8192, HUGE]),
@@ -640,7 +642,7 @@ def test_dfas_without_states_or_classes(byte_level: ByteLevelVictim) -> None:
     for n_dfas in (4, 16):
         byte_level.bad(None, "n_states", f"expected {n_dfas + 1} to", "found 4", n_machines=n_dfas)
     byte_level.bad(None, "n_classes", "expected 2 to 256", "found 1", steps=((0,), (0,), (0,)), ranges=())
-    none = patch(v.to_bytes(transitions=b"", char_class=b""), n_states=0, n_classes=0)
+    none = patch(v.to_bytes(transitions=b"", class_block=b"", classes=b""), n_states=0, n_classes=0, n_class_blocks=0)
     byte_level.bad(fix(none), "n_classes", "expected 2 to 256", "found 0")
 
 
@@ -674,8 +676,15 @@ def test_bad_classes_of_characters(byte_level: ByteLevelVictim) -> None:
     assert len(classes) == 0x110000 + 256
     for at in (0, 97, 0xFFFD, 0x10FFFF, 0x110000, len(classes) - 1):
         for bad in (3, 255):
-            data = v.to_bytes(char_class=classes[:at] + bytes([bad]) + classes[at + 1 :])
+            spoilt = class_blocks(classes[:at] + bytes([bad]) + classes[at + 1 :])
+            data = fix(patch(v.to_bytes(**spoilt), n_class_blocks=len(spoilt["classes"]) // 256))
             byte_level.bad(data, "a character's class", "expected 0 to 2", f"found {bad}")
+    pages = u32([*[0] * 4352, 1])
+    for at in (0, 1, 4352):
+        for page in (2, HUGE):
+            bad_pages = pages[: 4 * at] + u32([page]) + pages[4 * at + 4 :]
+            data = patch(v.to_bytes(class_block=bad_pages, classes=classes[:512]), n_class_blocks=2)
+            byte_level.bad(fix(data), "a block of classes", "expected 0 to 1", f"found {page}")
     # Odd, but harmless: a character that counts as the end of the text; all of one class.
     byte_level.tokens("the cat", ranges=((97, 97, 0),))
     assert byte_level.tokens("the cat", ranges=((0, 0x10FFFF, 1),))[1:] == [257, 260]
