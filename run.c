@@ -1010,9 +1010,10 @@ static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
     check(path, "n_by_text", h->n_by_text, 0, h->vocab_size);
     check(path, "n_merges", h->n_merges, 0, 1 << 24); // a float is exact up to there, see push_pair
     check(path, "n_dfas", h->n_dfas, 0, MAX_DFAS);
-    check(path, "n_classes", h->n_classes, h->n_dfas ? 2 : 0, 256);
-    check(path, "n_states", h->n_states, h->n_dfas ? h->n_dfas + 1 : 0, 1 << 20);
-    check(path, "n_class_blocks", h->n_class_blocks, h->n_classes ? 1 : 0, h->n_classes ? N_PAGES : 0);
+    uint32_t any_dfa = h->n_dfas > 0, any_class = h->n_classes > 0; // 0: the arrays have to be empty
+    check(path, "n_classes", h->n_classes, 2 * any_dfa, 256);
+    check(path, "n_states", h->n_states, h->n_dfas + any_dfa, 1 << 20);
+    check(path, "n_class_blocks", h->n_class_blocks, any_class, N_PAGES * any_class);
     check(path, "template_flags", h->template_flags, 0, ALL_TEMPLATE_FLAGS);
     for (size_t i = 0; i < N_TEMPLATES; i++)
         check(path, "a template's end", h->template_ends[i], i ? h->template_ends[i - 1] : 0, 1 << 20);
@@ -1088,7 +1089,7 @@ static Tokenizer *open_tokenizer(const char *path) {
     t->merges = next_array(t, &at, h->n_merges, sizeof *t->merges);
     t->transitions = next_array(t, &at, (size_t)h->n_states * h->n_classes, sizeof *t->transitions);
     t->items = next_array(t, &at, h->template_ends[N_TEMPLATES - 1], sizeof *t->items);
-    t->class_block = next_array(t, &at, h->n_classes ? N_PAGES : 0, sizeof *t->class_block);
+    t->class_block = next_array(t, &at, N_PAGES * (h->n_classes > 0), sizeof *t->class_block);
     t->classes = next_array(t, &at, h->n_class_blocks, 256);
     t->text = next_array(t, &at, h->n_text, 1);
     expect(at == t->file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged",
@@ -1366,7 +1367,7 @@ static Span decode(const Tokenizer *t, uint32_t token, size_t pos) {
     uint32_t type = t->pieces[token].type;
     if (type == UNKNOWN || type == CONTROL || type == UNUSED)
         return (Span){0};
-    size_t first = t->h.flags & ADD_BOS ? 1 : 0;
+    bool first = t->h.flags & ADD_BOS; // bos, if there is one, is at 0
     if (pos == first && t->h.flags & ADD_DUMMY_PREFIX && *text.bytes == ' ')
         return from(text, 1);
     return text;
