@@ -6,7 +6,7 @@
  * with billions of fixed numbers, the weights, also called parameters. The weights were found beforehand, by training:
  * they were adjusted, little by little, until the scores suited a very large amount of text. The program chooses the
  * next token with the help of the logits, appends it to the text, and repeats. Stories, answers and programs are all
- * written in this way, token by token.
+ * written in this way, token by token. (A third, small file lists the vocabulary.)
  *
  * The program runs every model of the Llama family that export.py has converted to a weights file, in which each
  * parameter takes 2 bytes. It does not train models. It needs libc and libm, and it uses OpenMP, if the compiler has
@@ -35,8 +35,9 @@
  *   T tokens in this batch    D dim            H n_heads       d head_dim    Q = H*d
  *   C positions of context    F hidden_dim     G n_kv_heads    V vocab_size  K = G*d
  *
- * Logits are reproducible bit for bit: they depend neither on the number of threads nor on how a text is split into
- * batches, because a build of the program accumulates every sum in one fixed order.
+ * Several tokens can pass through the model together, as a batch. Logits are the same bit for bit however a text is
+ * split into batches, and for any number of threads, because a build of the program accumulates every sum in one fixed
+ * order. Section 4 relies on this.
  */
 #define _GNU_SOURCE // for sched_getaffinity
 #include <math.h>
@@ -119,7 +120,7 @@ typedef struct {
     float rope_high_freq_factor; // ROPE_LLAMA3: pairs that make more turns than this are kept
     uint32_t rope_original_max_seq_len; // ROPE_LLAMA3: the longest text of the first training, in tokens
     uint64_t file_size;                 // the size of the file, in bytes
-    uint64_t vocab_hash;                // a hash of the vocabulary: a tokenizer file with another one does not fit
+    uint64_t vocab_hash;                // a hash of the vocabulary: a tokenizer file with another one is refused
 } Header;
 
 // A matrix, or a vector (rows = 1).
@@ -127,7 +128,7 @@ typedef struct {
     void *data;
     Dtype dtype;
     size_t rows, cols;
-    size_t stride; // the distance from one row to the next, in elements
+    size_t stride; // the distance from one row to the next, in elements: cols, or more in a part of a matrix
 } Tensor;
 
 // The weights of one layer. A matrix with 5 rows and 3 columns makes 5 numbers from 3: matrices are (outputs, inputs).
@@ -211,17 +212,20 @@ static Model open_model(const char *path) {
 // The Transformer is the function that computes logits from token ids. Each token is represented by a vector x of D
 // numbers, at first its row of the embedding matrix. The vectors pass through n_layers layers of the same form, each
 // with its own weights. A layer has two blocks. Each of them computes a vector from x and adds it to x. So nothing is
-// overwritten, each block only adds a correction (a "residual"), and x is called the residual stream.
+// overwritten: each block can read what all blocks before it have found, and only adds a correction (a "residual").
+// Therefore x is called the residual stream.
 //
-//   Attention collects information from earlier tokens. For each token, a weight matrix turns x into queries (what the
-//   token looks for), keys (what it can be found by) and values (what it passes on), vectors of d numbers. The dot
-//   product of a query with the key of a token says how well the two match. Softmax turns these scores into attention
-//   weights, which add up to 1, and the token receives the sum of the values, each multiplied by its weight. A token
-//   looks at itself and at earlier tokens, never at later ones, because the model was trained to predict these.
+//   Attention collects information from earlier tokens. For each token, a weight matrix makes from x a query (what the
+//   token looks for), a key (what it can be found by) and a value (what it passes on), three vectors of d numbers. The
+//   dot product of a query with the key of a token says how well the two match. Softmax turns these scores into
+//   attention weights, which add up to 1, and the result is the sum of the values, each multiplied by its weight. A
+//   token looks at itself and at earlier tokens, never at later ones: it was trained to predict these.
 //
-//   All this is done H times side by side. Each time is called a head; different heads look for different things. In
-//   grouped-query attention, H/G query heads use the same keys and values. A head of keys and values is called a kv
-//   head, and there are only G of them, so that fewer keys and values have to be kept.
+//   All this is done H times side by side, each time with other rows of the weight matrix, so that each looks for
+//   something else. Each of them is called a head. The results of all heads stand side by side, and a second matrix
+//   makes from these Q numbers the D numbers that are added to x. In grouped-query attention, H/G query heads use the
+//   same keys and values. A head of keys and values is called a kv head, and there are only G of them, so that fewer
+//   keys and values have to be kept.
 //
 //   The feed-forward block works on the vector of each token alone. A matrix makes 2F numbers from x, a non-linear
 //   function makes F numbers from these, and a second matrix makes the D numbers that are added to x. Without the
@@ -235,13 +239,15 @@ static Model open_model(const char *path) {
 // KV cache. Thanks to it, only the new token has to pass through the layers at each step, not the whole text again.
 //
 // The prompt is the text that the model is given to continue. To read it is called prefill: its tokens are all known,
-// so they pass through the layers together, as a batch, and each weight that is loaded from memory serves all of them.
-// Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one before,
-// so T = 1, each token needs all weights, and the limit is how fast memory delivers them.
+// so they pass through the layers together, as a batch. In each layer, first the keys and values of all of them are
+// computed, then each token looks at the earlier ones. Each weight that is loaded from memory serves all tokens of the
+// batch. Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one
+// before, so T = 1, each token needs all weights, and the limit is how fast memory delivers them.
 //
 // All threads call the functions of this section at the same time. `omp for` gives each thread a share of the loop that
-// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. Two functions have no
-// such loop, matmul_ref and attention_ref: the plain program, which uses them, has one thread.
+// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. Functions without
+// such a loop work on one row, inside of one, or only call others. matmul_ref and attention_ref are the exception: only
+// the plain program runs them, and it has one thread.
 
 typedef struct Paging Paging; // section 11
 
@@ -274,7 +280,8 @@ static float cached_k(const Model *m, const RunState *s, size_t layer, size_t g,
 static float cached_v(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
 // xb_view returns s->xb as a matrix (T, cols).
 static Tensor xb_view(const RunState *s, size_t T, size_t cols);
-// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on, an even number.
+// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on. c has to be
+// even, because AMX stores numbers in pairs.
 static float element(Tensor a, size_t r, size_t c);
 static void store_row(Tensor a, size_t r, size_t c, const float *values, size_t n);
 // thread_scratch returns the buffer of the calling thread. It has room for max(D, Q, F, C) numbers.
@@ -293,7 +300,7 @@ static float dot_ref(Tensor w, size_t r, Tensor x, size_t t) {
 }
 
 // Multiplies each token's row of x (T, cols) by the matrix w (rows, cols): out[t][r] = w[r] . x[t], or with ADD +=
-// that. The program spends nearly all of its time here.
+// that. This takes most of the time.
 static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
     for (size_t t = 0; t < x.rows; t++)
         for (size_t r = 0; r < w.rows; r++) {
@@ -304,7 +311,7 @@ static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
         }
 }
 
-// matmul_update is the fast version, shared by all threads; section 10.
+// matmul_update, in section 10, is the fast version, shared by all threads. In the plain program it calls matmul_ref.
 static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update);
 // out (T, rows) = x . w^T, and out (T, rows) += x . w^T
 static void matmul(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, SET); }
@@ -312,14 +319,13 @@ static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_upd
 
 // ---- The steps of a layer
 
-// RMSNorm (root mean square). The vector x grows as blocks add to it, more for some tokens than for others. RMSNorm
-// brings the input of each block back to the size that its weights were trained for: out = x / sqrt(mean(x^2) + eps) *
-// weight.
-//                                                                                            (Zhang and Sennrich 2019)
+// RMSNorm (root mean square). The numbers in x get larger as blocks add to them, more for some tokens than for others.
+// RMSNorm brings them back to the magnitude that the next weights were trained for. A weight for each number sets how
+// much this number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
     float squares = 0;
-    // allows vectors; the order of adding is the same for every vector in one build
+    // allows vector instructions, which add in another order, but in one build in the same order for every x
 #pragma omp simd reduction(+ : squares)
     for (size_t i = 0; i < n; i++)
         squares += x[i] * x[i];
@@ -348,9 +354,9 @@ static void embed(float *x, Tensor embedding, const uint32_t *tokens, size_t T) 
 
 // RoPE (rotary position embedding) tells attention where a token stands, since attention as such does not know the
 // order of the tokens. The numbers of each query and key are taken in pairs (i, i + d/2), and each pair is rotated by
-// an angle proportional to the position of the token. To rotate both by the same angle does not change their dot
-// product, so the score of a query and a key depends on how far apart their tokens are, not on where in the text.
-//                                                                                                      (Su et al. 2021)
+// an angle proportional to the position of the token. Rotating a query and a key by the same angle does not change
+// their dot product. So only the difference of their two angles counts, and that is proportional to how far apart their
+// tokens are, wherever in the text.                                                                 (Su et al. 2021)
 static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t half) {
     for (size_t i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
@@ -391,8 +397,8 @@ static void rope_cos_sin(RunState *s, const Header *h, size_t pos, size_t T) {
     }
 }
 
-// Adds the biases to queries, keys and values, normalises queries and keys (each only if the model does this), applies
-// RoPE to queries and keys, and writes keys and values into the KV cache.
+// Adds the biases to queries, keys and values, normalises queries and keys so that no score gets very large (each only
+// if the model does this), applies RoPE to queries and keys, and writes keys and values into the KV cache.
 static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t pos, size_t T) {
     const Layer *l = &m->layers[layer];
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
@@ -419,7 +425,6 @@ static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t 
 // because a factor common to all e^x cancels out.
 static void softmax(float *x, size_t n) {
     float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
     for (size_t i = 0; i < n; i++)
         largest = x[i] > largest ? x[i] : largest;
     for (size_t i = 0; i < n; i++)
@@ -449,7 +454,8 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
                 float score = 0;
                 for (size_t i = 0; i < d; i++)
                     score += q[i] * cached_k(m, s, layer, g, j, i);
-                attn[j] = score / sqrtf((float)d); // without it, large d would make softmax pick one position only
+                attn[j] =
+                    score / sqrtf((float)d); // undivided, sums of d products would make softmax choose one position
             }
             softmax(attn, n);
 
@@ -464,7 +470,7 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
         }
 }
 
-// attention is the fast version, shared by all threads; section 10.
+// attention, in section 10, is the fast version, shared by all threads. In the plain program it calls attention_ref.
 static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos);
 
 // SwiGLU, the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up, where silu(x) = x / (1 +
@@ -585,20 +591,21 @@ static uint32_t argmax(const float *values, size_t n) {
     return (uint32_t)best;
 }
 
-// Collects the candidates, the most likely first: the top_k most likely tokens, cut off where their probabilities reach
-// the part top_p of the sum of all of them. Returns the sum of the candidates' probabilities.
+// Adds to the candidates, which are empty before, the top_k most likely tokens, the most likely first, and of these
+// only as many as it takes to have the part top_p of the sum of their probabilities. Returns the candidates' sum.
 static double top_k_top_p(Sampler *s, size_t n) {
     const float *p = s->probabilities;
     size_t k = s->top_k ? s->top_k : n;
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
-    double enough = s->top_k ? 1 : top_p; // with top-k, top_p is a part of a sum that is not known yet, see below
+    double enough = s->top_k ? 1 : top_p; // with top-k, the first loop takes k tokens: top_p is a part of their sum
 
-    // A heap gives the most likely tokens without sorting all. Tokens below the floor have less than 1 - enough in all,
-    // so the others are enough, and they come first.
-    double floor = (1 - enough) / (double)n;
+    // A heap gives the most likely tokens without sorting all. All tokens less likely than `least`, at most n, have
+    // less than 1 - enough together. So the others have more than enough, the loop that takes the most likely first
+    // never reaches them, and they stay out of the heap.
+    double least = (1 - enough) / (double)n;
     s->heap.n = 0;
     for (size_t i = 0; i < n; i++)
-        if ((double)p[i] >= floor)
+        if ((double)p[i] >= least)
             heap_push(&s->heap, (HeapEntry){.key = p[i], .index = (uint32_t)i});
 
     double sum = 0;
@@ -663,14 +670,14 @@ typedef struct Printer Printer;     // the state of standard output, section 9
 typedef struct {
     Tokens tokens;
     size_t n_past;     // the KV cache holds the keys and values of the first n_past tokens
-    size_t max_tokens; // the number of tokens for which the KV cache has room
+    size_t max_tokens; // the most tokens that it can hold: the length of the KV cache, C
 } Context;
 
 // What the statistics at the end are computed from.
 typedef struct {
     size_t n_prompt, n_generated; // tokens that were read, and tokens that were generated
     size_t n_decoded;             // generated tokens except the first of each answer, whose logits come from prefill
-    size_t n_accepted;            // decoded tokens that draft had guessed
+    size_t n_accepted;            // decoded tokens that had been guessed: see generate_reply
     double prefill_time, decode_time; // in seconds
 } Stats;
 
@@ -695,16 +702,19 @@ static void print_prompt(Session *s);
 static void print_token(Session *s, uint32_t token, const float *logits); // prints nothing for a stop token
 static void end_reply(Session *s);                                        // ends the line
 static void print_stats(const Session *s);
-// make_room returns whether the context has room for another token. A chat forgets its oldest turns for that.
+// make_room returns whether the context has room for another token. A chat forgets its oldest turns for that: the
+// tokens after them get other positions, n_past goes back, and evaluate computes them again.
 static bool make_room(Session *s);
-// draft guesses the next tokens: it looks for an earlier place in the text that has the same tokens as its end, and
-// copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how many: 0 without
-// --draft, and never more than the batch and the context have room for. Section 10.
+// draft guesses the next tokens: it takes the last few tokens of the text, looks for an earlier place where the same
+// ones stand, and copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how
+// many: 0 without --draft or if more than one token is not in the KV cache, and never more than fit in a batch and in
+// the context. Section 10.
 static size_t draft(Session *s);
 
 // Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch, and on n_draft guesses that
-// stand behind the last one. Then row 0 of the logits is for the token after the last one, and row i for the token
-// after guess i. Guesses do not count as cached: later tokens overwrite the wrong ones. Ctrl-C ends it early.
+// stand behind the last one, in the same batch as this one. Then row 0 of the logits is for the token after the last
+// one, and row i for the token after guess i. Guesses do not count in n_past: the keys and values of wrong ones are
+// overwritten before any token looks at them. Ctrl-C ends it early.
 static void evaluate(Session *s, size_t n_draft) {
     Context *c = &s->context;
     while (c->n_past < c->tokens.n && !interrupted()) {
@@ -726,7 +736,7 @@ static void evaluate(Session *s, size_t n_draft) {
 static void generate_reply(Session *s, size_t max_new) {
     Context *c = &s->context;
     size_t vocab_size = s->model.h.vocab_size, n_new = 0;
-    size_t n_draft = 0, n_accepted = 0; // guesses in the last pass, and how many of them were chosen so far
+    size_t n_draft = 0, n_used = 0; // guesses in the last pass, and how many of them have been chosen
 
     // prefill
     double start = seconds();
@@ -737,28 +747,28 @@ static void generate_reply(Session *s, size_t max_new) {
 
     while (!interrupted()) {
         // choose a token and print it
-        const float *logits = s->run.logits + n_accepted * vocab_size;
+        const float *logits = s->run.logits + n_used * vocab_size;
         uint32_t token = sample(&s->sampler, logits, vocab_size);
         print_token(s, token, logits);
         n_new++;
         if (is_stop(s->tokenizer, token))
             break;
 
-        // append it; the first guess that is not used yet stands where it goes
-        bool guessed = n_accepted < n_draft && c->tokens.data[c->tokens.n] == token;
+        // append it, after comparing it with the next guess, which lies where it goes
+        bool guessed = n_used < n_draft && c->tokens.data[c->tokens.n] == token;
         push(&c->tokens, token);
         if (n_new == max_new || !make_room(s))
             break;
 
         // decode: get the logits that follow it
         s->stats.n_decoded++;
-        if (guessed) { // the last pass has computed its keys, values and logits
+        if (guessed) { // then the last pass has computed its keys, values and logits
             c->n_past++;
-            n_accepted++;
+            n_used++;
             s->stats.n_accepted++;
         } else {
             n_draft = draft(s);
-            n_accepted = 0;
+            n_used = 0;
             evaluate(s, n_draft);
         }
     }
@@ -767,7 +777,7 @@ static void generate_reply(Session *s, size_t max_new) {
     end_reply(s);
 }
 
-// The mode that runs without -m: prints the prompt and its continuation.
+// The default mode: prints the prompt and its continuation.
 static void generate(Session *s) {
     encode(s->tokenizer, &s->context.tokens, read_prompt(s->options));
     size_t max_new = start_generation(s);
@@ -814,12 +824,8 @@ typedef ARRAY(unsigned char) Bytes;
 #define VERSION "0.2.0"
 #define DEFAULT_MODEL "models/stories.bin"
 
-static void check(const char *path, const char *name, double value, double low, double high);
-static void append_bytes(Bytes *array, Span text);
-static Span span_of(const char *string);
 static File read_file(const char *path, const char *magic, size_t min_size, const char *what);
-static FILE *open_chat_input(const Options *o);
-static void start_note(const Session *s); // on standard error
+static FILE *open_text(const char *path);
 static void print_ids(Tokens tokens, const char *between);
 static size_t n_params(const Model *m);
 static size_t layer_params(const Model *m);
@@ -835,7 +841,8 @@ enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
 // and LATE_USER_DEFINED ones in the normalised text. No text becomes a CONTROL token.
 enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE_USER_DEFINED = 7 };
 enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, MAX_DFAS = 16 };
-enum { N_CODEPOINTS = 0x110000 }; // code points of Unicode; larger numbers stand for bytes that are not UTF-8
+// Code points of Unicode; larger numbers stand for bytes that are not UTF-8. Pages are groups of 256 of both.
+enum { N_CODEPOINTS = 0x110000, N_PAGES = N_CODEPOINTS / 256 + 1 };
 
 enum { // TokenizerHeader.flags
     ADD_BOS = 1,
@@ -851,7 +858,8 @@ enum { // TokenizerHeader.flags
 // The texts of a chat template around what is said, and their order in the file; models/FORMAT.md describes them.
 enum { BEFORE_USER, BEFORE_SYSTEM, AFTER_SYSTEM, AFTER_USER, BEFORE_ANSWER, AFTER_ANSWER, NEXT_USER };
 enum { OPENS_ANSWER = NEXT_USER + 1, OPENS_ANSWER_NO_THINK, END_OF_THOUGHT, N_TEMPLATES };
-enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 8191 }; // TokenizerHeader.template_flags
+enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 8191 };   // TokenizerHeader.template_flags
+enum { TRIM_NEWLINES = 1024, TRIM_SPACES = 2048, HAS_NO_THINK = 4096 }; // of those, after a dropped thought; --no-think
 
 #define NONE UINT32_MAX // no token, no symbol
 
@@ -868,7 +876,7 @@ typedef struct {
     uint32_t n_stops; // tokens that end a text or an answer
     int32_t stop_ids[MAX_STOPS];
     uint32_t n_by_text, n_merges, n_dfas, n_classes, n_states; // lengths of arrays
-    uint32_t template_flags, n_template_items, n_text;
+    uint32_t template_flags, n_class_blocks, n_text;
     uint32_t template_ends[N_TEMPLATES]; // a template's items end here, and those of the next begin
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 160, "the compiler added padding to TokenizerHeader");
@@ -906,14 +914,31 @@ struct Tokenizer {
     const uint32_t *by_text;     // (n_by_text)  the tokens that text can become, sorted by their bytes
     const Merge *merges;         // (n_merges)   sorted by left and right
     const uint32_t *transitions; // (n_states, n_classes)  the automata that find words, see match_word
-    const TemplateItem *items;   // (n_template_items)
-    const uint8_t *char_class;   // (N_CODEPOINTS + 256)   only with automata
+    const TemplateItem *items;   // (template_ends[N_TEMPLATES - 1])
+    const uint32_t *class_block; // (N_PAGES)   the block of each 256 code points; only with automata
+    const uint8_t *classes;      // (n_class_blocks, 256)   the class of each code point of a block
     const unsigned char *text;   // (n_text)
-    bool prefix;                 // encode: the next text gets a space in front
-    Bytes normalised;            // encode: the text, with room for that space
-    ARRAY(Symbol) symbols;       // encode_word: the symbols of a word
-    Heap pairs;                  // encode_word: neighbours that can be merged, the next merge on top
+    uint32_t starts[0x10001]; // where in by_text the texts with the same first_bytes start; the next one is their end
+    bool prefix;              // encode: the next text gets a space in front
+    Bytes normalised;         // encode: the text, with room for that space
+    ARRAY(Symbol) symbols;    // encode_word: the symbols of a word
+    Heap pairs;               // encode_word: neighbours that can be merged, the next merge on top
 };
+
+static void append_bytes(Bytes *array, Span text) {
+    reserve(array, text.n);
+    if (text.n)
+        memcpy(array->data + array->n, text.bytes, text.n);
+    array->n += text.n;
+}
+
+static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
+
+// Refuses a value in a file that is not from low to high.
+static void check(const char *path, const char *name, double value, double low, double high) {
+    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
+    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
+}
 
 // FNV-1a, over 32-bit words.
 static uint64_t hash_of(const void *data, size_t size) {
@@ -936,9 +961,17 @@ static int compare(Span a, Span b) {
     return order;
 }
 
-// The token with this text, NONE if there is none.
+// The first two bytes of a text as a number. Texts that are sorted by their bytes are sorted by this number, too.
+static size_t first_bytes(Span text) {
+    size_t second = 0;
+    if (text.n > 1)
+        second = text.bytes[1];
+    return (size_t)*text.bytes << 8 | second;
+}
+
+// The token with this text, NONE if there is none. Bisects the tokens that start with the same two bytes.
 static uint32_t find_piece(const Tokenizer *t, Span text) {
-    size_t low = 0, high = t->h.n_by_text;
+    size_t first = first_bytes(text), low = t->starts[first], high = t->starts[first + 1];
     while (low < high) {
         size_t middle = (low + high) / 2;
         int order = compare(piece_text(t, t->by_text[middle]), text);
@@ -960,12 +993,6 @@ static int compare_merges(const void *a, const void *b) {
     return (x->right > y->right) - (x->right < y->right);
 }
 
-// What two tokens merge into, NULL if they do not.
-static const Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right) {
-    Merge key = {left, right, 0, 0};
-    return bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
-}
-
 static bool is_user_defined(uint32_t type) { return type == USER_DEFINED || type == LATE_USER_DEFINED; }
 
 static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
@@ -981,13 +1008,15 @@ static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
     for (size_t i = 0; i < h->n_stops; i++)
         check(path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
     check(path, "n_by_text", h->n_by_text, 0, h->vocab_size);
-    check(path, "n_merges", h->n_merges, 0, 1 << 26);
+    check(path, "n_merges", h->n_merges, 0, 1 << 24); // a float is exact up to there, see push_pair
     check(path, "n_dfas", h->n_dfas, 0, MAX_DFAS);
-    check(path, "n_classes", h->n_classes, h->n_dfas ? 2 : 0, 256);
-    check(path, "n_states", h->n_states, h->n_dfas ? h->n_dfas + 1 : 0, 1 << 20);
+    uint32_t any_dfa = h->n_dfas > 0, any_class = h->n_classes > 0; // 0: the arrays have to be empty
+    check(path, "n_classes", h->n_classes, 2 * any_dfa, 256);
+    check(path, "n_states", h->n_states, h->n_dfas + any_dfa, 1 << 20);
+    check(path, "n_class_blocks", h->n_class_blocks, any_class, N_PAGES * any_class);
     check(path, "template_flags", h->template_flags, 0, ALL_TEMPLATE_FLAGS);
     for (size_t i = 0; i < N_TEMPLATES; i++)
-        check(path, "a template's end", h->template_ends[i], i ? h->template_ends[i - 1] : 0, h->n_template_items);
+        check(path, "a template's end", h->template_ends[i], i ? h->template_ends[i - 1] : 0, 1 << 20);
 }
 
 // Checks every number that is used as an index, and every order that a search relies on.
@@ -1000,7 +1029,8 @@ static void check_tokenizer(const Tokenizer *t) {
         check(path, "a token's type", p->type, NORMAL, LATE_USER_DEFINED);
         check(path, "a token's score", p->score, -FLT_MAX, FLT_MAX);
         check(path, "a token's offset", p->offset, 0, h->n_text);
-        check(path, "a token's length", p->length, p->type != UNUSED, p->type == BYTE ? 1 : h->n_text - p->offset);
+        check(path, "a token's length", p->length, p->type != UNUSED,
+              (double)min(p->type == BYTE ? 1 : SIZE_MAX, h->n_text - p->offset));
     }
     for (size_t b = 0; b < 256; b++) {
         uint32_t id = t->byte_id[b];
@@ -1026,9 +1056,11 @@ static void check_tokenizer(const Tokenizer *t) {
     }
     for (size_t i = 0; i < (size_t)h->n_states * h->n_classes; i++)
         check(path, "a transition", t->transitions[i], 0, 2 * (double)h->n_states - 1);
-    for (size_t i = 0; i < N_CODEPOINTS + 256 && h->n_classes; i++)
-        check(path, "a character's class", t->char_class[i], 0, h->n_classes - 1);
-    for (size_t i = 0; i < h->n_template_items; i++) {
+    for (size_t i = 0; i < N_PAGES && h->n_classes; i++)
+        check(path, "a block of classes", t->class_block[i], 0, h->n_class_blocks - 1);
+    for (size_t i = 0; i < (size_t)h->n_class_blocks * 256; i++)
+        check(path, "a character's class", t->classes[i], 0, h->n_classes - 1);
+    for (size_t i = 0; i < h->template_ends[N_TEMPLATES - 1]; i++) {
         const TemplateItem *item = &t->items[i];
         check(path, "a template's token", item->token == NONE ? 0 : item->token, 0, last_id);
         check(path, "a template's offset", item->offset, 0, h->n_text);
@@ -1056,8 +1088,9 @@ static Tokenizer *open_tokenizer(const char *path) {
     t->by_text = next_array(t, &at, h->n_by_text, sizeof *t->by_text);
     t->merges = next_array(t, &at, h->n_merges, sizeof *t->merges);
     t->transitions = next_array(t, &at, (size_t)h->n_states * h->n_classes, sizeof *t->transitions);
-    t->items = next_array(t, &at, h->n_template_items, sizeof *t->items);
-    t->char_class = next_array(t, &at, h->n_classes ? N_CODEPOINTS + 256 : 0, 1);
+    t->items = next_array(t, &at, h->template_ends[N_TEMPLATES - 1], sizeof *t->items);
+    t->class_block = next_array(t, &at, N_PAGES * (h->n_classes > 0), sizeof *t->class_block);
+    t->classes = next_array(t, &at, h->n_class_blocks, 256);
     t->text = next_array(t, &at, h->n_text, 1);
     expect(at == t->file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged",
            path, at, t->file.size);
@@ -1066,6 +1099,10 @@ static Tokenizer *open_tokenizer(const char *path) {
     expect(hash == h->hash, "%s: hash: expected %016llx, found %016llx: damaged", path, (unsigned long long)h->hash,
            (unsigned long long)hash);
     check_tokenizer(t);
+    for (uint32_t i = 0; i < h->n_by_text; i++)
+        t->starts[first_bytes(piece_text(t, t->by_text[i])) + 1] = i + 1; // the last of these texts decides
+    for (size_t i = 1; i < sizeof t->starts / sizeof *t->starts; i++)
+        t->starts[i] = (uint32_t)max(t->starts[i], t->starts[i - 1]);
     return t;
 }
 
@@ -1151,20 +1188,21 @@ static void push_pair(Tokenizer *t, uint32_t first) {
     if (first == NONE || symbols[first].next == NONE)
         return;
     const Symbol *a = &symbols[first], *b = &symbols[a->next];
-    HeapEntry pair = {.index = first, .merged = NONE, .length = (uint32_t)(a->text.n + b->text.n)};
+    HeapEntry pair = {.index = first, .length = (uint32_t)(a->text.n + b->text.n)};
     if (t->h.flags & MERGES_BY_RANK) {
-        const Merge *merge = find_merge(t, a->id, b->id);
-        if (merge) {
-            pair.merged = merge->merged;
-            pair.key = -(float)merge->rank;
-        }
+        Merge key = {a->id, b->id, NONE, 0};
+        const Merge *merge = bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
+        if (!merge)
+            return;
+        pair.merged = merge->merged;
+        pair.key = -(float)merge->rank;
     } else {
         pair.merged = find_piece(t, (Span){a->text.bytes, pair.length});
-        if (pair.merged != NONE)
-            pair.key = t->pieces[pair.merged].score;
+        if (pair.merged == NONE)
+            return;
+        pair.key = t->pieces[pair.merged].score;
     }
-    if (pair.merged != NONE)
-        heap_push(&t->pairs, pair);
+    heap_push(&t->pairs, pair);
 }
 
 // Merges the best pair, of equals the leftmost, until none is left. With the heap, this takes n log n steps.
@@ -1190,22 +1228,23 @@ static void merge_symbols(Tokenizer *t) {
     }
 }
 
+// Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes a token for each byte, or one
+// <unk> for all.
 static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
-    uint32_t whole = NONE;
-    if (t->h.flags & IGNORE_MERGES)
-        whole = find_piece(t, word);
-    if (whole != NONE) {
-        push(tokens, whole);
-        return;
+    if (t->h.flags & IGNORE_MERGES) {
+        uint32_t whole = find_piece(t, word);
+        if (whole != NONE) {
+            push(tokens, whole);
+            return;
+        }
     }
     split_symbols(t, word);
     merge_symbols(t);
     for (size_t i = 0; i < t->symbols.n; i++) {
         const Symbol *symbol = &t->symbols.data[i];
-        if (symbol->text.n && symbol->id != NONE)
+        if (symbol->id != NONE && symbol->text.n)
             push(tokens, symbol->id);
-        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE;
-             b++) { // a token for each byte, or one <unk> for all
+        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE; b++) {
             uint32_t id = t->byte_id[symbol->text.bytes[b]];
             if (id != (uint32_t)t->h.unk_id || tokens->n == 0 || tokens->data[tokens->n - 1] != id)
                 push(tokens, id);
@@ -1224,7 +1263,7 @@ static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
         size_t length = 0;
         if (at < text.n) {
             length = next_char(from(text, at), &codepoint);
-            class = t->char_class[codepoint];
+            class = t->classes[t->class_block[codepoint / 256] * 256 + codepoint % 256];
         }
         uint32_t transition = t->transitions[(size_t)state * t->h.n_classes + class];
         if (transition & 1)
@@ -1328,7 +1367,7 @@ static Span decode(const Tokenizer *t, uint32_t token, size_t pos) {
     uint32_t type = t->pieces[token].type;
     if (type == UNKNOWN || type == CONTROL || type == UNUSED)
         return (Span){0};
-    size_t first = t->h.flags & ADD_BOS ? 1 : 0;
+    bool first = t->h.flags & ADD_BOS; // bos, if there is one, is at 0
     if (pos == first && t->h.flags & ADD_DUMMY_PREFIX && *text.bytes == ' ')
         return from(text, 1);
     return text;
@@ -1358,7 +1397,7 @@ struct Options {
     uint64_t prefill, decode, repeat; // bench: tokens (0: default), and how often they are measured
     uint64_t stride;                  // perplexity: the distance between windows
     uint64_t draft;                   // the most tokens that are guessed at a time
-    bool json, probs;
+    bool json, probs, no_think;
 };
 
 struct Printer {
@@ -1379,6 +1418,7 @@ struct Chat {
     FILE *input;   // where the user's messages come from
     bool terminal; // they are typed on a terminal
     ARRAY(Turn) turns;
+    size_t first_turn;  // the turns before this one are forgotten
     size_t reply_start; // the index of the first token of the last turn's answer
     Bytes pending;      // text that is to follow the tokens; text that meets is encoded as one
 };
@@ -1405,16 +1445,51 @@ static void append_template(Session *s, size_t which) {
 }
 
 // Bits 2 + 2 * role and 3 + 2 * role of template_flags: the template trims such a text on the left, on the right.
-typedef enum { SYSTEM_TEXT, FIRST_USER_AFTER_SYSTEM, OTHER_USER } Role;
+typedef enum { SYSTEM_TEXT, FIRST_USER_AFTER_SYSTEM, OTHER_USER, ANSWER } Role;
 
-// Appends what someone said. It is only ever text: it cannot become a control token.
-static void append_message(Session *s, Span text, Role role) {
+static Span trimmed(const Session *s, Span text, Role role) {
     uint32_t trim = s->tokenizer->h.template_flags >> (2 + 2 * role);
     while (trim & 1 && text.n && is_space(*text.bytes))
         text = from(text, 1);
     while (trim & 2 && text.n && is_space(text.bytes[text.n - 1]))
         text.n--;
-    append_bytes(&s->chat->pending, text);
+    return text;
+}
+
+// Appends what someone said. It is only ever text: it cannot become a control token.
+static void append_message(Session *s, Span text, Role role) {
+    append_bytes(&s->chat->pending, trimmed(s, text, role));
+}
+
+// Appends an earlier answer as its tokens were sampled. But where the template drops what the model thought, up to the
+// last END_OF_THOUGHT, or trims the answer, appends the rest of its text.
+static void append_answer(Session *s, Tokens answer) {
+    const Tokenizer *t = s->tokenizer;
+    const uint32_t *ends = t->h.template_ends;
+    Bytes said = {0};
+    for (size_t i = 0; i < answer.n; i++)
+        append_bytes(&said, piece_text(t, answer.data[i]));
+    Span text = {said.data, said.n}, rest = text;
+    if (ends[END_OF_THOUGHT] > ends[END_OF_THOUGHT - 1]) {
+        TemplateItem end = t->items[ends[END_OF_THOUGHT - 1]];
+        for (size_t i = 0; i + end.length <= text.n; i++)
+            if (!memcmp(text.bytes + i, t->text + end.offset, end.length))
+                rest = from(text, i + end.length);
+    }
+    bool dropped = rest.n < text.n;
+    while (dropped && rest.n && is_space(*rest.bytes) &&
+           t->h.template_flags & (*rest.bytes == '\n' ? TRIM_NEWLINES : TRIM_SPACES))
+        rest = from(rest, 1);
+    rest = trimmed(s, rest, ANSWER);
+    if (rest.n < text.n) {
+        append_template(s, BEFORE_ANSWER);
+        append_bytes(&s->chat->pending, rest);
+    } else {
+        encode_pending(s);
+        for (size_t i = 0; i < answer.n; i++)
+            push(&s->context.tokens, answer.data[i]);
+    }
+    free(said.data);
 }
 
 // Renders the conversation to tokens, from turn `first` on.
@@ -1438,11 +1513,15 @@ static void render_chat(Session *s, size_t first) {
         bool after_system = system && i == first;
         append_message(s, (Span){turn->user.data, turn->user.n}, after_system ? FIRST_USER_AFTER_SYSTEM : OTHER_USER);
         append_template(s, AFTER_USER);
-        encode_pending(s);
-        chat->reply_start = c->tokens.n;
-        for (size_t j = 0; j < turn->assistant.n; j++)
-            push(&c->tokens, turn->assistant.data[j]);
+        if (i + 1 < chat->turns.n)
+            append_answer(s, turn->assistant);
     }
+    append_template(s, s->options->no_think ? OPENS_ANSWER_NO_THINK : OPENS_ANSWER);
+    encode_pending(s);
+    chat->reply_start = c->tokens.n;
+    Tokens reply = chat->turns.data[chat->turns.n - 1].assistant; // so far
+    for (size_t i = 0; i < reply.n; i++)
+        push(&c->tokens, reply.data[i]);
 
     // The KV cache stays valid up to the first token that differs. The last token is computed anew, for its logits.
     size_t same = 0;
@@ -1460,14 +1539,11 @@ static void keep_reply(Session *s) {
         push(assistant, s->context.tokens.data[i]);
 }
 
-// Frees the first n turns.
-static void forget_turns(Chat *chat, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        free(chat->turns.data[i].user.data);
-        free(chat->turns.data[i].assistant.data);
-    }
-    chat->turns.n -= n;
-    memmove(chat->turns.data, chat->turns.data + n, chat->turns.n * sizeof *chat->turns.data);
+// A note on standard error starts on a line of its own.
+static void start_note(const Session *s) {
+    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
+    if (s->printer->terminal && in_reply)
+        fputc('\n', stderr);
 }
 
 // Shifts the context: if it is full, forgets turns from the oldest on, until half of it is free. Returns whether there
@@ -1482,15 +1558,15 @@ static bool make_room(Session *s) {
     if (!chat)
         return false;
     keep_reply(s);
-    size_t first = 0;
+    size_t first = chat->first_turn;
     while (first + 1 < chat->turns.n && c->tokens.n > c->max_tokens / 2)
         render_chat(s, ++first);
     if (c->tokens.n > c->max_tokens || c->tokens.n == 0) {
         fprintf(stderr, "this message and its answer alone take %zu\n", c->tokens.n);
         return false;
     }
-    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first);
-    forget_turns(chat, first);
+    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first - chat->first_turn);
+    chat->first_turn = first;
     return true;
 }
 
@@ -1500,7 +1576,7 @@ static void chat_turn(Session *s, Span message) {
     Turn turn = {0};
     append_bytes(&turn.user, message);
     push(&chat->turns, turn);
-    render_chat(s, 0);
+    render_chat(s, chat->first_turn);
     bool empty = s->context.tokens.n == 0;
     if (empty)
         fputs("run: an empty message is left out: the chat template adds no tokens to it\n", stderr);
@@ -1528,8 +1604,7 @@ static bool interrupted(void) { return interrupts; }
 
 // Exits from a signal handler, which may call very few functions.
 static _Noreturn void exit_from_signal(int status, const char *message) {
-    ssize_t written = write(STDERR_FILENO, message, strlen(message));
-    (void)written;
+    (void)!write(STDERR_FILENO, message, strlen(message));
     _exit(status);
 }
 
@@ -1551,12 +1626,13 @@ static void install_sigint(int flags) {
 static bool read_message(Chat *chat, Bytes *message) {
     char *line = NULL;
     size_t capacity = 0;
-    bool more = true, any = false;
+    bool more = true;
     message->n = 0;
     while (more) {
+        // wait for a line
         install_sigint(0);
         if (chat->terminal)
-            fputs(any ? ". " : "> ", stderr);
+            fputs(message->n ? ". " : "> ", stderr);
         errno = 0;
         ssize_t n = getline(&line, &capacity, chat->input);
         int error = errno;
@@ -1565,19 +1641,19 @@ static bool read_message(Chat *chat, Bytes *message) {
         expect(interrupted || !ferror(chat->input), "cannot read the next message: %s", strerror(error));
         if (n > 0)
             append_bytes(message, (Span){(unsigned char *)line, (size_t)n});
-        any = any || n > 0;
         if (interrupted) {
             clearerr(chat->input);
             if (chat->terminal) { // Ctrl-C drops what has been typed
                 fputs("\n(Ctrl-C again, or Ctrl-D, leaves)\n", stderr);
                 message->n = 0;
-                any = false;
             }
             continue;
         }
         if (n < 0)
             break;
         interrupts = 0;
+
+        // remove the end of the line; a backslash before it becomes a newline
         if (chat->terminal && n > 0 && line[n - 1] != '\n') // Ctrl-D ends a line, too
             fputc('\n', stderr);
         while (message->n && (message->data[message->n - 1] == '\n' || message->data[message->n - 1] == '\r'))
@@ -1587,7 +1663,7 @@ static bool read_message(Chat *chat, Bytes *message) {
             message->data[message->n - 1] = '\n';
     }
     free(line);
-    return any;
+    return !more || message->n;
 }
 
 // Answers -i, and then each message from the terminal, from standard input, or from -f.
@@ -1598,14 +1674,18 @@ static void chat(Session *s) {
            t->file.path);
     expect(!s->options->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system prompt",
            t->file.path);
+    expect(!s->options->no_think || t->h.template_flags & HAS_NO_THINK,
+           "%s: --no-think: its chat template knows no such switch", t->file.path);
     t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
-    s->chat = &(Chat){.input = open_chat_input(s->options)};
+    static Chat conversation;         // static, so that its memory is still in use when the program exits
+    s->chat = &conversation;
+    s->chat->input = open_text(s->options->prompt_file);
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
     start_run(s, s->context.max_tokens);
     install_sigint(SA_RESTART);
     if (s->options->prompt)
         chat_turn(s, span_of(s->options->prompt));
-    Bytes message = {0};
+    static Bytes message;
     while (read_message(s->chat, &message))
         if (message.n || !s->chat->terminal)
             chat_turn(s, (Span){message.data, message.n});
@@ -1635,8 +1715,7 @@ typedef enum { PRINT_PLAIN, PRINT_TERMINAL, PRINT_QUOTED, PRINT_JSON } Style;
 
 // Prints a text in one of these styles:
 //   PRINT_PLAIN     as it is
-//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so that a model cannot control the
-//   terminal
+//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so a model cannot control the terminal
 //   PRINT_QUOTED    the same, with \" \\ \n \t and \u001b, as between quotes
 //   PRINT_JSON      the same as a JSON string, which cannot express bytes that are not UTF-8: they become U+FFFD
 static void print_text(Span text, Style style) {
@@ -1827,13 +1906,6 @@ static void print_token(Session *s, uint32_t token, const float *logits) {
     flush_output();
 }
 
-// A note on standard error starts on a line of its own.
-static void start_note(const Session *s) {
-    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
-    if (s->printer->terminal && in_reply)
-        fputc('\n', stderr);
-}
-
 // Ends the line of a text or an answer.
 static void end_reply(Session *s) {
     stream_text(s->printer, (Span){0}, 0, true);
@@ -1844,23 +1916,22 @@ static void end_reply(Session *s) {
 
 static const char *dtype_name(const Model *m) { return m->h.dtype == BF16 ? "bf16" : "f16"; }
 
-// On a terminal, says what is running.
-static void print_model(const Session *s, size_t context) {
+// Allocates the memory to run the model with `context` tokens and n_logits tokens' logits at a time. On a terminal,
+// says what is running.
+static void start_model(Session *s, size_t context, size_t n_logits) {
     const Model *m = &s->model;
-    if (s->options->json || !isatty(STDERR_FILENO))
-        return;
-    fprintf(stderr, "%s: %.*f M parameters, %s; context %zu, KV cache %.1f MB; %zu thread%s, %s\n", m->file.path,
-            n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context, kv_cache_bytes(m, context) / 1e6,
-            (size_t)s->options->threads, s->options->threads == 1 ? "" : "s", isa());
+    size_t threads = s->options->threads;
+    if (!s->options->json && isatty(STDERR_FILENO))
+        fprintf(stderr, "%s: %.*f M parameters, %s; context %zu, KV cache %.1f MB; %zu thread%s, %s\n", m->file.path,
+                n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context,
+                kv_cache_bytes(m, context) / 1e6, threads, threads == 1 ? "" : "s", isa());
+    s->run = alloc_run_state(m, context, n_logits, threads);
 }
 
 static void print_stats(const Session *s) {
     const Stats *stats = &s->stats;
-    double prefill = 0, decode = 0;
-    if (stats->prefill_time > 0)
-        prefill = (double)stats->n_prompt / stats->prefill_time;
-    if (stats->decode_time > 0)
-        decode = (double)stats->n_decoded / stats->decode_time;
+    double prefill = (double)stats->n_prompt / fmax(stats->prefill_time, 1e-9); // an answer may take no time
+    double decode = (double)stats->n_decoded / fmax(stats->decode_time, 1e-9);
     fprintf(stderr, "\nprefill: %zu tokens, %.*f tok/s; decode: %zu tokens, %.*f tok/s; seed %llu\n", stats->n_prompt,
             prefill < 10 ? 2 : 1, prefill, stats->n_generated, decode < 10 ? 2 : 1, decode,
             (unsigned long long)s->options->seed);
@@ -1871,10 +1942,9 @@ static void print_stats(const Session *s) {
 // Allocates all that generation needs, for `context` tokens.
 static void start_run(Session *s, size_t context) {
     const Options *o = s->options;
-    print_model(s, context);
+    start_model(s, context, 1 + o->draft);
     if (s->printer->colours && isatty(STDERR_FILENO))
         print_legend();
-    s->run = alloc_run_state(&s->model, context, 1 + o->draft, o->threads);
     s->sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
     s->sampler.probabilities = allocate(s->model.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
 }
@@ -1920,14 +1990,6 @@ static void print_result(bool json, const char *separator, const char *key, cons
     fputs(json ? "" : "\n", stdout);
 }
 
-// Computes n tokens in batches and leaves the logits of the last one.
-static void eval_tokens(Session *s, const uint32_t *tokens, size_t n, size_t pos) {
-    for (size_t at = 0, T; at < n; at += T) {
-        T = min(s->run.batch, n - at);
-        forward_parallel(&s->model, &s->run, tokens + at, T, pos + at, at + T == n);
-    }
-}
-
 // -m tokenize: prints the token ids of the prompt on one line, as the model would receive them.
 static void tokenize(Session *s) {
     const Options *o = s->options;
@@ -1957,14 +2019,14 @@ static void next(Session *s) {
     Tokens *tokens = &s->context.tokens;
     size_t all = tokens->n, n = min(all, s->context.max_tokens);
     expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
-    uint32_t *window = tokens->data + all - n;
     if (n < all) {
-        begin_with_bos(s->tokenizer, window);
+        memmove(tokens->data, tokens->data + all - n, n * sizeof *tokens->data);
+        tokens->n = n;
+        begin_with_bos(s->tokenizer, tokens->data);
         fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
     }
-    print_model(s, n);
-    s->run = alloc_run_state(&s->model, n, 1, o->threads);
-    eval_tokens(s, window, n, 0);
+    start_model(s, n, 1);
+    evaluate(s, 0);
     const float *logits = s->run.logits;
     double total = log_sum_exp(logits, vocab_size), entropy = 0;
     for (size_t i = 0; i < vocab_size; i++) {
@@ -2024,8 +2086,7 @@ static void perplexity(Session *s) {
     context = min(context, all);
     expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
     size_t stride = min(o->stride ? o->stride : context - 1, context);
-    print_model(s, context);
-    s->run = alloc_run_state(&s->model, context, SCORED_AT_ONCE, o->threads);
+    start_model(s, context, SCORED_AT_ONCE);
     double *nll = allocate(context, sizeof *nll, "the scores of a window");
     double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
     size_t scored = 1; // the tokens before this one have been scored; nothing precedes the first
@@ -2108,11 +2169,11 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
     works[DECODE_AT_END] = (Work){"decode_at_end", decode, tail, 1, "gb_s", bytes + per_position * (double)tail, {0}};
 }
 
-// Computes one pass of a work, from its token t on, and returns how long it took, in seconds.
-static double bench_pass(Session *s, const Work *w, size_t t) {
-    double start = seconds();
-    eval_tokens(s, s->context.tokens.data + t, w->step, w->pos + t);
-    return seconds() - start;
+// Computes the n tokens from position pos on.
+static void eval_range(Session *s, size_t pos, size_t n) {
+    s->context.n_past = pos;
+    s->context.tokens.n = pos + n;
+    evaluate(s, 0);
 }
 
 static int ascending(const void *a, const void *b) {
@@ -2138,13 +2199,13 @@ static void bench(Session *s) {
     const Options *o = s->options;
     const Model *m = &s->model;
     prepare_bench(s, works);
-    bench_pass(s, &works[DECODE], 0); // loads the weights into memory
+    eval_range(s, 0, 1); // loads the weights into memory
     for (size_t i = 0; i < o->repeat; i++)
         for (Work *w = works; w < works + N_WORKS; w++) {
-            double time = 0;
+            double start = seconds();
             for (size_t t = 0; t < w->tokens; t += w->step)
-                time += bench_pass(s, w, t);
-            w->tok_s[i] = (double)w->tokens / time;
+                eval_range(s, w->pos + t, w->step);
+            w->tok_s[i] = (double)w->tokens / (seconds() - start);
         }
     uint64_t hash = hash_of(s->run.logits, m->h.vocab_size * sizeof(float));
     fputs(o->json ? "{\"model\": " : "", stdout);
@@ -2210,12 +2271,9 @@ static void set_option(const Option *option, const char *text) {
 
 // Reads the command line. The table also is the text of --help; a flag that is "" is a heading there.
 static Options parse_options(int argc, char **argv) {
-    Options o = {.model = NULL, .mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX};
-    o.repeat = 5;
+    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX, .repeat = 5};
     o.threads = default_threads();
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    o.seed = (uint64_t)(now.tv_sec ^ now.tv_nsec);
+    o.seed = (uint64_t)(seconds() * 1e6);
     bool help = false, version = false;
     const Option options[] = {
         {"-m", TEXT, &o.mode, 0, 0, "MODE",
@@ -2229,9 +2287,10 @@ static Options parse_options(int argc, char **argv) {
         {"-j", INTEGER, &o.threads, 1, 1024, "N", "threads (default: one per physical core)"},
         {"-z", TEXT, &o.tokenizer, 0, 0, "FILE",
          "tokenizer (default: MODEL.tokenizer.bin, else" NEXT_LINE "tokenizer.bin beside it or here)"},
+        {"--no-think", SWITCH, &o.no_think, 0, 0, "", "chat: ask the model not to think, if its template knows how"},
         {"", SWITCH, NULL, 0, 0, "", "Sampling"},
         {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
-         "stop after N tokens, prompt included (default 256; 0: end of context);" NEXT_LINE
+         "stop at N tokens, prompt included (default 256; 0: no limit);" NEXT_LINE
          "chat: N tokens per answer (default 0: until the model stops)"},
         {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (default 1.0; 0: always the most likely token)"},
         {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p (default 0.9; 1: off)"},
@@ -2240,8 +2299,7 @@ static Options parse_options(int argc, char **argv) {
         {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N",
          "speculate up to N tokens per step, output unchanged (default 0)"},
         {"", SWITCH, NULL, 0, 0, "", "Output"},
-        {"--probs", SWITCH, &o.probs, 0, 0, "",
-         "colour tokens by probability; with --json: list the top K (default 5)"},
+        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; --json: list top K (default 5)"},
         {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
         {"", SWITCH, NULL, 0, 0, "", "Measuring"},
         {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N",
@@ -2273,7 +2331,7 @@ static Options parse_options(int argc, char **argv) {
         }
     }
     if (help) {
-        puts("usage: run [MODEL] [options]   MODEL: a weights file (default " DEFAULT_MODEL ")");
+        puts("usage: run [MODEL] [options]   MODEL: weights file (default " DEFAULT_MODEL ")");
         for (const Option *option = options; option < end; option++)
             if (option->help && !*option->flag)
                 puts(option->help);
@@ -2334,14 +2392,6 @@ static const char *tokenizer_path(const Options *o) {
         stem(o->model), o->model);
 }
 
-static void check_vocab_match(const Model *m, const Tokenizer *t) {
-    expect(m->h.vocab_size == t->h.vocab_size && m->h.vocab_hash == t->h.vocab_hash,
-           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
-           "%016llx",
-           t->file.path, m->file.path, m->h.vocab_size, (unsigned long long)m->h.vocab_hash, t->h.vocab_size,
-           (unsigned long long)t->h.vocab_hash);
-}
-
 #ifndef NO_MAIN // the tests include this file and have their own main
 int main(int argc, char **argv) {
     prepare_process(argv);
@@ -2360,8 +2410,12 @@ int main(int argc, char **argv) {
         o.threads = min(o.threads, max_useful_threads(&s.model));
     }
     s.tokenizer = open_tokenizer(tokenizer_path(&o));
-    if (o.model)
-        check_vocab_match(&s.model, s.tokenizer);
+    const TokenizerHeader *t = &s.tokenizer->h;
+    expect(!o.model || (s.model.h.vocab_size == t->vocab_size && s.model.h.vocab_hash == t->vocab_hash),
+           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
+           "%016llx",
+           s.tokenizer->file.path, o.model, s.model.h.vocab_size, (unsigned long long)s.model.h.vocab_hash,
+           t->vocab_size, (unsigned long long)t->vocab_hash);
     mode->run(&s);
     flush_output();
     exit(0); // instead of return, so that no memory counts as lost
@@ -2402,15 +2456,6 @@ static void *grow(void *data, size_t *capacity, size_t n, size_t size) {
     return data;
 }
 
-static void append_bytes(Bytes *array, Span text) {
-    reserve(array, text.n);
-    if (text.n)
-        memcpy(array->data + array->n, text.bytes, text.n);
-    array->n += text.n;
-}
-
-static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
-
 // An entry that comes before another in a heap.
 static bool heap_before(HeapEntry a, HeapEntry b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
 
@@ -2449,11 +2494,6 @@ static double seconds(void) {
 
 // ---- Files
 
-static void check(const char *path, const char *name, double value, double low, double high) {
-    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
-    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
-}
-
 _Static_assert(sizeof(Header) == 96, "the compiler added padding to Header");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are little-endian and used as they are");
 
@@ -2483,7 +2523,7 @@ static void check_header(const char *path, const Header *h) {
         check(path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
         check(path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
     }
-    for (const char *p = (const char *)(h + 1); p < (const char *)h + HEADER_SPACE; p++)
+    for (const uint8_t *p = (const uint8_t *)(h + 1); p < (const uint8_t *)h + HEADER_SPACE; p++)
         check(path, "the unused bytes of the header", *p, 0, 0);
 }
 
@@ -2495,6 +2535,10 @@ static File map_file(const char *path, const char *magic, size_t min_size, const
     expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
            S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
     size_t size = (size_t)st.st_size;
+    char text[16] = {0};
+    bool pointer = pread(fd, text, 15, 0) == 15 && !strcmp(text, "version https:/");
+    expect(!pointer, "%s: expected %s, found a Git LFS pointer (git lfs pull gets the file itself)", path, what);
+    expect(*text != '<', "%s: expected %s, found a web page (the download has failed)", path, what);
     expect(size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, size);
     File f = {path, mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0), size, fd};
     expect(f.bytes != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, size, strerror(errno));
@@ -2519,22 +2563,20 @@ static File read_file(const char *path, const char *magic, size_t min_size, cons
     return f;
 }
 
+// Opens a file for reading. NULL and "-" mean standard input.
 static FILE *open_text(const char *path) {
-    if (!strcmp(path, "-"))
+    if (!path || !strcmp(path, "-"))
         return stdin;
     FILE *file = fopen(path, "rb");
     expect(file, "%s: cannot read: %s", path, strerror(errno));
     return file;
 }
 
-// Chat reads messages from -f, or else from standard input.
-static FILE *open_chat_input(const Options *o) { return open_text(o->prompt_file ? o->prompt_file : "-"); }
-
 // The text of -i or -f.
 static Span read_prompt(const Options *o) {
     if (!o->prompt_file)
         return span_of(o->prompt ? o->prompt : "");
-    Bytes text = {0};
+    static Bytes text; // static, because the result points into it
     FILE *file = open_text(o->prompt_file);
     while (!feof(file) && !ferror(file)) {
         reserve(&text, 1 << 16);
@@ -2549,22 +2591,13 @@ static Span read_prompt(const Options *o) {
 
 // ---- Number formats
 
-static inline float float_from_bits(uint32_t bits) {
-    return (
-               union {
-                   uint32_t u;
-                   float f;
-               }){bits}
-        .f;
-}
-static inline uint32_t float_bits(float value) {
-    return (
-               union {
-                   float f;
-                   uint32_t u;
-               }){value}
-        .u;
-}
+// A float and its bits.
+typedef union {
+    uint32_t bits;
+    float value;
+} FloatBits;
+static inline float float_from_bits(uint32_t bits) { return (FloatBits){.bits = bits}.value; }
+static inline uint32_t float_bits(float value) { return (FloatBits){.value = value}.bits; }
 static inline float bf16_to_f32(uint16_t h) { return float_from_bits((uint32_t)h << 16); }
 
 // Rounds to nearest, ties to even. NaN stays NaN.
@@ -2663,94 +2696,93 @@ static void check_finite(const Model *m, const float *logits, size_t n, size_t p
 
 // ---- The process
 
-#if defined(__x86_64__) && defined(__AVX2__)
-static void need(bool there, const char *name) {
-    if (there)
-        return;
-    fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
-            name);
-    _exit(EXIT_ERROR);
-}
-
+#ifdef __x86_64__
 // Runs before main, so that no instruction that the CPU lacks is used before this check.
 __attribute__((constructor)) static void check_cpu(void) {
+    const char *missing = NULL;
     __builtin_cpu_init();
-    need(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"), "AVX2");
-#ifdef __AVX512F__
-    need(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-         "AVX-512");
-#endif
 #ifdef __AVX512BF16__
-    need(__builtin_cpu_supports("avx512bf16"), "AVX-512 BF16");
+    if (!__builtin_cpu_supports("avx512bf16"))
+        missing = "AVX-512 BF16";
 #endif
+#ifdef __AVX512F__
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        missing = "AVX-512";
+#endif
+#ifdef __AVX2__
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+        missing = "AVX2";
+#endif
+    if (missing) {
+        fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
+                missing);
+        _exit(EXIT_ERROR);
+    }
 }
 #endif
 
 #ifdef __linux__
+// Reads one or two numbers from a file of the system. Where there is no number, `a` or `b` stays as it is.
+__attribute__((format(printf, 3, 4))) static void read_numbers(double *a, double *b, const char *format, ...) {
+    char path[2 * PATH_MAX];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(path, sizeof path, format, args);
+    va_end(args);
+    FILE *file = fopen(path, "r");
+    if (!file)
+        return;
+    (void)!fscanf(file, "%lf %lf", a, b);
+    fclose(file);
+}
+
 // Hyper-threads of a core share its arithmetic and its path to memory, so one thread per core is best.
 static size_t physical_cores(void) {
     cpu_set_t allowed, cores; // a core is known by the number of its first hyper-thread
     CPU_ZERO(&cores);
     if (sched_getaffinity(0, sizeof allowed, &allowed))
         return 1;
-    for (size_t cpu = 0, first; cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
+    for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        double first = (double)cpu, last;
         if (!CPU_ISSET(cpu, &allowed))
             continue;
-        FILE *file = fopen(path, "r");
-        if (!file || fscanf(file, "%zu", &first) != 1)
-            first = cpu;
-        CPU_SET(first, &cores);
-        if (file)
-            fclose(file);
+        read_numbers(&first, &last, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
+        CPU_SET((size_t)first, &cores);
     }
     return (size_t)CPU_COUNT(&cores);
 }
 
-// Reads a number from a file of a control group; 0 if there is none, -1 or "max": no limit.
-static double read_cgroup(const char *folder, const char *name, size_t index) {
-    char path[PATH_MAX + 64];
-    double numbers[2] = {0};
-    snprintf(path, sizeof path, "/sys/fs/cgroup/%s/%s", folder, name);
-    FILE *file = fopen(path, "r");
-    if (file) {
-        if (fscanf(file, "%lf %lf", &numbers[0], &numbers[1]) < 1)
-            numbers[0] = 0;
-        fclose(file);
-    }
-    return numbers[index];
-}
-
-// The CPUs that a quota of CPU time amounts to, rounded up. Containers are often limited in this way. A quota is a part
-// of a period, in microseconds, and that of any control group above counts, too.
+// The CPUs that a quota of CPU time amounts to, rounded up, at most 1024. Containers are often limited in this way. A
+// quota is a part of a period, in microseconds, and that of any control group above counts, too.
 static size_t cpu_quota(void) {
-    char line[PATH_MAX], folder[PATH_MAX + 8];
-    double cpus = INFINITY;
+    char line[PATH_MAX];
+    double cpus = 1024;
     FILE *file = fopen("/proc/self/cgroup", "r");
     while (file && fgets(line, sizeof line, file)) {
         // version 2: "0::/group"; version 1: "4:cpu,cpuacct:/group"
-        char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!group)
-            continue;
-        *group++ = 0;
-        group[strcspn(group, "\n")] = 0;
-        bool v2 = !strcmp(controllers, ":");
-        if (!v2 && strncmp(controllers, ":cpu,", 5) && strcmp(controllers, ":cpu"))
+        char *rest = line;
+        strsep(&rest, ":");
+        const char *controllers = strsep(&rest, ":");
+        char *group = strsep(&rest, "\n");
+        if (!group || (*controllers && strcmp(controllers, "cpu") && strncmp(controllers, "cpu,", 4)))
             continue;
         for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
             *end = 0; // the group, then those above it
-            snprintf(folder, sizeof folder, "%s%s", v2 ? "" : "cpu", group);
-            double quota = v2 ? read_cgroup(folder, "cpu.max", 0) : read_cgroup(folder, "cpu.cfs_quota_us", 0);
-            double period = v2 ? read_cgroup(folder, "cpu.max", 1) : read_cgroup(folder, "cpu.cfs_period_us", 0);
+            double quota = 0, period = 0, none;
+            if (*controllers) {
+                read_numbers(&quota, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group); // -1: no limit
+                read_numbers(&period, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_period_us", group);
+            } else {
+                read_numbers(&quota, &period, "/sys/fs/cgroup%s/cpu.max", group); // "max 100000": no limit
+            }
             if (quota > 0 && period > 0)
                 cpus = fmin(cpus, ceil(quota / period));
         }
     }
     if (file)
         fclose(file);
-    return cpus < 1024 ? (size_t)cpus : 1024;
+    return (size_t)cpus;
 }
 
 static size_t default_threads(void) { return min(physical_cores(), cpu_quota()); }

@@ -346,7 +346,8 @@ def test_without_colour_there_are_no_escapes(run: Program, tmp_path: Path) -> No
     assert text == "".join(f"\x1b[38;5;28m{c}\x1b[0m" for c in "hey") + "\n"
     assert "\x1b" not in stderr  # no terminal
     text, _ = on_terminal(with_env(run), *args, stderr_too=True)
-    legend = text.splitlines()[0]
+    model, legend, *_ = text.splitlines()
+    assert model.startswith(f"{path}: ") and "\x1b" not in model
     assert legend.startswith("probability, at least: ") and "\x1b[38;5;160m0%\x1b[0m" in legend
     assert "\x1b" not in on_terminal(with_env(run), *args, "--json")[0]
 
@@ -450,10 +451,11 @@ def test_bits_do_not_depend_on_threads_or_batches(run: Program, tmp_path: Path) 
 def test_perplexity_as_text(run: Program, tiny_path: Path) -> None:
     found = perplexity(run, tiny_path, "-i", TEXT)
     result = run.ok(tiny_path, "-m", "perplexity", "-i", TEXT)
-    lines = dict(re.split(" {2,}", line) for line in result.text.splitlines())
-    assert list(lines) == ["tokens", "nll", "perplexity", "bits per byte", "speed"]
-    assert int(lines["tokens"]) == found["tokens"] and lines["nll"].endswith(" nats a token")
-    assert float(lines["perplexity"].split(" +- ")[0]) == pytest.approx(found["perplexity"], rel=1e-4)
+    lines = [line.split() for line in result.text.splitlines()]
+    assert [key for key, _ in lines] == list(PERPLEXITY)  # the names that JSON has
+    values = {key: float(value) for key, value in lines}
+    del values["tok_s"]
+    assert values == pytest.approx({key: found[key] for key in values}, rel=1e-5)
     assert result.stderr == ""  # progress is for terminals
     _, stderr = on_terminal(with_env(run), tiny_path, "-m", "perplexity", "-i", TEXT)
     assert stderr == ""
@@ -517,11 +519,11 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
 """
 
 
-def test_a_text_of_any_size_in_bounded_memory(run: Program, tmp_path: Path) -> None:
-    """In pieces of a megabyte, which end where no token does: the tokens are those of the whole text."""
+def test_a_long_text(run: Program, tmp_path: Path) -> None:
+    """Of megabytes: its tokens are those that -m tokenize prints, and memory is in proportion to it."""
     path = tmp_path / "m.bin"
     base = default_vocabulary()
-    vocabulary = replace(base, pieces=(*base.pieces, Piece(b"\n\n", USER_DEFINED)))  # not to be cut
+    vocabulary = replace(base, pieces=(*base.pieces, Piece(b"\n\n", USER_DEFINED)))
     dims = {"dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 8}
     calm_model(path, max_seq_len=512, vocabulary=vocabulary, **dims)
     line = "the cat in the ocean, number {}, once on a stone;\n\n  \ttea at ten.\n"
@@ -536,7 +538,9 @@ def test_a_text_of_any_size_in_bounded_memory(run: Program, tmp_path: Path) -> N
         (found,) = objects(done.stdout, PERPLEXITY)
         resident.append(int(done.stderr.split()[-1]))
         assert found["tokens"] == len(ids_of(run, path, "-f", file)) - 1
-    assert resident[1] < resident[0] + 2048 or run.sanitized  # KB
+    assert (
+        resident[1] - resident[0] < 12 * (4 << 10) or run.sanitized
+    )  # KB: 12 bytes for each more of the text
 
 
 def test_a_line_longer_than_a_piece(run: Program, tmp_path: Path) -> None:
