@@ -223,7 +223,7 @@ def read_arrays(data: bytes) -> tuple[dict[str, Any], dict[str, list[tuple[Any, 
     for name, element, count in ARRAYS:
         form = "<" + "".join(FORMS[field.type] for field in element)
         n = prod(eval(part, {"__builtins__": {}}, header) for part in count.split(" * "))
-        if name == "char_class" and header["n_classes"] == 0:
+        if name == "class_block" and header["n_classes"] == 0:
             n = 0
         at = (at + 3) // 4 * 4
         end = at + n * struct.calcsize(form)
@@ -232,6 +232,13 @@ def read_arrays(data: bytes) -> tuple[dict[str, Any], dict[str, list[tuple[Any, 
         at = end
     assert (at + 3) // 4 * 4 == len(data) and not any(data[at:])
     return header, found
+
+
+def class_of(arrays: dict[str, list[tuple[Any, ...]]], codepoint: int) -> int:
+    """The class of a code point, by the formula of the page."""
+    (block,) = arrays["class_block"][codepoint // 256]
+    found: int = arrays["classes"][block * 256 + codepoint % 256][0]
+    return found
 
 
 @pytest.mark.parametrize("name", ["byte-level", "SentencePiece"])
@@ -259,8 +266,12 @@ def test_a_tokenizer_file(exported: dict[str, tuple[bytes, bytes]], name: str) -
     for byte, (longest,) in enumerate(arrays["longest"]):
         lengths = [len(p) for p, type, _ in pieces if type in (4, 7) and p[0] == byte]
         assert longest == max(lengths, default=0)
-    assert [row for row in arrays["char_class"] if row[0] == 0 or row[0] >= header["n_classes"]] == []
-    assert header["template_ends"][-1] == header["n_template_items"]
+    assert [row for row in arrays["classes"] if row[0] == 0 or row[0] >= header["n_classes"]] == []
+    blocks = [tuple(arrays["classes"][at : at + 256]) for at in range(0, len(arrays["classes"]), 256)]
+    assert len(set(blocks)) == len(blocks) == header["n_class_blocks"]
+    if blocks:
+        stray = [class_of(arrays, 0x110000 + byte) for byte in range(256)]
+        assert set(stray) == {class_of(arrays, 0xFFFD)}
     if name == "byte-level":
         assert header["n_dfas"] and header["template_flags"] & 3 == 3
         ends = [0, *header["template_ends"]]
@@ -283,7 +294,7 @@ def test_an_automaton(exported: dict[str, tuple[bytes, bytes]]) -> None:
     while at < len(text):
         state, word, i = 1, 0, at
         while state:
-            kind = arrays["char_class"][ord(text[i])][0] if i < len(text) else 0
+            kind = class_of(arrays, ord(text[i])) if i < len(text) else 0
             (transition,) = arrays["transitions"][state * header["n_classes"] + kind]
             if transition & 1:
                 word = i
