@@ -369,6 +369,16 @@ def test_picture() -> None:
         assert re.search(rf"^static [\w ]+\*?{name}\(", SOURCE, re.MULTILINE), name
 
 
+def test_commands_of_the_log() -> None:
+    """tests/SPEED.md speaks of flags that its programs have."""
+    text = (ROOT / "tests/SPEED.md").read_text()
+    commands = re.findall(r"(?:^ {4}(?:python3 )?|`)(tests/\w+\.py) ([^`\n]+)", text, re.MULTILINE)
+    assert len(commands) > 4
+    for program, arguments in commands:
+        script = (ROOT / program).read_text()
+        assert all(f'"{flag}"' in script for flag in re.findall(r"--\w+", arguments)), arguments
+
+
 def test_links() -> None:
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in sections(README)}
     links = re.findall(r"\]\(([^)\s]+)\)", README)
