@@ -696,7 +696,7 @@ typedef struct {
 static bool interrupted(void);                               // has Ctrl-C been pressed in a chat? section 6
 static void encode(Tokenizer *t, Tokens *tokens, Span text); // appends the tokens of a text; section 5
 static bool is_stop(const Tokenizer *t, uint32_t token);     // does this token end a text or an answer? section 5
-static Span read_prompt(const Options *o);                   // the text of the flags -i or -f
+static Span read_prompt(Session *s);                         // the text of the flags -i or -f
 static size_t start_generation(Session *s); // allocates memory; returns the most tokens to generate, 0: no limit
 static void print_prompt(Session *s);
 static void print_token(Session *s, uint32_t token, const float *logits); // prints nothing for a stop token
@@ -779,7 +779,7 @@ static void generate_reply(Session *s, size_t max_new) {
 
 // The default mode: prints the prompt and its continuation.
 static void generate(Session *s) {
-    encode(s->tokenizer, &s->context.tokens, read_prompt(s->options));
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
     size_t max_new = start_generation(s);
     print_prompt(s);
     generate_reply(s, max_new);
@@ -920,6 +920,7 @@ struct Tokenizer {
     const unsigned char *text;   // (n_text)
     uint32_t starts[0x10001]; // where in by_text the texts with the same first_bytes start; the next one is their end
     bool prefix;              // encode: the next text gets a space in front
+    Bytes prompt;             // read_prompt: the text of -f
     Bytes normalised;         // encode: the text, with room for that space
     ARRAY(Symbol) symbols;    // encode_word: the symbols of a word
     Heap pairs;               // encode_word: neighbours that can be merged, the next merge on top
@@ -1400,15 +1401,17 @@ struct Options {
     bool json, probs, no_think;
 };
 
+// How tokens are printed, and what of them has not been printed yet.
 struct Printer {
-    bool terminal;   // standard output is one
+    bool terminal;   // standard output is a terminal
     bool colours;    // tokens get the colour of their probability
-    Bytes pending;   // bytes of a character that is not complete yet
-    int colour;      // of these bytes
-    bool skip_space; // until something else has been printed
+    Bytes pending;   // the bytes of a character that is not complete yet
+    int colour;      // the colour of these bytes
+    bool skip_space; // spaces are not printed until something else has been
 };
 
 static void start_run(Session *s, size_t context); // allocates what generation needs; section 7
+
 typedef struct {
     Bytes user;       // what the user said
     Tokens assistant; // the answer, as it was sampled: encoding its text might give other tokens
@@ -1421,6 +1424,7 @@ struct Chat {
     size_t first_turn;  // the turns before this one are forgotten
     size_t reply_start; // the index of the first token of the last turn's answer
     Bytes pending;      // text that is to follow the tokens; text that meets is encoded as one
+    Bytes message;      // the message that is being read
 };
 
 static bool is_space(unsigned char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
@@ -1566,7 +1570,10 @@ static bool make_room(Session *s) {
         return false;
     }
     fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first - chat->first_turn);
-    chat->first_turn = first;
+    for (; chat->first_turn < first; chat->first_turn++) {
+        free(chat->turns.data[chat->first_turn].user.data);
+        free(chat->turns.data[chat->first_turn].assistant.data);
+    }
     return true;
 }
 
@@ -1623,7 +1630,8 @@ static void install_sigint(int flags) {
 }
 
 // Reads a message: a line, and as long as a line ends in a backslash, the next one. Returns false at the end of input.
-static bool read_message(Chat *chat, Bytes *message) {
+static bool read_message(Chat *chat) {
+    Bytes *message = &chat->message;
     char *line = NULL;
     size_t capacity = 0;
     bool more = true;
@@ -1677,18 +1685,17 @@ static void chat(Session *s) {
     expect(!s->options->no_think || t->h.template_flags & HAS_NO_THINK,
            "%s: --no-think: its chat template knows no such switch", t->file.path);
     t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
-    static Chat conversation;         // static, so that its memory is still in use when the program exits
-    s->chat = &conversation;
-    s->chat->input = open_text(s->options->prompt_file);
+    s->chat = allocate(1, sizeof *s->chat, "the conversation");
+    *s->chat = (Chat){.input = open_text(s->options->prompt_file)};
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
     start_run(s, s->context.max_tokens);
     install_sigint(SA_RESTART);
     if (s->options->prompt)
         chat_turn(s, span_of(s->options->prompt));
-    static Bytes message;
-    while (read_message(s->chat, &message))
-        if (message.n || !s->chat->terminal)
-            chat_turn(s, (Span){message.data, message.n});
+    Bytes *message = &s->chat->message;
+    while (read_message(s->chat))
+        if (message->n || !s->chat->terminal)
+            chat_turn(s, (Span){message->data, message->n});
     print_stats(s);
 }
 
@@ -1993,7 +2000,7 @@ static void print_result(bool json, const char *separator, const char *key, cons
 // -m tokenize: prints the token ids of the prompt on one line, as the model would receive them.
 static void tokenize(Session *s) {
     const Options *o = s->options;
-    encode(s->tokenizer, &s->context.tokens, read_prompt(o));
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
     const Tokens tokens = s->context.tokens;
     if (!o->json) {
         print_ids(tokens, " ");
@@ -2015,7 +2022,7 @@ static void next(Session *s) {
     const Options *o = s->options;
     size_t vocab_size = s->model.h.vocab_size;
     expect_text(o);
-    encode(s->tokenizer, &s->context.tokens, read_prompt(o));
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
     Tokens *tokens = &s->context.tokens;
     size_t all = tokens->n, n = min(all, s->context.max_tokens);
     expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
@@ -2080,7 +2087,7 @@ static void perplexity(Session *s) {
     if (o->stride > context)
         die(EXIT_USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
     expect_text(o);
-    encode(s->tokenizer, &s->context.tokens, read_prompt(o));
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
     uint32_t *tokens = s->context.tokens.data;
     size_t all = s->context.tokens.n;
     context = min(context, all);
@@ -2573,20 +2580,21 @@ static FILE *open_text(const char *path) {
 }
 
 // The text of -i or -f.
-static Span read_prompt(const Options *o) {
+static Span read_prompt(Session *s) {
+    const Options *o = s->options;
     if (!o->prompt_file)
         return span_of(o->prompt ? o->prompt : "");
-    static Bytes text; // static, because the result points into it
+    Bytes *text = &s->tokenizer->prompt;
     FILE *file = open_text(o->prompt_file);
     while (!feof(file) && !ferror(file)) {
-        reserve(&text, 1 << 16);
-        text.n += fread(text.data + text.n, 1, 1 << 16, file);
-        expect(text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
+        reserve(text, 1 << 16);
+        text->n += fread(text->data + text->n, 1, 1 << 16, file);
+        expect(text->n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
     }
     expect(!ferror(file), "%s: cannot read the prompt: %s", o->prompt_file, strerror(errno));
     if (file != stdin)
         fclose(file);
-    return (Span){text.data, text.n};
+    return (Span){text->data, text->n};
 }
 
 // ---- Number formats
