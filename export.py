@@ -1278,10 +1278,13 @@ class Tokenizer:
             for item in chain.from_iterable(scripts)
         ]
         char_class, transitions, n_dfas = self.words
+        pages = np.frombuffer(char_class, np.uint8).reshape(-1, 256)  # most are alike, so each is kept once
+        classes, class_block = np.unique(pages, axis=0, return_inverse=True)
         sorted_ids = [id for _, id in sorted(by_text.items())]
         arrays = [
             *(u32(byte_id), u32(longest), np.array(pieces, "<u4,<u4,<u4,<f4").tobytes(), u32(sorted_ids)),
-            *(u32(merges), u32(transitions), u32(items), char_class, bytes(texts), bytes(-len(texts) % 4)),
+            *(u32(merges), u32(transitions), u32(items), u32(class_block), classes.tobytes()),
+            *(bytes(texts), bytes(-len(texts) % 4)),
         ]
         flags = sum(bool(getattr(self, name)) << bit for bit, name in enumerate(FLAGS))
         head = TOKENIZER_HEADER.pack(
@@ -1296,7 +1299,7 @@ class Tokenizer:
                 len(transitions[0]) if transitions else 0,
                 len(transitions),
             ),
-            *(self.template.flags if self.template else 0, len(items), len(texts)),
+            *(self.template.flags if self.template else 0, len(classes), len(texts)),
             *accumulate(map(len, scripts)),
         )
         data = b"".join([head, *arrays])
@@ -1312,7 +1315,7 @@ class Tokenizer:
             raise ExportError(f"a tokenizer file: {expected}, found version {version}, {len(data)} bytes")
         _, _, kind, _, _, _, flags, vocab_size, bos, unk, n_stop, *others = TOKENIZER_HEADER.unpack_from(data)
         stop_ids, ends = others[:n_stop], [0, *others[15:]]
-        n_by_text, n_merges, n_dfas, n_classes, n_states, template_flags, n_items, n_text = others[7:15]
+        n_by_text, n_merges, n_dfas, n_classes, n_states, template_flags, n_blocks, n_text = others[7:15]
         if kind not in (SENTENCEPIECE_BPE, BYTE_LEVEL_BPE):
             raise ExportError(f"a tokenizer file of the unknown kind {kind}")
         at = size + 2 * 4 * 256  # after byte_id and longest
@@ -1328,8 +1331,9 @@ class Tokenizer:
         take("<u4", n_by_text)
         merges = take("<u4", n_merges, 4).tolist()
         transitions = take("<u4", n_states, n_classes).tolist() if n_classes else []
-        items = take("<u4", n_items, 3).tolist()
-        char_class = take("u1", N_CLASSES).tobytes() if n_classes else b""
+        items = take("<u4", ends[-1], 3).tolist()
+        class_block = take("<u4", N_CLASSES // 256 if n_classes else 0).reshape(-1)
+        char_class = take("u1", n_blocks, 256)[class_block].tobytes()
         texts = take("u1", n_text).tobytes()
 
         def text_at(offset: int, length: int) -> bytes:

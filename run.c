@@ -696,7 +696,7 @@ typedef struct {
 static bool interrupted(void);                               // has Ctrl-C been pressed in a chat? section 6
 static void encode(Tokenizer *t, Tokens *tokens, Span text); // appends the tokens of a text; section 5
 static bool is_stop(const Tokenizer *t, uint32_t token);     // does this token end a text or an answer? section 5
-static Span read_prompt(const Options *o);                   // the text of the flags -i or -f
+static Span read_prompt(Session *s);                         // the text of the flags -i or -f
 static size_t start_generation(Session *s); // allocates memory; returns the most tokens to generate, 0: no limit
 static void print_prompt(Session *s);
 static void print_token(Session *s, uint32_t token, const float *logits); // prints nothing for a stop token
@@ -779,7 +779,7 @@ static void generate_reply(Session *s, size_t max_new) {
 
 // The default mode: prints the prompt and its continuation.
 static void generate(Session *s) {
-    encode(s->tokenizer, &s->context.tokens, read_prompt(s->options));
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
     size_t max_new = start_generation(s);
     print_prompt(s);
     generate_reply(s, max_new);
@@ -841,7 +841,8 @@ enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
 // and LATE_USER_DEFINED ones in the normalised text. No text becomes a CONTROL token.
 enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE_USER_DEFINED = 7 };
 enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, MAX_DFAS = 16 };
-enum { N_CODEPOINTS = 0x110000 }; // code points of Unicode; larger numbers stand for bytes that are not UTF-8
+// Code points of Unicode; larger numbers stand for bytes that are not UTF-8. Pages are groups of 256 of both.
+enum { N_CODEPOINTS = 0x110000, N_PAGES = N_CODEPOINTS / 256 + 1 };
 
 enum { // TokenizerHeader.flags
     ADD_BOS = 1,
@@ -875,7 +876,7 @@ typedef struct {
     uint32_t n_stops; // tokens that end a text or an answer
     int32_t stop_ids[MAX_STOPS];
     uint32_t n_by_text, n_merges, n_dfas, n_classes, n_states; // lengths of arrays
-    uint32_t template_flags, n_template_items, n_text;
+    uint32_t template_flags, n_class_blocks, n_text;
     uint32_t template_ends[N_TEMPLATES]; // a template's items end here, and those of the next begin
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 160, "the compiler added padding to TokenizerHeader");
@@ -913,11 +914,13 @@ struct Tokenizer {
     const uint32_t *by_text;     // (n_by_text)  the tokens that text can become, sorted by their bytes
     const Merge *merges;         // (n_merges)   sorted by left and right
     const uint32_t *transitions; // (n_states, n_classes)  the automata that find words, see match_word
-    const TemplateItem *items;   // (n_template_items)
-    const uint8_t *char_class;   // (N_CODEPOINTS + 256)   only with automata
+    const TemplateItem *items;   // (template_ends[N_TEMPLATES - 1])
+    const uint32_t *class_block; // (N_PAGES)   the block of each 256 code points; only with automata
+    const uint8_t *classes;      // (n_class_blocks, 256)   the class of each code point of a block
     const unsigned char *text;   // (n_text)
     uint32_t starts[0x10001]; // where in by_text the texts with the same first_bytes start; the next one is their end
     bool prefix;              // encode: the next text gets a space in front
+    Bytes prompt;             // read_prompt: the text of -f
     Bytes normalised;         // encode: the text, with room for that space
     ARRAY(Symbol) symbols;    // encode_word: the symbols of a word
     Heap pairs;               // encode_word: neighbours that can be merged, the next merge on top
@@ -1008,11 +1011,13 @@ static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
     check(path, "n_by_text", h->n_by_text, 0, h->vocab_size);
     check(path, "n_merges", h->n_merges, 0, 1 << 24); // a float is exact up to there, see push_pair
     check(path, "n_dfas", h->n_dfas, 0, MAX_DFAS);
-    check(path, "n_classes", h->n_classes, h->n_dfas ? 2 : 0, 256);
-    check(path, "n_states", h->n_states, h->n_dfas ? h->n_dfas + 1 : 0, 1 << 20);
+    uint32_t any_dfa = h->n_dfas > 0, any_class = h->n_classes > 0; // 0: the arrays have to be empty
+    check(path, "n_classes", h->n_classes, 2 * any_dfa, 256);
+    check(path, "n_states", h->n_states, h->n_dfas + any_dfa, 1 << 20);
+    check(path, "n_class_blocks", h->n_class_blocks, any_class, N_PAGES * any_class);
     check(path, "template_flags", h->template_flags, 0, ALL_TEMPLATE_FLAGS);
     for (size_t i = 0; i < N_TEMPLATES; i++)
-        check(path, "a template's end", h->template_ends[i], i ? h->template_ends[i - 1] : 0, h->n_template_items);
+        check(path, "a template's end", h->template_ends[i], i ? h->template_ends[i - 1] : 0, 1 << 20);
 }
 
 // Checks every number that is used as an index, and every order that a search relies on.
@@ -1025,7 +1030,8 @@ static void check_tokenizer(const Tokenizer *t) {
         check(path, "a token's type", p->type, NORMAL, LATE_USER_DEFINED);
         check(path, "a token's score", p->score, -FLT_MAX, FLT_MAX);
         check(path, "a token's offset", p->offset, 0, h->n_text);
-        check(path, "a token's length", p->length, p->type != UNUSED, p->type == BYTE ? 1 : h->n_text - p->offset);
+        check(path, "a token's length", p->length, p->type != UNUSED,
+              (double)min(p->type == BYTE ? 1 : SIZE_MAX, h->n_text - p->offset));
     }
     for (size_t b = 0; b < 256; b++) {
         uint32_t id = t->byte_id[b];
@@ -1051,9 +1057,11 @@ static void check_tokenizer(const Tokenizer *t) {
     }
     for (size_t i = 0; i < (size_t)h->n_states * h->n_classes; i++)
         check(path, "a transition", t->transitions[i], 0, 2 * (double)h->n_states - 1);
-    for (size_t i = 0; i < N_CODEPOINTS + 256 && h->n_classes; i++)
-        check(path, "a character's class", t->char_class[i], 0, h->n_classes - 1);
-    for (size_t i = 0; i < h->n_template_items; i++) {
+    for (size_t i = 0; i < N_PAGES && h->n_classes; i++)
+        check(path, "a block of classes", t->class_block[i], 0, h->n_class_blocks - 1);
+    for (size_t i = 0; i < (size_t)h->n_class_blocks * 256; i++)
+        check(path, "a character's class", t->classes[i], 0, h->n_classes - 1);
+    for (size_t i = 0; i < h->template_ends[N_TEMPLATES - 1]; i++) {
         const TemplateItem *item = &t->items[i];
         check(path, "a template's token", item->token == NONE ? 0 : item->token, 0, last_id);
         check(path, "a template's offset", item->offset, 0, h->n_text);
@@ -1081,8 +1089,9 @@ static Tokenizer *open_tokenizer(const char *path) {
     t->by_text = next_array(t, &at, h->n_by_text, sizeof *t->by_text);
     t->merges = next_array(t, &at, h->n_merges, sizeof *t->merges);
     t->transitions = next_array(t, &at, (size_t)h->n_states * h->n_classes, sizeof *t->transitions);
-    t->items = next_array(t, &at, h->n_template_items, sizeof *t->items);
-    t->char_class = next_array(t, &at, h->n_classes ? N_CODEPOINTS + 256 : 0, 1);
+    t->items = next_array(t, &at, h->template_ends[N_TEMPLATES - 1], sizeof *t->items);
+    t->class_block = next_array(t, &at, N_PAGES * (h->n_classes > 0), sizeof *t->class_block);
+    t->classes = next_array(t, &at, h->n_class_blocks, 256);
     t->text = next_array(t, &at, h->n_text, 1);
     expect(at == t->file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged",
            path, at, t->file.size);
@@ -1255,7 +1264,7 @@ static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
         size_t length = 0;
         if (at < text.n) {
             length = next_char(from(text, at), &codepoint);
-            class = t->char_class[codepoint];
+            class = t->classes[t->class_block[codepoint / 256] * 256 + codepoint % 256];
         }
         uint32_t transition = t->transitions[(size_t)state * t->h.n_classes + class];
         if (transition & 1)
@@ -1359,7 +1368,7 @@ static Span decode(const Tokenizer *t, uint32_t token, size_t pos) {
     uint32_t type = t->pieces[token].type;
     if (type == UNKNOWN || type == CONTROL || type == UNUSED)
         return (Span){0};
-    size_t first = t->h.flags & ADD_BOS ? 1 : 0;
+    bool first = t->h.flags & ADD_BOS; // bos, if there is one, is at 0
     if (pos == first && t->h.flags & ADD_DUMMY_PREFIX && *text.bytes == ' ')
         return from(text, 1);
     return text;
@@ -1392,15 +1401,17 @@ struct Options {
     bool json, probs, no_think;
 };
 
+// How tokens are printed, and what of them has not been printed yet.
 struct Printer {
-    bool terminal;   // standard output is one
+    bool terminal;   // standard output is a terminal
     bool colours;    // tokens get the colour of their probability
-    Bytes pending;   // bytes of a character that is not complete yet
-    int colour;      // of these bytes
-    bool skip_space; // until something else has been printed
+    Bytes pending;   // the bytes of a character that is not complete yet
+    int colour;      // the colour of these bytes
+    bool skip_space; // spaces are not printed until something else has been
 };
 
 static void start_run(Session *s, size_t context); // allocates what generation needs; section 7
+
 typedef struct {
     Bytes user;       // what the user said
     Tokens assistant; // the answer, as it was sampled: encoding its text might give other tokens
@@ -1413,6 +1424,7 @@ struct Chat {
     size_t first_turn;  // the turns before this one are forgotten
     size_t reply_start; // the index of the first token of the last turn's answer
     Bytes pending;      // text that is to follow the tokens; text that meets is encoded as one
+    Bytes message;      // the message that is being read
 };
 
 static bool is_space(unsigned char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
@@ -1558,7 +1570,10 @@ static bool make_room(Session *s) {
         return false;
     }
     fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first - chat->first_turn);
-    chat->first_turn = first;
+    for (; chat->first_turn < first; chat->first_turn++) {
+        free(chat->turns.data[chat->first_turn].user.data);
+        free(chat->turns.data[chat->first_turn].assistant.data);
+    }
     return true;
 }
 
@@ -1615,7 +1630,8 @@ static void install_sigint(int flags) {
 }
 
 // Reads a message: a line, and as long as a line ends in a backslash, the next one. Returns false at the end of input.
-static bool read_message(Chat *chat, Bytes *message) {
+static bool read_message(Chat *chat) {
+    Bytes *message = &chat->message;
     char *line = NULL;
     size_t capacity = 0;
     bool more = true;
@@ -1669,18 +1685,17 @@ static void chat(Session *s) {
     expect(!s->options->no_think || t->h.template_flags & HAS_NO_THINK,
            "%s: --no-think: its chat template knows no such switch", t->file.path);
     t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
-    static Chat conversation;         // static, so that its memory is still in use when the program exits
-    s->chat = &conversation;
-    s->chat->input = open_text(s->options->prompt_file);
+    s->chat = allocate(1, sizeof *s->chat, "the conversation");
+    *s->chat = (Chat){.input = open_text(s->options->prompt_file)};
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
     start_run(s, s->context.max_tokens);
     install_sigint(SA_RESTART);
     if (s->options->prompt)
         chat_turn(s, span_of(s->options->prompt));
-    static Bytes message;
-    while (read_message(s->chat, &message))
-        if (message.n || !s->chat->terminal)
-            chat_turn(s, (Span){message.data, message.n});
+    Bytes *message = &s->chat->message;
+    while (read_message(s->chat))
+        if (message->n || !s->chat->terminal)
+            chat_turn(s, (Span){message->data, message->n});
     print_stats(s);
 }
 
@@ -1985,7 +2000,7 @@ static void print_result(bool json, const char *separator, const char *key, cons
 // -m tokenize: prints the token ids of the prompt on one line, as the model would receive them.
 static void tokenize(Session *s) {
     const Options *o = s->options;
-    encode(s->tokenizer, &s->context.tokens, read_prompt(o));
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
     const Tokens tokens = s->context.tokens;
     if (!o->json) {
         print_ids(tokens, " ");
@@ -2007,7 +2022,7 @@ static void next(Session *s) {
     const Options *o = s->options;
     size_t vocab_size = s->model.h.vocab_size;
     expect_text(o);
-    encode(s->tokenizer, &s->context.tokens, read_prompt(o));
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
     Tokens *tokens = &s->context.tokens;
     size_t all = tokens->n, n = min(all, s->context.max_tokens);
     expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
@@ -2072,7 +2087,7 @@ static void perplexity(Session *s) {
     if (o->stride > context)
         die(EXIT_USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
     expect_text(o);
-    encode(s->tokenizer, &s->context.tokens, read_prompt(o));
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
     uint32_t *tokens = s->context.tokens.data;
     size_t all = s->context.tokens.n;
     context = min(context, all);
@@ -2515,7 +2530,7 @@ static void check_header(const char *path, const Header *h) {
         check(path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
         check(path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
     }
-    for (const char *p = (const char *)(h + 1); p < (const char *)h + HEADER_SPACE; p++)
+    for (const uint8_t *p = (const uint8_t *)(h + 1); p < (const uint8_t *)h + HEADER_SPACE; p++)
         check(path, "the unused bytes of the header", *p, 0, 0);
 }
 
@@ -2565,20 +2580,21 @@ static FILE *open_text(const char *path) {
 }
 
 // The text of -i or -f.
-static Span read_prompt(const Options *o) {
+static Span read_prompt(Session *s) {
+    const Options *o = s->options;
     if (!o->prompt_file)
         return span_of(o->prompt ? o->prompt : "");
-    static Bytes text; // static, because the result points into it
+    Bytes *text = &s->tokenizer->prompt;
     FILE *file = open_text(o->prompt_file);
     while (!feof(file) && !ferror(file)) {
-        reserve(&text, 1 << 16);
-        text.n += fread(text.data + text.n, 1, 1 << 16, file);
-        expect(text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
+        reserve(text, 1 << 16);
+        text->n += fread(text->data + text->n, 1, 1 << 16, file);
+        expect(text->n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
     }
     expect(!ferror(file), "%s: cannot read the prompt: %s", o->prompt_file, strerror(errno));
     if (file != stdin)
         fclose(file);
-    return (Span){text.data, text.n};
+    return (Span){text->data, text->n};
 }
 
 // ---- Number formats

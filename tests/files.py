@@ -58,7 +58,7 @@ TOKENIZER_FIELDS = {  # name: (offset, struct format)
     "n_classes": (100, "I"),
     "n_states": (104, "I"),
     "template_flags": (108, "I"),
-    "n_template_items": (112, "I"),
+    "n_class_blocks": (112, "I"),
     "n_text": (116, "I"),
     "template_ends": (120, "I"),  # the first of ten
 }
@@ -84,6 +84,13 @@ def file_hash(data: bytes) -> int:
 def u32(numbers: Iterable[int]) -> bytes:
     numbers = list(numbers)
     return struct.pack(f"<{len(numbers)}I", *numbers)
+
+
+def class_blocks(classes: bytes) -> dict[str, bytes]:
+    """The class of each character, as the file has it: a block for each 256 characters, equal blocks once."""
+    pages = [classes[at : at + 256] for at in range(0, len(classes), 256)]
+    blocks = sorted(set(pages))
+    return {"class_block": u32(map(blocks.index, pages)), "classes": b"".join(blocks)}
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ class Vocabulary:
             "merges": u32(number for row in merges for number in row),
             "transitions": u32(number for row in self.steps for number in row),
             "template_items": u32(number for row in items for number in row),
-            "char_class": self.char_class(),
+            **class_blocks(self.char_class()),
             "text": text + bytes(-len(text) % 4),
         }
 
@@ -190,7 +197,7 @@ class Vocabulary:
             *([-1] * (7 - len(self.stop_ids))),
             *(len(arrays["by_text"]) // 4, len(arrays["merges"]) // 16, self.n_machines),
             *(len(self.steps[0]) if self.steps else 0, len(self.steps), self.template_flags),
-            *(len(self.items()), sum(self.text_lengths())),
+            *(len(arrays["classes"]) // 256, sum(self.text_lengths())),
             *np.cumsum([len(template) for template in templates]).tolist(),
         )
         return fix(head + b"".join((arrays | changed).values()))
@@ -284,7 +291,7 @@ def read_tokenizer(data: bytes) -> Vocabulary:
     """Of a file that to_bytes() makes again, to the byte."""
     head = struct.unpack_from(TOKENIZER_HEADER, data)
     magic, version, kind, hash, file_size, vocab_hash, flags, vocab_size, bos_id, unk_id, n_stops = head[:11]
-    n_by_text, n_merges, n_dfas, n_classes, n_states, template_flags, n_items, n_text = head[18:26]
+    n_by_text, n_merges, n_dfas, n_classes, n_states, template_flags, n_blocks, n_text = head[18:26]
     assert (magic, version, file_size, hash) == (b"twotoken", 3, len(data), file_hash(data))
     at = TOKENS_START + 8 * 256
 
@@ -299,9 +306,11 @@ def read_tokenizer(data: bytes) -> Vocabulary:
     rows(n_by_text, "I")
     merges = rows(n_merges, "4I")
     steps = rows(n_states, f"{n_classes}I")
-    items = rows(n_items, "3I")
-    classes = np.frombuffer(data, np.uint8, CHARACTERS if n_classes else 0, at)
-    at += CHARACTERS + 256 if n_classes else 0
+    items = rows(head[-1], "3I")
+    class_block = [block for (block,) in rows(CHARACTERS // 256 + 1 if n_classes else 0, "I")]
+    blocks = np.frombuffer(data, np.uint8, 256 * n_blocks, at).reshape(-1, 256)
+    at += 256 * n_blocks
+    classes = blocks[class_block].reshape(-1)[:CHARACTERS]
     text = data[at : at + n_text]
     edges = [0, *(np.flatnonzero(np.diff(classes)) + 1).tolist(), len(classes)] if n_classes else [0]
     ranges = [(a, b - 1, int(classes[a])) for a, b in itertools.pairwise(edges) if classes[a] != 1]

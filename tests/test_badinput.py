@@ -31,10 +31,12 @@ from files import (
     Vocabulary,
     byte_level_vocabulary,
     chain_model,
+    class_blocks,
     default_vocabulary,
     file_hash,
     fix,
     patch,
+    u32,
 )
 
 HUGE = 0xFFFFFFFF
@@ -155,12 +157,14 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_formats(victim: Victim, name: str) -> None:
-    victim.bad_model(FOREIGN[name], "expected", "a weights file", '"twofiles"', "found")
+    known = "a Git LFS pointer" if name == "Git LFS" else '"twofiles"'
+    victim.bad_model(FOREIGN[name], "expected", "a weights file", known, "found")
 
 
 @pytest.mark.parametrize("name", [n for n in FOREIGN if n != "ours, swapped"])
 def test_foreign_tokenizers(victim: Victim, name: str) -> None:
-    victim.bad_tokenizer(FOREIGN[name], "expected", "a tokenizer file", '"twotoken"', "found")
+    known = "a Git LFS pointer" if name == "Git LFS" else '"twotoken"'
+    victim.bad_tokenizer(FOREIGN[name], "expected", "a tokenizer file", known, "found")
 
 
 def test_a_tokenizer_in_place_of_the_model_and_the_reverse(victim: Victim) -> None:
@@ -363,16 +367,16 @@ def test_a_tokenizer_that_is_too_long(victim: Victim) -> None:
         *[("stop_ids", v, f"stop id: expected 0 to 311, found {v}") for v in (-1, -2, 10**6, 0x7FFFFFFF)],
         *[("n_by_text", v, f"n_by_text: expected 0 to 312, found {v}") for v in (313, 1 << 31, HUGE)],
         *[("n_by_text", v, "file size") for v in (0, 1, 312)],
-        *[("n_merges", v, "n_merges: expected 0 to 67108864, found") for v in ((1 << 26) + 1, HUGE)],
-        *[("n_merges", v, "file size") for v in (1, 1 << 26)],
+        *[("n_merges", v, "n_merges: expected 0 to 16777216, found") for v in ((1 << 24) + 1, HUGE)],
+        *[("n_merges", v, "file size") for v in (1, 1 << 24)],
         *[("n_dfas", v, f"n_dfas: expected 0 to 16, found {v}") for v in (17, HUGE)],
         *[("n_dfas", v, "n_classes: expected 2 to 256, found 0") for v in (1, 16)],
         *[("n_classes", v, f"n_classes: expected 0 to 256, found {v}") for v in (257, HUGE)],
-        *[("n_classes", v, "file size") for v in (1, 256)],
+        *[("n_classes", v, "n_class_blocks: expected 1 to 4353, found 0") for v in (1, 256)],
         *[("n_states", v, f"n_states: expected 0 to 1048576, found {v}") for v in ((1 << 20) + 1, HUGE)],
         *[("template_flags", v, f"template_flags: expected 0 to 8191, found {v}") for v in (8192, HUGE)],
-        *[("template_ends", v, f"a template's end: expected 0, found {v}") for v in (1, HUGE)],
-        *[("n_template_items", v, "file size") for v in (1, 1 << 24, HUGE)],
+        *[("template_ends", v, "a template's end: expected") for v in (1, HUGE)],
+        *[("n_class_blocks", v, f"n_class_blocks: expected 0, found {v}") for v in (1, HUGE)],
         *[("n_text", v, "found") for v in (0, 1, 10**6, HUGE)],
         *[("file_size", v, "hash: expected") for v in (0, 80, 160, 2**32, 2**64 - 1)],
         *[("vocab_hash", v, "hash: expected") for v in (0, 1, 2**64 - 1)],
@@ -618,11 +622,11 @@ def test_any_flipped_bit_of_an_array(byte_level: ByteLevelVictim) -> None:
     ("name", "values"),
     [
         ("n_by_text", [0, 6, 8, 1 << 24, HUGE]),
-        ("n_merges", [0, 5, 7, 1 << 26, (1 << 26) + 1, HUGE]),
+        ("n_merges", [0, 5, 7, 1 << 24, (1 << 24) + 1, HUGE]),
         ("n_classes", [0, 1, 2, 4, 256, 257, HUGE]),
         ("n_states", [0, 1, 3, 5, 1 << 20, (1 << 20) + 1, HUGE]),
         ("n_dfas", [0, 2, 3, 4, 16, 17, HUGE]),
-        ("n_template_items", [0, 4, 6, 1 << 30, HUGE]),
+        ("n_class_blocks", [0, 4, 6, 4353, 4354, 1 << 30, HUGE]),
         ("n_text", [0, 1, 1 << 20, HUGE]),
         ("template_ends", [3, 6, HUGE]),
         ("template_flags", [8192, HUGE]),
@@ -640,7 +644,7 @@ def test_dfas_without_states_or_classes(byte_level: ByteLevelVictim) -> None:
     for n_dfas in (4, 16):
         byte_level.bad(None, "n_states", f"expected {n_dfas + 1} to", "found 4", n_machines=n_dfas)
     byte_level.bad(None, "n_classes", "expected 2 to 256", "found 1", steps=((0,), (0,), (0,)), ranges=())
-    none = patch(v.to_bytes(transitions=b"", char_class=b""), n_states=0, n_classes=0)
+    none = patch(v.to_bytes(transitions=b"", class_block=b"", classes=b""), n_states=0, n_classes=0, n_class_blocks=0)
     byte_level.bad(fix(none), "n_classes", "expected 2 to 256", "found 0")
 
 
@@ -674,8 +678,15 @@ def test_bad_classes_of_characters(byte_level: ByteLevelVictim) -> None:
     assert len(classes) == 0x110000 + 256
     for at in (0, 97, 0xFFFD, 0x10FFFF, 0x110000, len(classes) - 1):
         for bad in (3, 255):
-            data = v.to_bytes(char_class=classes[:at] + bytes([bad]) + classes[at + 1 :])
+            spoilt = class_blocks(classes[:at] + bytes([bad]) + classes[at + 1 :])
+            data = fix(patch(v.to_bytes(**spoilt), n_class_blocks=len(spoilt["classes"]) // 256))
             byte_level.bad(data, "a character's class", "expected 0 to 2", f"found {bad}")
+    pages = u32([*[0] * 4352, 1])
+    for at in (0, 1, 4352):
+        for page in (2, HUGE):
+            bad_pages = pages[: 4 * at] + u32([page]) + pages[4 * at + 4 :]
+            data = patch(v.to_bytes(class_block=bad_pages, classes=classes[:512]), n_class_blocks=2)
+            byte_level.bad(fix(data), "a block of classes", "expected 0 to 1", f"found {page}")
     # Odd, but harmless: a character that counts as the end of the text; all of one class.
     byte_level.tokens("the cat", ranges=((97, 97, 0),))
     assert byte_level.tokens("the cat", ranges=((0, 0x10FFFF, 1),))[1:] == [257, 260]
@@ -731,7 +742,8 @@ def test_ends_of_templates(byte_level: ByteLevelVictim) -> None:
         for end in bad:
             spoilt = bytearray(data)
             struct.pack_into("<I", spoilt, start + 4 * i, end % (1 << 32))
-            byte_level.bad(fix(bytes(spoilt)), "a template's end", "expected", "found")
+            says = "file size" if (i, end) == (9, 6) else "a template's end"  # the last is the number of items
+            byte_level.bad(fix(bytes(spoilt)), says, "expected", "found")
 
 
 def test_bytes_that_are_missing(byte_level: ByteLevelVictim) -> None:

@@ -12,8 +12,9 @@ import bench
 import pytest
 from builds import build
 from files import Model, Program, check_one_line
+from random_weights import SHAPES
 
-from export import SHAPES, file_size, replace
+from export import file_size, replace
 
 
 @pytest.mark.parametrize("shape", SHAPES)

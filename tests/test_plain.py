@@ -24,7 +24,7 @@ import export
 def test_logits_of_the_fast_kernels(name: str, dtype: str, tmp_path: Path) -> None:
     _, config, arrays = reference.random_model(name, dtype)
     file = tmp_path / "m.bin"
-    export.write_model(file, export.ArraySource(config, arrays), reference.some_tokenizer(), dtype)
+    export.write_model(file, reference.in_memory(config, arrays), reference.some_tokenizer(), dtype)
     plain, fast = build("probe", "plain"), build("probe", "native")
     assert subprocess.run([*plain, "isa"], capture_output=True, text=True, check=True).stdout == "plain C\n"
     isa = subprocess.run([*fast, "isa"], capture_output=True, text=True, check=True).stdout
@@ -49,7 +49,7 @@ def test_logits_of_the_fast_kernels(name: str, dtype: str, tmp_path: Path) -> No
 def test_plain_bits_do_not_depend_on_batches(name: str, tmp_path: Path) -> None:
     _, config, arrays = reference.random_model(name, "bf16")
     file, plain, tokens = tmp_path / "m.bin", build("probe", "plain"), reference.TOKENS
-    export.write_model(file, export.ArraySource(config, arrays), reference.some_tokenizer(), "bf16")
+    export.write_model(file, reference.in_memory(config, arrays), reference.some_tokenizer(), "bf16")
     expected = reference.run_probe(plain, file, tokens, config, chunk=1)["logits"]
     for chunk in (2, 7, len(tokens)):
         found = reference.run_probe(plain, file, tokens, config, chunk=chunk)["logits"]
