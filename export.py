@@ -1388,7 +1388,7 @@ def fnv1a(numbers: Iterable[int]) -> int:
     return hash
 
 
-def u32(rows: Sequence[Any]) -> bytes:
+def u32(rows: Sequence[Any] | Array) -> bytes:
     return np.array(rows, "<u4").tobytes()
 
 
