@@ -89,9 +89,8 @@ def naming(about: object) -> Iterator[None]:
         raise ExportError(message, error.filename or about) from None
     except Exception as error:  # noqa: BLE001
         message = str(error).strip().partition("\n")[0]
-        raise ExportError(
-            f"damaged, or of an unknown form ({type(error).__name__}: {message})", about
-        ) from None
+        words = f"damaged, or of an unknown form ({type(error).__name__}: {message})"
+        raise ExportError(words, about) from None
 
 
 def say(kind: str, message: object) -> None:
@@ -108,10 +107,7 @@ FILE_KINDS = [  # what a file is, by its first bytes
     (rb"version https://git-lfs", "a Git LFS pointer instead of the file (`git lfs pull` gets that)"),
     (rb"GGUF\0\0\0|FUGG", "a big-endian GGUF file (convert the model again without --bigendian)"),
     (rb"GGUF", "a GGUF file"),
-    (
-        rb"lmgg|fmgg|tjgg|algg",
-        "a GGML file from before GGUF (convert the model again with a newer llama.cpp)",
-    ),
+    (rb"lmgg|fmgg|tjgg|algg", "a GGML file from before GGUF (convert the model again)"),
     (re.escape(MAGIC), "a twofiles weights file"),
     (re.escape(TOKENIZER_MAGIC), "a twofiles tokenizer file"),
     (rb"24ka", "a llama2.c model of version 1 or later (export it with --version 0)"),
@@ -122,10 +118,8 @@ FILE_KINDS = [  # what a file is, by its first bytes
     (rb"\x93NUMPY", "a NumPy array"),
     (rb"\x08[\x01-\x20][\x12\x1a\x3a\x42].", "an ONNX model"),
     (rb".{4}TFL3", "a TensorFlow Lite model"),
-    (
-        rb"\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh|7z\xbc\xaf|Rar!|.{257}ustar",
-        "a compressed archive (unpack it)",
-    ),
+    (rb"\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh|7z\xbc\xaf|Rar!", "a compressed archive (unpack it)"),
+    (rb".{257}ustar", "a tar archive (unpack it)"),
     (rb"%PDF|\x89PNG|\xff\xd8\xff", "a document or an image"),
     (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file (the download has failed)"),
     (rb"\s*[{\[]\s*[\"{\[}\]]", "a JSON file"),
@@ -169,9 +163,8 @@ def read_json(path: Path) -> dict[str, Any]:
             values = json.loads(data)
         except (ValueError, RecursionError) as error:
             kind = kind_of(data[:512])
-            raise ExportError(
-                f"not JSON: {error}" if kind in (None, "a JSON file") else f"not JSON but {kind}"
-            ) from None
+            words = f": {error}" if kind in (None, "a JSON file") else f" but {kind}"
+            raise ExportError(f"not JSON{words}") from None
         if not isinstance(values, dict):
             raise ExportError(f"expected a JSON object, found {values!r:.40}")
         return values
@@ -401,9 +394,7 @@ class Tensor(NamedTuple):
 
 def in_memory(array: Array) -> Tensor:
     dtype = next(name for name, kind in STORED.items() if kind == array.dtype)
-    return Tensor(
-        Path("memory"), array.shape, dtype, lambda start, stop: np.ascontiguousarray(array[start:stop])
-    )
+    return Tensor(Path("memory"), array.shape, dtype, lambda a, b: np.ascontiguousarray(array[a:b]))
 
 
 def in_file(path: Path, offset: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Rows:
@@ -995,9 +986,8 @@ def open_gguf(path: Path) -> Model:
         config = config_of(GGUF, own, found, **gguf_rope(own), qk_norm=architecture == "qwen3")
         for key in ("attention.value_length", "rope.dimension_count"):
             if setting(own, key, int, config.head_dim) != config.head_dim:
-                raise ExportError(
-                    f"{architecture}.{key} is {own[key]}, expected {config.head_dim} as all of a head"
-                )
+                expected = f"expected {config.head_dim} as all of a head"
+                raise ExportError(f"{architecture}.{key} is {own[key]}, {expected}")
         if factors:
             config = replace(config, **rope_of_factors(config, factors))
         if architecture == "llama":  # the one that llama.cpp rotates by pairs
@@ -1321,10 +1311,8 @@ class Tokenizer:
         """Of a tokenizer file; refuses it unless to_bytes() would give the same again."""
         version, size = int.from_bytes(data[8:12], "little"), TOKENIZER_HEADER.size
         if version != TOKENIZER_VERSION or len(data) < size:
-            expected = f"version {TOKENIZER_VERSION} and a header of {size} bytes"
-            raise ExportError(
-                f"expected a tokenizer file of {expected}, found version {version}, {len(data)} bytes"
-            )
+            expected = f"expected version {TOKENIZER_VERSION} and a header of {size} bytes"
+            raise ExportError(f"a tokenizer file: {expected}, found version {version}, {len(data)} bytes")
         _, _, kind, _, _, _, flags, vocab_size, bos, unk, n_stop, *others = TOKENIZER_HEADER.unpack_from(data)
         stop_ids, ends = others[:n_stop], [0, *others[15:]]
         n_by_text, n_merges, n_dfas, n_classes, n_states, template_flags, n_blocks, n_text = others[7:15]
@@ -1400,7 +1388,7 @@ def fnv1a(numbers: Iterable[int]) -> int:
     return hash
 
 
-def u32(rows: Sequence[Any]) -> bytes:
+def u32(rows: Sequence[Any] | Array) -> bytes:
     return np.array(rows, "<u4").tobytes()
 
 
@@ -1673,13 +1661,12 @@ class TokenizerFolder:
     def of_plain_files(self) -> dict[str, Any]:
         """GPT-2's and Qwen's vocab.json and merges.txt, as a tokenizer.json would have them."""
         name = str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
-        qwen = name == "Qwen2Tokenizer" or (
-            not name and self.model_config.get("model_type") in ("qwen2", "qwen3")
-        )
-        if not qwen and name != "GPT2Tokenizer":
-            raise ExportError(
-                f"vocab.json of the tokenizer_class {name!r}, expected GPT2Tokenizer or Qwen2Tokenizer"
-            )
+        if not name and self.model_config.get("model_type") in ("qwen2", "qwen3"):
+            name = "Qwen2Tokenizer"
+        if name not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+            expected = "expected GPT2Tokenizer or Qwen2Tokenizer"
+            raise ExportError(f"vocab.json of the tokenizer_class {name!r}, {expected}")
+        qwen = name == "Qwen2Tokenizer"
         lines = (self.folder / "merges.txt").read_text("utf-8").split("\n")
         prefix = bool(self.config.get("add_prefix_space", False))
         encoder = {"type": "ByteLevel", "add_prefix_space": prefix, "use_regex": not qwen}
@@ -1761,9 +1748,8 @@ class TokenizerFolder:
         for id, token in vocabulary.items():
             tokens[id] = token
         special = {self.ids[name] for name in self.special().values() if name in self.ids}
-        control = (
-            special | {*self.stop_ids()} | {id for id, token in self.added.items() if token.get("special")}
-        )
+        control = special | {*self.stop_ids()}
+        control |= {id for id, token in self.added.items() if token.get("special")}
         for id, entry in self.added.items():
             name = entry["content"]
             type = (
@@ -1816,9 +1802,7 @@ class TokenizerFolder:
     def of_json(self) -> Tokenizer:
         model = self.json["model"]
         if model.get("type", "BPE") != "BPE":
-            raise ExportError(
-                f"a tokenizer.json with a model of type {model['type']} (only BPE is supported)"
-            )
+            raise ExportError(f"a tokenizer.json of the type {model['type']} (only BPE is supported)")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
                 raise ExportError(f"a tokenizer.json with {option} {model[option]!r} (not supported)")
@@ -1849,9 +1833,7 @@ class TokenizerFolder:
             patterns, prefix = self.sentencepiece_words(kinds, normalizers, tokens)
         unk = self.ids.get(model.get("unk_token") or "", -1)
         if byte_level and unk >= 0 and model.get("fuse_unk") and sum(t.type == BYTE for t in tokens) < 256:
-            raise ExportError(
-                "a byte-level tokenizer that lacks bytes and fuses unknown ones (not supported)"
-            )
+            raise ExportError("a byte-level tokenizer that lacks bytes and fuses unknown ones")
         if not byte_level and unk >= 0:
             tokens[unk] = tokens[unk]._replace(type=UNKNOWN)
         bos, add_bos = self.bos()
@@ -2178,9 +2160,7 @@ def word_tables(patterns: Sequence[str]) -> WordTables:
     names = sorted({of for automaton in automata for _, _, of in automaton.program if of})
     signature = np.stack([characters(name) for name in names], axis=1)
     packed = np.packbits(signature, axis=1)
-    _, firsts, classes, counts = np.unique(
-        packed, axis=0, return_index=True, return_inverse=True, return_counts=True
-    )
+    _, firsts, classes, counts = np.unique(packed, True, True, True, axis=0)  # first rows, classes, counts
     order = np.argsort(-counts, kind="stable")
     rank = np.empty(len(order), int)
     rank[order] = np.arange(1, len(order) + 1)
@@ -2261,9 +2241,8 @@ class ChatTemplate:
 
             def parse(self, parser: Any) -> nodes.Node:
                 line = next(parser.stream).lineno
-                return nodes.Scope(
-                    parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-                )
+                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+                return nodes.Scope(body, lineno=line)
 
         def raise_exception(message: str) -> NoReturn:
             raise TemplateError(message)
@@ -2271,8 +2250,9 @@ class ChatTemplate:
         def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
             return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **options)
 
+        extensions = [loopcontrols, Generation]
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions
         )
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
@@ -2377,10 +2357,8 @@ def check_template(
         )
         ends = []
         for i, turn in enumerate((kept or turns)[:length]):
-            before, after = (
-                ("before_answer", "after_answer") if i % 2 else ("next_user" if i else "", "after_user")
-            )
-            expected += parts.get(before, "") + turn + parts[after]
+            before = "before_answer" if i % 2 else "next_user" if i else ""
+            expected += parts.get(before, "") + turn + parts["after_answer" if i % 2 else "after_user"]
             ends.append(len(expected))
         expected += parts["opens_answer"]
         found = chat.render(turns[:length], system, **options)
@@ -2654,13 +2632,9 @@ def main() -> int:
     parser.add_argument("-o", dest="output", metavar="OUT.bin", type=Path, required=True)
     kinds = "tokenizer.json, .model (SentencePiece or tiktoken), llama2.c's .bin, a folder, or one made by this program"
     parser.add_argument("--tokenizer", metavar="FILE", type=Path, help=kinds)
-    parser.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights (default: auto)"
-    )
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="(default: auto)")
     parser.add_argument("--lora", metavar="DIR", type=Path, help="PEFT adapter to merge into the weights")
-    parser.add_argument(
-        "--verify", action="store_true", help="read the result again, compare with the source"
-    )
+    parser.add_argument("--verify", action="store_true", help="compare the result with the source")
     parser.add_argument("--max-seq-len", metavar="N", type=positive, help="instead of the checkpoint's")
     args = parser.parse_args()
     return exit_status(lambda: export(args))

@@ -48,13 +48,13 @@ def found(**files: str) -> list[str]:
     ("file", "good", "more", "what"),
     [
         ("run_c", "a\n" * 500 + "// 5 \n", "a\n", "run.c: code lines of sections 1 to 4"),
-        ("run_c", "// 5 \n" + "a\n" * 2200, "a\n", "run.c: code lines"),
+        ("run_c", "// 5 \n" + "a\n" * counts.RUN_LINES, "a\n", "run.c: code lines"),
         ("run_c", "// 5 \n" + "a\n" * 96 + "a ? b : c\n" * 4, "? :\n", "run.c: ternaries per 100 code lines"),
         ("run_c", "// 5 \na;\n", "a; b;\n", "run.c: lines of more than one statement"),
         ("run_c", "// 5 \n", "a" * 121 + "\n", "run.c: lines of more than 120 columns"),
         ("README_md", "", "a" * 121 + "\n", "README.md: lines of more than 120 columns"),
         ("README_md", "a\n" * 350, "\n", "README.md: lines"),
-        ("export_py", "a\n" * 1650, "\n", "export.py: lines"),
+        ("export_py", "a\n" * counts.EXPORT_LINES, "\n", "export.py: lines"),
     ],
 )
 def test_each_limit(file: str, good: str, more: str, what: str) -> None:
