@@ -324,11 +324,11 @@ static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_upd
 // much this number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
-    float squares = 0;
-    // allows vector instructions, which add in another order, but in one build in the same order for every x
-#pragma omp simd reduction(+ : squares)
+    float sums[16] = {0}, squares = 0; // 16 sums, because additions that wait for each other are slow
     for (size_t i = 0; i < n; i++)
-        squares += x[i] * x[i];
+        sums[i % 16] += x[i] * x[i];
+    for (size_t i = 0; i < 16; i++)
+        squares += sums[i];
     float scale = 1.0f / sqrtf(squares / (float)n + eps);
     for (size_t i = 0; i < n; i++)
         out[i] = x[i] * scale * element(weight, 0, i);
