@@ -449,8 +449,8 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
             size_t g = head / (H / G); // the kv head that H/G query heads share
             size_t n = pos + t + 1;    // the positions that this token may look at
 
-            // scores: how well does the key of each position match the query? Sums of d products grow with d; undivided,
-            // they would make softmax choose one position only.
+            // scores: how well does the key of each position match the query? Undivided, these sums would grow with d,
+            // and softmax would choose one position only.
             for (size_t j = 0; j < n; j++) {
                 float score = 0;
                 for (size_t i = 0; i < d; i++)
