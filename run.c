@@ -2343,7 +2343,7 @@ static Options parse_options(int argc, char **argv) {
             if (option->help && !*option->flag)
                 puts(option->help);
             else if (option->help)
-                printf("  %-9s %-4s %s\n", option->flag, option->value, option->help);
+                printf("  %s %-*s %s\n", option->flag, 13 - (int)strlen(option->flag), option->value, option->help);
         puts("Examples\n"
              "  run -t 0.8 -i \"Once upon a time\"\n"
              "  run models/smollm2.bin -m chat -y \"You are a pirate.\"\n"
