@@ -21,13 +21,17 @@ build/command: always
 	@mkdir -p build
 	@echo '$(COMPILE_RUN)' | cmp -s - $@ || echo '$(COMPILE_RUN)' > $@
 
-.PHONY: always demo portable debug smollm2 test check bench peers scaling lint clean help
+.PHONY: always demo portable plain debug smollm2 test check bench peers scaling lint clean help
 
 demo: run ## a story by the small model that ships in models/, another one each time
 	./run -t 0.8
 
 portable: ARCH =
 portable: run ## the same for any CPU of this kind, without its newer instructions: slow
+
+plain: run-plain ## run-plain: the plain loops alone, one thread, to read and to step through in a debugger
+run-plain: run.c Makefile
+	$(CC) $(RULES) -DPLAIN -O2 -g run.c -o $@ -lm
 
 debug: build/run-debug ## build/run-debug, with AddressSanitizer and UndefinedBehaviorSanitizer
 build/run-debug: run.c Makefile
@@ -46,10 +50,14 @@ build/%-amx: FLAGS = -O3 -march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -in
 build/%-neon build/%-neon-bf16: CC = aarch64-linux-gnu-gcc
 build/%-neon: FLAGS = -O2 -static
 build/%-neon-bf16: FLAGS = -O2 -static -march=armv8.6-a+bf16
+build/%-plain: FLAGS = -O2 -g -DPLAIN
+build/roofline-%: FLAGS += -O3 -Wno-maybe-uninitialized
 COMPILE = @mkdir -p build && $(CC) $(RULES) -Wno-unused-function $(FLAGS) $< -o $@ -lm
 build/unit-%: tests/unit.c tests/amx.h run.c Makefile
 	$(COMPILE)
 build/probe-%: tests/probe.c tests/amx.h run.c Makefile
+	$(COMPILE)
+build/roofline-%: tests/roofline.c run.c Makefile
 	$(COMPILE)
 
 .venv/installed: requirements.txt tests/requirements.txt
@@ -77,7 +85,7 @@ check: build/run-debug run .venv/installed lint ## more: sanitizers, other compi
 	VARIANTS=amx $(PYTHON) -m pytest -q -rs tests/test_reference.py -k 'wide and transformers'
 	$(PYTHON) tests/fuzz.py --run build/run-debug --seconds 30
 
-bench: run .venv/installed ## tokens a second for 15M to 70B parameters; needs up to 30 GB of disk for a while
+bench: build/roofline-native .venv/installed ## tokens a second for 15M to 70B parameters; needs up to 30 GB of disk for a while
 	$(PYTHON) tests/bench.py
 
 scaling: run .venv/installed ## bits per byte against parameters, of the models that are there: README's table and plot
@@ -90,15 +98,16 @@ peers: run ## the same weights in llama.cpp, which this builds: speed in turns, 
 	build/peers/bin/python tests/speed.py
 	build/peers/bin/python tests/peer_perplexity.py
 
-lint: .venv/installed
+lint: .venv/installed ## formatters and type checkers, and that the program stays short: tests/counts.py
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy --strict export.py models
+	.venv/bin/mypy --strict export.py models tests/counts.py
 	.venv/bin/clang-format --dry-run -Werror run.c tests/*.[ch]
 	if command -v shellcheck; then shellcheck .ci/run; else echo "SKIPPED: shellcheck is not installed"; fi
+	$(PYTHON) tests/counts.py
 
 clean: ## removes what was built, but not .venv
-	rm -rf run build
+	rm -rf run run-plain build
 
 help: ## this text
 	@grep -hE '^[a-z0-9]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12

@@ -1,530 +1,375 @@
-/* run.c: a large language model is two files, the weights and this program that runs them.
+/* run.c: a large language model is two files: the weights, and this program, which runs them.
  *
- * It maps a weights file of 2 bytes a parameter, feeds tokens through the Transformer with the loops
- * below, and samples the next token, again and again. It runs any model of the Llama family that
- * export.py has converted, and knows none by name. It does not train and does not quantise. It needs
- * libc and libm; with OpenMP it uses all cores.
+ * A language model continues a text. The text is cut into tokens: words, or parts of words, from a fixed list, the
+ * vocabulary. The place of a token in the list is its id. From the tokens so far, the model computes one score for each
+ * token of the vocabulary: how well it would fit as the next one. These scores are called logits. They are computed
+ * with billions of fixed numbers, the weights, also called parameters. The weights were found beforehand, by training:
+ * they were adjusted, little by little, until the scores suited a very large amount of text. The program chooses the
+ * next token with the help of the logits, appends it to the text, and repeats. Stories, answers and programs are all
+ * written in this way, token by token. (A third, small file lists the vocabulary.)
  *
- *   1 The model file      what is in it, and how it is mapped and checked
- *   2 Kernels             matmul, rmsnorm, rope, attention, swiglu, each once, in plain C
- *   3 The forward pass    the whole Transformer
- *   4 Sampling            from logits to the next token
- *   5 The tokenizer       from text to tokens and back
- *   6 Modes               generate, chat, next, perplexity, tokenize, bench
- *   7 The command line
- *   8 Appendix: SIMD      the inner loops, for AVX-512, AVX2, NEON; and AMX
- *   9 Appendix: paging    reading a file that is larger than memory
+ * The program runs every model of the Llama family that export.py has converted to a weights file, in which each
+ * parameter takes 2 bytes. It does not train models. It needs libc and libm, and it uses OpenMP, if the compiler has
+ * it, to run on all cores.
  *
- * Shapes are written (rows, columns), the last one contiguous, with these letters:
+ *    1 The model file       what it contains, and how it is mapped into memory
+ *    2 The Transformer      from token ids to logits
+ *    3 Sampling             from logits to the next token
+ *    4 Generation           the loop that writes a text
+ *    5 The tokenizer        from text to token ids and back
+ *    6 Chat                 conversations
+ *    7 Output, other modes  what may come next, how well a text is predicted, how fast the machine is
+ *    8 The command line
+ *    9 Plumbing             errors, memory, files, number formats, the process
+ *   10 Fast kernels         the loops of section 2 for AVX-512, AMX, AVX2 and NEON
+ *   11 Larger than memory   how to use a weights file that does not fit in memory
  *
- *   T tokens of this batch    D dim            H n_heads       d head_dim    Q = H*d
+ * Sections 1 to 4 are the language model, written as plain loops. Two functions take nearly all of the time: the matrix
+ * product and attention. Section 2 shows both as plain loops, matmul_ref and attention_ref, and section 10 computes the
+ * same results with the vector instructions of the CPU, in what is called kernels. `make plain` builds a program from
+ * the plain loops alone. Everything else that sections 1 to 4 call is explained where it is declared.
+ *
+ * Comments give the shape of an array as (rows, columns), stored row after row, with letters that sections 1 and 2
+ * explain:
+ *
+ *   T tokens in this batch    D dim            H n_heads       d head_dim    Q = H*d
  *   C positions of context    F hidden_dim     G n_kv_heads    V vocab_size  K = G*d
  *
- * Two promises shape the code. The bits of a token's logits depend on the tokens before it alone, never
- * on the number of threads or on how a prompt was cut into batches: every sum has one fixed order.
- * And a bad file or a bad flag is one clear line on standard error, never a crash.
+ * Several tokens can pass through the model together, as a batch. Logits are the same bit for bit however a text is
+ * split into batches, and for any number of threads, because a build of the program accumulates every sum in one fixed
+ * order. Section 4 relies on this.
  */
-#define _GNU_SOURCE // sched_getaffinity
-#include <errno.h>
-#include <fcntl.h>
-#include <float.h>
-#include <limits.h>
+#define _GNU_SOURCE // for sched_getaffinity
 #include <math.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdarg.h>
 #include <stdbool.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-#endif
 
-#define VERSION "0.1.0"
-#define DEFAULT_MODEL "models/stories.bin"
+// How numbers are stored: in 32 bits, or in one of two 16-bit formats. BF16 is the upper 16 bits of an F32; F16 has
+// more digits and a smaller range. BF16_AMX is BF16 in the order in which AMX instructions read it, see section 10.
+typedef enum { F32, BF16, F16, BF16_AMX } Dtype;
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are little-endian and used as they are");
+// ---- Helpers that all sections use. Section 9 defines them.
 
-enum { CANNOT = 1, USAGE = 2, INTERRUPTED = 130 }; // exit status: a bad file or no memory; wrong usage; Ctrl-C
+// Exit status: a bad file or not enough memory; a bad flag; Ctrl-C.
+enum { EXIT_ERROR = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130 };
+// Prints one line on standard error and exits.
+__attribute__((format(printf, 2, 3))) static _Noreturn void die(int status, const char *format, ...);
+#define expect(condition, ...) ((condition) ? (void)0 : die(EXIT_ERROR, __VA_ARGS__))
+static void *allocate(size_t count, size_t size, const char *what); // uninitialised memory
+static size_t min(size_t a, size_t b) { return a < b ? a : b; }
+static size_t max(size_t a, size_t b) { return a > b ? a : b; }
+static size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static void convert_f32(void *out, Dtype dtype, const float *values, size_t n); // n f32 to an array of `dtype`
+static float exp_f32(float x);                                                  // e^x to 3 units in the last place
+static double seconds(void);                                                    // a clock, to measure times
 
-__attribute__((format(printf, 2, 3))) static _Noreturn void die(int status, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fflush(stdout);
-    fputs("run: ", stderr);
-    vfprintf(stderr, format, args);
-    fputs(status == USAGE ? " (run --help shows the usage)\n" : "\n", stderr);
-    va_end(args);
-    exit(status);
-}
-
-#define expect(condition, ...) ((condition) ? (void)0 : die(CANNOT, __VA_ARGS__))
-
-// Uninitialised memory, on the boundary of a cache line: a vector that straddles two costs twice.
-static void *allocate(size_t count, size_t size, const char *what) {
-    void *memory;
-    expect(!posix_memalign(&memory, 64, count * size + 1), "no memory for %s: %.1f MB needed", what,
-           (double)count * (double)size / 1e6);
-    return memory;
-}
-
-static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
-
-static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
-
-static size_t multiple_of(size_t step, size_t n) { return (n + step - 1) / step * step; } // rounded up
-
-// Memory that grows with what is appended.
-typedef struct {
-    void *data;
-    size_t n, capacity; // bytes
-} Buffer;
-
-// Room for n bytes more.
-static void *reserve(Buffer *b, size_t n) {
-    if (b->n + n > b->capacity) {
-        b->capacity = 2 * (b->n + n);
-        b->data = realloc(b->data, b->capacity);
-        expect(b->data, "no memory for a text: %.1f MB needed", (double)b->capacity / 1e6);
+// An array that grows. data[0] to data[n - 1] are in use.
+#define ARRAY(type)                                                                                                    \
+    struct {                                                                                                           \
+        type *data;                                                                                                    \
+        size_t n, capacity;                                                                                            \
     }
-    return (char *)b->data + b->n;
-}
+static void *grow(void *data, size_t *capacity, size_t n, size_t size);
+// reserve makes room for `more` elements behind the last one. push appends one element.
+#define reserve(array, more)                                                                                           \
+    ((array)->data = grow((array)->data, &(array)->capacity, (array)->n + (more), sizeof *(array)->data))
+#define push(array, value) (reserve(array, 1), (array)->data[(array)->n++] = (value))
+typedef ARRAY(uint32_t) Tokens; // token ids
 
-static void append(Buffer *b, const void *data, size_t n) {
-    if (n)
-        memcpy(reserve(b, n), data, n);
-    b->n += n;
-}
-
-static void cut_front(Buffer *b, size_t n) {
-    b->n -= n;
-    if (n)
-        memmove(b->data, (char *)b->data + n, b->n);
-}
-
-static size_t n_tokens(Buffer tokens) { return tokens.n / sizeof(uint32_t); }
-
-static void push_token(Buffer *tokens, uint32_t token) { append(tokens, &token, sizeof token); }
-
-#define NONE UINT32_MAX // no token, no row, no symbol
-
-static uint32_t last_token(Buffer tokens) { return tokens.n ? ((uint32_t *)tokens.data)[n_tokens(tokens) - 1] : NONE; }
+// A text, or a part of one.
+typedef struct {
+    const unsigned char *bytes;
+    size_t n;
+} Span;
 
 // ------------------------------------------------------------------------------------------------
 // 1 The model file
-
-typedef enum { F32, BF16, F16 } Dtype; // how numbers are stored; in files only the 16-bit types occur
+//
+// A header of 4,096 bytes, then the weights, in the order in which the Transformer uses them. The file is mapped into
+// memory instead of being read: the system loads a part of it when the program first touches that part. So the program
+// starts at once, needs no second copy of the weights, and several programs can share them.
+//
+// The fields below are listed here and explained in section 2. Skim them at a first reading.
 
 enum { TIED = 1, QKV_BIAS = 2, QK_NORM = 4, ALL_FLAGS = 7 }; // Header.flags
 enum { ROPE_PLAIN, ROPE_LINEAR, ROPE_LLAMA3 };               // Header.rope_scaling
 enum { HEADER_SPACE = 4096, ALIGNMENT = 64, MAX_HEAD = 1024 };
 
-// The start of a weights file, byte for byte; zeros fill it up to HEADER_SPACE.
+// The start of a weights file, byte for byte.
 typedef struct {
-    char magic[8]; // "twofiles"
-    uint32_t version, dtype, flags;
-    uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len;
-    float norm_eps, rope_theta;
-    uint32_t rope_scaling;
-    float rope_factor, rope_low_freq_factor, rope_high_freq_factor;
-    uint32_t rope_original_max_seq_len;
-    uint64_t file_size, vocab_hash;
+    char magic[8];               // "twofiles"
+    uint32_t version;            // the version of the file format: 1
+    uint32_t dtype;              // the type of all weights: BF16 or F16
+    uint32_t flags;              // TIED: the embedding is also the classifier. QKV_BIAS, QK_NORM: see Layer
+    uint32_t dim;                // D: the length of the vector that represents a token
+    uint32_t hidden_dim;         // F: the length of the vector inside the feed-forward block
+    uint32_t n_layers;           // the number of layers
+    uint32_t n_heads;            // H: the number of query heads
+    uint32_t n_kv_heads;         // G: the number of key and value heads
+    uint32_t head_dim;           // d: the length of the vectors of one head
+    uint32_t vocab_size;         // V: the number of different tokens
+    uint32_t max_seq_len;        // the longest text that the model was trained for, in tokens
+    float norm_eps;              // a small number that keeps RMSNorm from dividing by 0
+    float rope_theta;            // the base of RoPE's frequencies; rope_frequency explains this and the next five
+    uint32_t rope_scaling;       // how RoPE was adapted to texts longer than those of the first training
+    float rope_factor;           // ROPE_LINEAR, ROPE_LLAMA3: the factor by which frequencies are divided
+    float rope_low_freq_factor;  // ROPE_LLAMA3: pairs that make fewer turns than this are slowed down
+    float rope_high_freq_factor; // ROPE_LLAMA3: pairs that make more turns than this are kept
+    uint32_t rope_original_max_seq_len; // ROPE_LLAMA3: the longest text of the first training, in tokens
+    uint64_t file_size;                 // the size of the file, in bytes
+    uint64_t vocab_hash;                // a hash of the vocabulary: a tokenizer file with another one is refused
 } Header;
-_Static_assert(sizeof(Header) == 96, "the compiler added padding to Header");
 
+// A matrix, or a vector (rows = 1).
 typedef struct {
-    const void *data; // (rows, cols), rows `stride` elements apart
+    void *data;
     Dtype dtype;
-    size_t rows, cols, stride;
+    size_t rows, cols;
+    size_t stride; // the distance from one row to the next, in elements: cols, or more in a part of a matrix
 } Tensor;
 
+// The weights of one layer. A matrix with 5 rows and 3 columns makes 5 numbers from 3: matrices are (outputs, inputs).
 typedef struct {
-    Tensor attn_norm; // (D)
-    Tensor wqkv;      // (Q + 2K, D)   the rows of wq, then those of wk and wv
-    Tensor bqkv;      // (Q + 2K)      only with QKV_BIAS
-    Tensor q_norm;    // (d)           only with QK_NORM
-    Tensor k_norm;    // (d)           only with QK_NORM
-    Tensor wo;        // (D, Q)
-    Tensor ffn_norm;  // (D)
-    Tensor w_gate_up; // (2F, D)       the rows of w_gate, then those of w_up
-    Tensor w_down;    // (D, F)
+    Tensor attn_norm; // (D)           weights of the RMSNorm before attention
+    Tensor wqkv;      // (Q + 2K, D)   makes queries (Q numbers), keys (K) and values (K)
+    Tensor bqkv;      // (Q + 2K)      is added to them; has 0 columns without the flag QKV_BIAS
+    Tensor q_norm;    // (d)           weights of the RMSNorm of each query; 0 columns without QK_NORM
+    Tensor k_norm;    // (d)           weights of the RMSNorm of each key; 0 columns without QK_NORM
+    Tensor wo;        // (D, Q)        combines the outputs of the heads
+    Tensor ffn_norm;  // (D)           weights of the RMSNorm before the feed-forward block
+    Tensor w_gate_up; // (2F, D)       makes two vectors of F numbers, "gate" and "up"
+    Tensor w_down;    // (D, F)        makes the D numbers that the feed-forward block adds
 } Layer;
 
-// A file, or a part of it, and how far it has been read.
+// A file in memory.
 typedef struct {
     const char *path;
-    const unsigned char *bytes; // (n) where it is mapped
-    size_t n, at;
+    unsigned char *bytes; // (size)
+    size_t size;
     int fd;
 } File;
 
 typedef struct {
-    File file; // stays open
+    File file;
     Header h;
     size_t q_dim, kv_dim; // Q and K
-    Tensor embedding;     // (V, D)
+    Tensor embedding;     // (V, D)  the vector of each token
     Layer *layers;        // (n_layers)
     Tensor final_norm;    // (D)
-    Tensor classifier;    // (V, D)    the embedding itself if TIED
+    Tensor classifier;    // (V, D)  makes the logits
+    size_t end;           // the offset in the file where the last tensor found so far ends
 } Model;
 
-// Maps a file, read-only. Nothing is read yet: the kernel brings in a page when it is first touched.
-static File map_file(const char *path, const char *magic, size_t min_size, const char *what) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe shall not block, it is refused below
-    struct stat st;
-    expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s, as python3 export.py CHECKPOINT -o MODEL.bin makes it: %s",
-           path, what, strerror(errno));
-    expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
-           S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
-    size_t size = (size_t)st.st_size;
-    expect(size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, size);
-    const char *map = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
-    expect(map != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, size, strerror(errno));
+// map_file maps a file that starts with `magic`. check_header refuses impossible values. Section 9.
+static File map_file(const char *path, const char *magic, size_t min_size, const char *what);
+static void check_header(const char *path, const Header *h);
 
-    // Another program's file is the likeliest mistake, so show what stands where the magic should.
-    char found[9] = {0};
-    for (int i = 0; i < 8; i++)
-        found[i] = map[i] >= ' ' && map[i] <= '~' ? map[i] : '.';
-    expect(!memcmp(map, magic, 8),
-           "%s: expected %s, which starts \"%s\", found \"%s\" (export.py converts other files)", path, what, magic,
-           found);
-    return (File){path, (const unsigned char *)map, size, 0, fd};
-}
-
-static const void *next_bytes(File *f, const char *what, size_t n) {
-    expect(n <= f->n - f->at, "%s: %s: expected %zu bytes, found %zu", f->path, what, n, f->n - f->at);
-    f->at += n;
-    return f->bytes + f->at - n;
-}
-
-static void check(const char *path, const char *name, double value, double min, double max) {
-    expect(min < max || value == min, "%s: %s: expected %.10g, found %.10g", path, name, min, value);
-    expect(value >= min && value <= max, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, min, max, value);
-}
-
-static void check_size(const char *path, uint64_t promised, size_t size) {
-    expect(promised == size, "%s: file size: expected %llu bytes by its header, found %zu: incomplete or damaged", path,
-           (unsigned long long)promised, size);
-}
-
-// Refuses nonsense, with bounds that keep every size computed from a header below 2^63.
-static void check_header(const Model *m) {
-    const Header *h = &m->h;
-    const char *path = m->file.path;
-    check(path, "version", h->version, 1, 1);
-    check(path, "dtype", h->dtype, BF16, F16);
-    check(path, "flags", h->flags, 0, ALL_FLAGS);
-    check(path, "dim", h->dim, 1, 1 << 20);
-    check(path, "hidden_dim", h->hidden_dim, 1, 1 << 22);
-    check(path, "n_layers", h->n_layers, 1, 1 << 12);
-    check(path, "n_heads", h->n_heads, 1, 1 << 14);
-    check(path, "n_kv_heads", h->n_kv_heads, 1, h->n_heads);
-    expect(h->n_heads % h->n_kv_heads == 0, "%s: n_kv_heads: expected a divisor of n_heads %u, found %u", path,
-           h->n_heads, h->n_kv_heads);
-    check(path, "head_dim", h->head_dim, 2, MAX_HEAD);
-    expect(h->head_dim % 2 == 0, "%s: head_dim: expected an even number, found %u", path, h->head_dim);
-    check(path, "vocab_size", h->vocab_size, 1, 1 << 24);
-    check(path, "max_seq_len", h->max_seq_len, 1, 1 << 28);
-    check(path, "norm_eps", h->norm_eps, 0, 1);
-    check(path, "rope_theta", h->rope_theta, 1, FLT_MAX);
-    check(path, "rope_scaling", h->rope_scaling, ROPE_PLAIN, ROPE_LLAMA3);
-    if (h->rope_scaling != ROPE_PLAIN)
-        check(path, "rope_factor", h->rope_factor, 1, FLT_MAX);
-    if (h->rope_scaling == ROPE_LLAMA3) {
-        check(path, "rope_low_freq_factor", h->rope_low_freq_factor, FLT_MIN, 1e6f);
-        check(path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
-        check(path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
-    }
-    check_size(path, h->file_size, m->file.n);
-    for (size_t i = sizeof *h; i < HEADER_SPACE; i++)
-        check(path, "the unused bytes of the header", m->file.bytes[i], 0, 0);
-}
-
-// The next tensor of the file.
-static Tensor take(Model *m, const char *name, size_t rows, size_t cols) {
-    File *f = &m->file;
-    size_t start = multiple_of(ALIGNMENT, f->at);
-    f->at = start + rows * cols * sizeof(uint16_t);
-    expect(f->at <= f->n, "%s: %s: expected bytes %zu to %zu, found only %zu", f->path, name, start, f->at, f->n);
-    return (Tensor){f->bytes + start, (Dtype)m->h.dtype, rows, cols, cols};
+// Returns the next tensor of the file.
+static Tensor next_tensor(Model *m, size_t rows, size_t cols) {
+    size_t start = round_up(m->end, ALIGNMENT);
+    m->end = start + rows * cols * sizeof(uint16_t);
+    return (Tensor){m->file.bytes + start, (Dtype)m->h.dtype, rows, cols, cols};
 }
 
 static Model open_model(const char *path) {
-    Model m = {.file = map_file(path, "twofiles", HEADER_SPACE, "a weights file")};
-    memcpy(&m.h, next_bytes(&m.file, "header", HEADER_SPACE), sizeof m.h);
-    check_header(&m);
+    Model m = {.file = map_file(path, "twofiles", HEADER_SPACE, "a weights file"), .end = HEADER_SPACE};
+    check_header(path, (const Header *)m.file.bytes);
+    memcpy(&m.h, m.file.bytes, sizeof m.h);
     size_t D = m.h.dim, F = m.h.hidden_dim, V = m.h.vocab_size, d = m.h.head_dim;
     size_t Q = m.q_dim = m.h.n_heads * d;
     size_t K = m.kv_dim = m.h.n_kv_heads * d;
+    size_t bias_cols = m.h.flags & QKV_BIAS ? Q + 2 * K : 0; // 0 columns: the model has no such tensor
+    size_t norm_cols = m.h.flags & QK_NORM ? d : 0;
 
-    // The order in the file is the order of use.
-    m.embedding = take(&m, "embedding", V, D);
+    m.embedding = next_tensor(&m, V, D);
     m.layers = allocate(m.h.n_layers, sizeof *m.layers, "the table of layers");
-    size_t bias = m.h.flags & QKV_BIAS ? Q + 2 * K : 0, norm = m.h.flags & QK_NORM ? d : 0; // 0: there is none
     for (Layer *l = m.layers; l < m.layers + m.h.n_layers; l++) {
-        l->attn_norm = take(&m, "attn_norm", 1, D);
-        l->wqkv = take(&m, "wqkv", Q + 2 * K, D);
-        l->bqkv = take(&m, "bqkv", 1, bias);
-        l->q_norm = take(&m, "q_norm", 1, norm);
-        l->k_norm = take(&m, "k_norm", 1, norm);
-        l->wo = take(&m, "wo", D, Q);
-        l->ffn_norm = take(&m, "ffn_norm", 1, D);
-        l->w_gate_up = take(&m, "w_gate_up", 2 * F, D);
-        l->w_down = take(&m, "w_down", D, F);
+        l->attn_norm = next_tensor(&m, 1, D);
+        l->wqkv = next_tensor(&m, Q + 2 * K, D);
+        l->bqkv = next_tensor(&m, 1, bias_cols);
+        l->q_norm = next_tensor(&m, 1, norm_cols);
+        l->k_norm = next_tensor(&m, 1, norm_cols);
+        l->wo = next_tensor(&m, D, Q);
+        l->ffn_norm = next_tensor(&m, 1, D);
+        l->w_gate_up = next_tensor(&m, 2 * F, D);
+        l->w_down = next_tensor(&m, D, F);
     }
-    m.final_norm = take(&m, "final_norm", 1, D);
-    m.classifier = m.h.flags & TIED ? m.embedding : take(&m, "classifier", V, D);
-    size_t end = m.file.at;
-    expect(end == m.file.n, "%s: file size: expected %zu bytes by its dimensions, found %zu", path, end, m.file.n);
+    m.final_norm = next_tensor(&m, 1, D);
+    m.classifier = m.embedding;
+    if (!(m.h.flags & TIED))
+        m.classifier = next_tensor(&m, V, D);
+    expect(m.end == m.file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged",
+           path, m.end, m.file.size);
     return m;
 }
 
 // ------------------------------------------------------------------------------------------------
-// 2 Kernels
+// 2 The Transformer
 //
-// Each is called by all threads at once. "omp for" gives every thread its share of the loop and lets none
-// go on before all are done; without OpenMP, or outside a parallel region, it is a plain loop.
+// The Transformer is the function that computes logits from token ids. Each token is represented by a vector x of D
+// numbers, at first its row of the embedding matrix. The vectors pass through n_layers layers of the same form, each
+// with its own weights. A layer has two blocks. Each of them computes a vector from x and adds it to x. So nothing is
+// overwritten: each block can read what all blocks before it have found, and only adds a correction (a "residual").
+// Therefore x is called the residual stream.
+//
+//   Attention collects information from earlier tokens. For each token, a weight matrix makes from x a query (what the
+//   token looks for), a key (what it can be found by) and a value (what it passes on), three vectors of d numbers. The
+//   dot product of a query with the key of a token says how well the two match. Softmax turns these scores into
+//   attention weights, which add up to 1, and the result is the sum of the values, each multiplied by its weight. A
+//   token looks at itself and at earlier tokens, never at later ones: it was trained to predict these.
+//
+//   All this is done H times side by side, each time with other rows of the weight matrix, so that each looks for
+//   something else. Each of them is called a head. The results of all heads stand side by side, and a second matrix
+//   makes from these Q numbers the D numbers that are added to x. In grouped-query attention, H/G query heads use the
+//   same keys and values. A head of keys and values is called a kv head, and there are only G of them, so that fewer
+//   keys and values have to be kept.
+//
+//   The feed-forward block works on the vector of each token alone. A matrix makes 2F numbers from x, a non-linear
+//   function makes F numbers from these, and a second matrix makes the D numbers that are added to x. Without the
+//   function, the two matrices could do no more than one. Most of the weights are in these blocks, and much of what a
+//   model knows.
+//
+// After the last layer, a matrix called the classifier turns the vector of a token into the logits for the token that
+// follows it. For short, they are called the logits of the token from which they are computed.
+//
+// The keys and values of a token depend on this token and earlier ones only, so they never change. They are kept in the
+// KV cache. Thanks to it, only the new token has to pass through the layers at each step, not the whole text again.
+//
+// The prompt is the text that the model is given to continue. To read it is called prefill: its tokens are all known,
+// so they pass through the layers together, as a batch. In each layer, first the keys and values of all of them are
+// computed, then each token looks at the earlier ones. Each weight that is loaded from memory serves all tokens of the
+// batch. Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one
+// before, so T = 1, each token needs all weights, and the limit is how fast memory delivers them.
+//
+// All threads call the functions of this section at the same time. `omp for` gives each thread a share of the loop that
+// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. Functions without
+// such a loop work on one row, inside of one, or only call others. matmul_ref and attention_ref are the exception: only
+// the plain program runs them, and it has one thread.
 
-enum {
-    TILE_ROWS = 4,      // rows of weights that are multiplied at a time
-    TILE_TOKENS = 6,    // tokens that pass each of them before the next
-    BLOCK_ROWS = 128,   // rows of weights that stay in the cache while all tokens pass
-    CHUNK_BYTES = 4096, // of each row of tokens, multiplied at a time
-    KEYS = 64,          // keys and values that attention handles at a time
-    QUERIES = 64,       // queries that pass by one block of keys
-    QUERY_TILE = 4,     // queries that share each key and value loaded
-    INPUT_PAD = 32,     // elements between rows of State.input, at least
-    PANEL = 512,        // AMX: columns that a vector's lanes deal out among tiles,
-    SQUARE = 32,        // rows and tokens that are multiplied at a time,
-    TILE_BLOCK = 256,   // rows, and
-    TILE_COLUMNS = 2048 // columns of them, that stay in the cache while all tokens pass
-};
+typedef struct Paging Paging; // section 11
 
-static inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float bf16_to_f32(uint16_t h) { return float_of((uint32_t)h << 16); }
-
-// Rounds to nearest, ties to even; NaN stays NaN.
-static inline uint16_t f32_to_bf16(float value) {
-    uint32_t bits = bits_of(value);
-    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded >> 16);
-}
-
-// The exponent of an f16 is biased by 15, that of an f32 by 127: multiplying by 2^112 corrects it, and makes
-// f16's subnormal numbers normal at the same time.
-static inline float f16_to_f32(uint16_t h) {
-    float magnitude = float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
-    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0; // infinity or NaN
-    return float_of(bits_of(magnitude) | special | (uint32_t)(h & 0x8000) << 16);
-}
-
-// Rounds to nearest, ties to even; too large becomes infinity.
-static inline uint16_t f32_to_f16(float value) {
-    uint32_t sign = bits_of(value) >> 16 & 0x8000;
-    uint32_t bits = bits_of(value) & 0x7fffffff;
-    uint32_t normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
-    uint32_t subnormal = bits_of(float_of(bits) + 0.5f) - 0x3f000000; // the last bits of the sum, which rounds
-    uint32_t half = bits < 0x38800000 ? subnormal : normal;           // below 2^-14
-    half = bits >= 0x477ff000 ? 0x7c00 : half;                        // what rounds to 65,536 or more: infinity
-    half = bits > 0x7f800000 ? 0x7e00 : half;                         // NaN
-    return (uint16_t)(half | sign);
-}
-
-static inline size_t size_of(Dtype dtype) { return dtype == F32 ? sizeof(float) : sizeof(uint16_t); }
-
-// Where element i of an array of any type is, and what it is.
-static inline const void *address(const void *array, Dtype dtype, size_t i) {
-    return (const char *)array + i * size_of(dtype);
-}
-
-static inline float element(const void *array, Dtype dtype, size_t i) {
-    const void *p = address(array, dtype, i);
-    return dtype == F32    ? *(const float *)p
-           : dtype == BF16 ? bf16_to_f32(*(const uint16_t *)p)
-                           : f16_to_f32(*(const uint16_t *)p);
-}
-
-// `rows` rows of a tensor, from row r on, and of them `cols` columns, from column c on.
-static inline Tensor part(Tensor t, size_t r, size_t rows, size_t c, size_t cols) {
-    return (Tensor){address(t.data, t.dtype, r * t.stride + c), t.dtype, rows, cols, t.stride};
-}
-
-// a * b + c, in one instruction where the processor has one
-static inline float fused(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-// e^x for x <= 0 within 3 units in the last place, and 0 below -87. Not libm's, because compilers make vector
-// code of this one: x = n ln 2 + r, e^r is a polynomial, and 2^n goes straight into the exponent's bits.
-static inline float exp_negative(float x) {
-    const float round = 12582912.0f; // 1.5 * 2^23: what is added to it loses its fraction
-    float shifted = fused(x, 1.44269504f, round);
-    float n = shifted - round;
-    float r = fused(n, -1.42860677e-6f, fused(n, -0.693145752f, x)); // ln 2 in two parts: n times the first is exact
-    float p = 1.0f / 720;
-    p = fused(p, r, 1.0f / 120);
-    p = fused(p, r, 1.0f / 24);
-    p = fused(p, r, 1.0f / 6);
-    p = fused(p, r, 0.5f);
-    p = fused(p, r, 1.0f);
-    p = fused(p, r, 1.0f);
-    return x < -87.0f ? 0.0f : p * float_of((bits_of(shifted) + 127) << 23);
-}
-
-typedef struct Paging Paging; // see section 9
-
-// The memory of one run: the KV cache and the activations of one batch.
+// The memory of a running model: the KV cache, and the numbers that are computed for one batch of tokens.
 typedef struct {
-    size_t threads;
-    size_t context; // C, a multiple of KEYS
-    size_t batch;   // the largest T
-    Dtype kv_type;  // f16; or bf16, of which there are P = 2 in a pair, where the processor is faster at that
-    uint16_t *k;    // (layers, G, C/KEYS, d/P, KEYS, P)   each block of KEYS keys is transposed
-    uint16_t *v;    // (layers, G, C/P, d, P)
-    float *x;       // (T, D)       the residual stream
-    float *qkv;     // (T, Q + 2K)  queries, keys, values
-    float *gate_up; // (T, 2F)      in the same memory: not in use at the same time
-    float *logits;  // (rows, V)    of as many tokens at a time, see classify
-    float *cosine;  // (T, d/2)     RoPE's rotations at the positions of the batch
-    float *sine;    // (T, d/2)
-    void *input;    // (T, D or Q or F)  of the next product, as its kernel takes it: f32 or bf16; see input_stride
-    Dtype input_type;
-    float *scratch; // (threads, scratch_size)  see scratch_of
+    size_t threads;  // the number of threads
+    size_t context;  // C: the number of positions in the KV cache
+    size_t batch;    // the largest T
+    uint16_t *k, *v; // the KV cache: layers*G*C*d numbers of keys, and as many of values; section 10 chooses the order
+    Dtype kv_type;   // the type of these numbers: F16 or BF16
+    float *x;        // (T, D)       the residual stream
+    float *qkv;      // (T, Q + 2K)  queries, keys and values of one layer
+    float *gate_up;  // (T, 2F)      inside the feed-forward block; uses the memory of qkv, which is free by then
+    void *xb;        // the input of the next matrix product, in the form that the product reads fastest; see xb_view
+    Dtype xb_type;   // the type of these numbers
+    float *logits;   // (n, V)       of the last n tokens of a batch
+    float *rope_cos; // (T, d/2)     RoPE's rotations for the positions of the batch
+    float *rope_sin; // (T, d/2)
+    float *scratch;  // (threads, scratch_size)  a buffer for each thread, see thread_scratch
     size_t scratch_size;
-    Paging *paging; // of the weights; NULL if they are small
-} State;
+    Paging *paging; // section 11's record of a large weights file; NULL for a small one
+} RunState;
 
-// An array of f32 as one of any type.
-static void narrow(void *out, Dtype dtype, const float *values, size_t n) {
-    if (dtype == F32)
-        memcpy(out, values, n * sizeof *values);
-    else if (dtype == BF16)
-        for (size_t i = 0; i < n; i++)
-            ((uint16_t *)out)[i] = f32_to_bf16(values[i]);
-    else
-        for (size_t i = 0; i < n; i++)
-            ((uint16_t *)out)[i] = f32_to_f16(values[i]);
-}
+// ---- Access to numbers whose order in memory section 10 chooses
 
-// The inner loops of all that follows are made of vectors and stand in the appendix. But the first is plain C and says what
-// is computed: it is used for what is left over, and the tests compare the others with it.
+// cache_kv writes the key and the value (d numbers each) of kv head g at position pos into the KV cache, as 16-bit
+// numbers. cached_k and cached_v read number i of them.
+static void cache_kv(const Model *m, RunState *s, size_t layer, size_t g, size_t pos, const float *k, const float *v);
+static float cached_k(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
+static float cached_v(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i);
+// xb_view returns s->xb as a matrix (T, cols).
+static Tensor xb_view(const RunState *s, size_t T, size_t cols);
+// element reads element (r, c) of a matrix. store_row writes n values into its row r, from column c on. c has to be
+// even, because AMX stores numbers in pairs.
+static float element(Tensor a, size_t r, size_t c);
+static void store_row(Tensor a, size_t r, size_t c, const float *values, size_t n);
+// thread_scratch returns the buffer of the calling thread. It has room for max(D, Q, F, C) numbers.
+static float *thread_scratch(const RunState *s);
 
-// The dot product that matrix products are made of: sum_i a[i] b[i].
-static float dot_ref(const void *a, Dtype a_type, const void *b, Dtype b_type, size_t n) {
+// ---- The matrix product
+
+typedef enum { SET, ADD } Update; // out = ..., or out += ...
+
+// Returns the dot product of row r of w and row t of x.
+static float dot_ref(Tensor w, size_t r, Tensor x, size_t t) {
     float sum = 0;
-    for (size_t i = 0; i < n; i++)
-        sum += element(a, a_type, i) * element(b, b_type, i);
+    for (size_t c = 0; c < w.cols; c++)
+        sum += element(w, r, c) * element(x, t, c);
     return sum;
 }
 
-// out[t][r] = sum_c w[r][c] x[t][c], or += it, with `add`, for x (T, cols), w (rows, cols); rows of out are `stride` apart
-static void multiply(float *out, size_t stride, Tensor w, Tensor x, bool add);
-// The weighted sum of rows that attention is made of: y[c] += sum_j a[j] x[j][c] for a (m) f32, x (m, n) f16; or pairs
-// of bf16 in both, y[c] += sum_j a[j][0] x[j][c][0] + a[j][1] x[j][c][1]. For one or QUERY_TILE vectors y, a at a time,
-// which are so many f32, or pairs, apart. Reads up to a vector behind the end of x.
-static void weigh(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
-                  bool pairs, size_t m, size_t n);
-// matmul, below, with the instructions for whole tiles of bf16 that some processors have; false if this one has none.
-static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s);
-// Only multiplications of what is in registers, as f32 or in pairs of bf16; returns the number of operations.
-static double multiply_only(bool pairs, size_t rounds);
-// Called before the tensor w is used, of a file that may be larger than memory.
-static void turn_pages(Paging *p, Tensor w);
-static Paging *open_paging(const Model *m);
-static size_t some_tokens(void); // up to so many, all pass by a few rows before the next, in matmul
-static bool has_bf16_dot(void);
-static bool ask_for_tiles(void); // of the system, before they are used; false if the processor has none
-static const char *isa(void);
-
-// Memory of this thread, scratch_size floats: for a row of D or F numbers, what attend has of its queries, or weights that
-// are packed for tiles.
-static float *scratch_of(const State *s) { return s->scratch + (size_t)omp_get_thread_num() * s->scratch_size; }
-
-// The elements from one row of State.input to the next, if they have so many columns: whole panels, and no power of two,
-// as such rows would compete for the same places in the cache.
-static size_t input_stride(size_t cols) { return multiple_of(PANEL, cols) + INPUT_PAD; }
-
-// Puts n values into row t of the next product's input (T, cols), from column c on.
-static void put_input(State *s, size_t cols, size_t t, size_t c, const float *values, size_t n) {
-    size_t at = t * input_stride(cols) + c;
-    narrow((char *)s->input + at * size_of(s->input_type), s->input_type, values, n);
+// Multiplies each token's row of x (T, cols) by the matrix w (rows, cols): out[t][r] = w[r] . x[t], or with ADD +=
+// that. This takes most of the time.
+static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
+    for (size_t t = 0; t < x.rows; t++)
+        for (size_t r = 0; r < w.rows; r++) {
+            float dot = dot_ref(w, r, x, t);
+            if (update == ADD)
+                dot += out[t * w.rows + r];
+            out[t * w.rows + r] = dot;
+        }
 }
 
-// out[t][r] = sum_c w[r][c] input[t][c] for w (rows, cols), input (T, cols), out (T, rows); or out += it, with `add`.
-// The rows are dealt out among the threads, and no thread shares a sum with another.
-static void matmul(float *out, Tensor w, size_t T, bool add, State *s) {
-#pragma omp master
-    turn_pages(s->paging, w);
-    if (matmul_by_tiles(out, w, T, add, s))
-        return;
-    Tensor in = {s->input, s->input_type, T, w.cols, input_stride(w.cols)};
-    // One token: each thread reads two long runs of weights. Some: few rows pass all of them on their way from memory.
-    // Many: a block of rows stays in the cache.
-    size_t block = T == 1 ? (w.rows + s->threads - 1) / s->threads : T <= some_tokens() ? TILE_ROWS : BLOCK_ROWS;
-#pragma omp for schedule(static)
-    for (size_t r = 0; r < w.rows; r += block)
-        multiply(out + r, w.rows, part(w, r, smaller(block, w.rows - r), 0, w.cols), in, add);
-}
+// matmul_update, in section 10, is the fast version, shared by all threads. In the plain program it calls matmul_ref.
+static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update);
+// out (T, rows) = x . w^T, and out (T, rows) += x . w^T
+static void matmul(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, SET); }
+static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, ADD); }
 
-// One vector: out = x / sqrt(mean(x^2) + eps) * weight                             (Zhang and Sennrich 2019)
-static void rmsnorm_one(float *out, const float *x, Tensor weight, float eps) {
+// ---- The steps of a layer
+
+// RMSNorm (root mean square). The numbers in x get larger as blocks add to them, more for some tokens than for others.
+// RMSNorm brings them back to the magnitude that the next weights were trained for. A weight for each number sets how
+// much this number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
+static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
-    Tensor vector = {x, F32, 1, n, n};
-    float squares;
-    multiply(&squares, 1, vector, vector, false);
+    float sums[16] = {0}, squares = 0; // 16 sums, because additions that wait for each other are slow
+    for (size_t i = 0; i < n; i++)
+        sums[i % 16] += x[i] * x[i];
+    for (size_t i = 0; i < 16; i++)
+        squares += sums[i];
     float scale = 1.0f / sqrtf(squares / (float)n + eps);
     for (size_t i = 0; i < n; i++)
-        out[i] = x[i] * scale * element(weight.data, weight.dtype, i);
+        out[i] = x[i] * scale * element(weight, 0, i);
 }
 
-// input (T, D) = x (T, D), normalised
-static void rmsnorm(State *s, const float *x, Tensor weight, size_t T, float eps) {
+// out (T, D) = RMSNorm of each row of x (T, D)
+static void rmsnorm(RunState *s, Tensor out, const float *x, Tensor weight, float eps) {
 #pragma omp for
-    for (size_t t = 0; t < T; t++) {
-        float *row = scratch_of(s);
-        rmsnorm_one(row, x + t * weight.cols, weight, eps);
-        put_input(s, weight.cols, t, 0, row, weight.cols);
+    for (size_t t = 0; t < out.rows; t++) {
+        float *row = thread_scratch(s);
+        rmsnorm_row(row, x + t * out.cols, weight, eps);
+        store_row(out, t, 0, row, out.cols);
     }
 }
 
-// x (T, D): the rows of the embedding that the tokens name
+// x (T, D) = the tokens' rows of the embedding
 static void embed(float *x, Tensor embedding, const uint32_t *tokens, size_t T) {
-    size_t D = embedding.cols;
 #pragma omp for
     for (size_t t = 0; t < T; t++)
-        for (size_t c = 0; c < D; c++)
-            x[t * D + c] = element(embedding.data, embedding.dtype, tokens[t] * D + c);
+        for (size_t i = 0; i < embedding.cols; i++)
+            x[t * embedding.cols + i] = element(embedding, tokens[t], i);
 }
 
-// The angle by which pair i of a head turns from one position to the next: theta^(-2i/d). For a context longer than
-// the first training's, "linear" scaling slows all pairs down by a factor; Llama 3's leaves those that turn more than
-// high_freq_factor times within the original context, slows those of less than low_freq_factor, and mixes in between.
+// RoPE (rotary position embedding) tells attention where a token stands, since attention as such does not know the
+// order of the tokens. The numbers of each query and key are taken in pairs (i, i + d/2), and each pair is rotated by
+// an angle proportional to the position of the token. Rotating a query and a key by the same angle does not change
+// their dot product. So only the difference of their two angles counts, and that is proportional to how far apart their
+// tokens are, wherever in the text.                                                                 (Su et al. 2021)
+static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t half) {
+    for (size_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * rope_cos[i] - b * rope_sin[i];
+        x[i + half] = b * rope_cos[i] + a * rope_sin[i];
+    }
+}
+
+// Returns the angle of pair i per position, in radians: theta^(-2i/d). The first pairs turn fast and tell neighbours
+// apart; the last ones turn slowly and tell near from far. Some models were trained on short texts first and then
+// adapted to longer ones by slower rotations, so that far positions get angles which the first training has seen.
+// ROPE_LINEAR divides all frequencies by rope_factor. ROPE_LLAMA3 divides only those of slow pairs, which make fewer
+// than low_freq_factor turns within the original context, keeps those of fast pairs, and interpolates in between.
 static float rope_frequency(const Header *h, size_t i) {
     float freq = 1.0f / powf(h->rope_theta, (float)(2 * i) / (float)h->head_dim);
     if (h->rope_scaling == ROPE_PLAIN)
@@ -538,927 +383,995 @@ static float rope_frequency(const Header *h, size_t i) {
     return keep * freq + (1.0f - keep) * slow;
 }
 
-// The rotations for positions pos to pos + T - 1, the same for every layer and head.
-static void rope_table(const Header *h, State *s, size_t pos, size_t T) {
+// Computes the rotations of T positions from pos on. They are the same in every layer and head.
+static void rope_cos_sin(RunState *s, const Header *h, size_t pos, size_t T) {
     size_t half = h->head_dim / 2;
 #pragma omp for
     for (size_t i = 0; i < half; i++) {
         float freq = rope_frequency(h, i);
         for (size_t t = 0; t < T; t++) {
             float angle = (float)(pos + t) * freq;
-            s->cosine[t * half + i] = cosf(angle);
-            s->sine[t * half + i] = sinf(angle);
+            s->rope_cos[t * half + i] = cosf(angle);
+            s->rope_sin[t * half + i] = sinf(angle);
         }
     }
 }
 
-// Turns each pair (x[i], x[i + d/2]) of a head by its angle, in place                       (Su et al. 2021)
-static void rope(float *x, const float *cosine, const float *sine, size_t half) {
-    for (size_t i = 0; i < half; i++) {
-        float a = x[i], b = x[i + half];
-        x[i] = a * cosine[i] - b * sine[i];
-        x[i + half] = b * cosine[i] + a * sine[i];
-    }
-}
-
-// Where the cache holds the KEYS keys, or values, of head g that start at position `pos`, a multiple of KEYS.
-static size_t cache_block(const Model *m, const State *s, size_t layer, size_t g, size_t pos) {
-    return ((layer * m->h.n_kv_heads + g) * s->context + pos) * m->h.head_dim;
-}
-
-// Makes queries, keys and values ready: bias and norm where the model has them, then RoPE; keys and values go
-// into the cache.
-static void prepare_qkv(const Model *m, State *s, size_t layer, size_t pos, size_t T) {
+// Adds the biases to queries, keys and values, normalises queries and keys so that no score gets very large (each only
+// if the model does this), applies RoPE to queries and keys, and writes keys and values into the KV cache.
+static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t pos, size_t T) {
     const Layer *l = &m->layers[layer];
-    size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads, P = s->kv_type == BF16 ? 2 : 1;
-#pragma omp for
-    for (size_t t = 0; t < T; t++)
-        for (size_t head = 0; head < H + 2 * G; head++) { // of queries, then of keys, then of values
-            float *x = s->qkv + (t * (H + 2 * G) + head) * d;
-            for (size_t i = 0; i < d && l->bqkv.cols; i++)
-                x[i] += element(l->bqkv.data, l->bqkv.dtype, head * d + i);
-            if (head < H + G && m->h.flags & QK_NORM)
-                rmsnorm_one(x, x, head < H ? l->q_norm : l->k_norm, m->h.norm_eps);
-            if (head < H + G)
-                rope(x, s->cosine + t * d / 2, s->sine + t * d / 2, d / 2);
-            if (head < H)
-                continue;
-            uint16_t rounded[MAX_HEAD];
-            narrow(rounded, s->kv_type, x, d);
-            size_t slot = (pos + t) % KEYS, block = cache_block(m, s, layer, (head - H) % G, pos + t - slot);
-            for (size_t c = 0; c < d; c++)
-                if (head < H + G)
-                    s->k[block + (c / P * KEYS + slot) * P + c % P] = rounded[c];
-                else
-                    s->v[block + (slot / P * d + c) * P + slot % P] = rounded[c];
-        }
-}
-
-// The softmax of one block of scores, when the blocks before it had the maximum `max` and the sum `sum`. Returns the
-// factor for what was added up under the old maximum.       (online softmax: Milakov and Gimelshein 2018)
-static float soften(float score[KEYS], size_t visible, float scale, float *max, float *sum) {
-    // Halved until one is left: vectors can do that, one running maximum or sum they cannot. Unrolled, as in a loop of
-    // unknown length each half would go by way of memory.
-    float fold[KEYS];
-    for (size_t j = 0; j < KEYS; j++)
-        fold[j] = score[j] = j < visible ? score[j] * scale : -INFINITY;
-#pragma GCC unroll 6
-    for (size_t half = KEYS / 2; half; half /= 2)
-        for (size_t j = 0; j < half; j++)
-            fold[j] = fold[j] > fold[j + half] ? fold[j] : fold[j + half];
-    float new_max = *max > fold[0] ? *max : fold[0];
-    for (size_t j = 0; j < KEYS; j++)
-        fold[j] = score[j] = exp_negative(score[j] - new_max);
-#pragma GCC unroll 6
-    for (size_t half = KEYS / 2; half; half /= 2)
-        for (size_t j = 0; j < half; j++)
-            fold[j] += fold[j + half];
-    float shrink = new_max > *max ? exp_negative(*max - new_max) : 1;
-    *sum = *sum * shrink + fold[0];
-    *max = new_max;
-    return shrink;
-}
-
-// softmax(q . k / sqrt(d)) . v for `count` queries that share the keys and values of head g, one block of them after
-// the other. Query i belongs to token i / (H/G) of the batch and sees the positions up to its own.
-static void attend(const Model *m, State *s, size_t layer, size_t g, size_t first, size_t count, size_t pos) {
-    const size_t d = m->h.head_dim, group = m->h.n_heads / m->h.n_kv_heads;
-    const bool pairs = s->kv_type == BF16; // then queries and weights are rounded, too
-    const size_t P = pairs ? 2 : 1;
-    const float scale = 1.0f / sqrtf((float)d);
-    _Static_assert(QUERIES * 2 * MAX_HEAD <= TILE_BLOCK * TILE_COLUMNS / 2, "scratch has room for this");
-    float *q = scratch_of(s), *out = q + count * d; // (count, d) each: the queries, and what they have found
-    size_t sees[QUERIES];                           // positions
-    float max[QUERIES], sum[QUERIES];
-    memset(out, 0, count * d * sizeof *out);
-    for (size_t i = 0; i < count; i++) {
-        size_t t = (first + i) / group, head = g * group + (first + i) % group;
-        narrow(q + i * d, pairs ? BF16 : F32, s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d, d);
-        sees[i] = pos + t + 1;
-        max[i] = -INFINITY;
-        sum[i] = 0;
-    }
-    for (size_t start = 0; start < sees[count - 1]; start += KEYS) {
-        size_t block = cache_block(m, s, layer, g, start), queries;
-        for (size_t i = 0; i < count; i += queries) {
-            queries = count - i >= QUERY_TILE ? QUERY_TILE : 1;
-            float scores[QUERY_TILE][KEYS] = {0};
-            uint16_t rounded[QUERY_TILE][KEYS]; // the same in bf16
-            // scores[j] = sum_c q[c] k[c][j]: with the keys transposed, the scores are a weighted sum of rows, too. Slots
-            // behind the last position hold anything; the softmax does not look at them.
-            weigh(scores[0], KEYS, q + i * d, d, queries, s->k + block, pairs, d / P, KEYS);
-            size_t visible = 0; // grows with j, so that the last one counts for all
-            for (size_t j = 0; j < queries; j++) {
-                visible = sees[i + j] > start ? smaller(KEYS, sees[i + j] - start) : 0;
-                float shrink = soften(scores[j], visible, scale, &max[i + j], &sum[i + j]);
-                for (size_t c = 0; c < d && shrink != 1; c++)
-                    out[(i + j) * d + c] *= shrink;
-                if (pairs)
-                    narrow(rounded[j], BF16, scores[j], KEYS);
-            }
-            const void *weights = pairs ? (const void *)rounded : scores;
-            weigh(out + i * d, d, weights, KEYS / P, queries, s->v + block, pairs, (visible + P - 1) / P, d);
-        }
-    }
-    for (size_t i = 0; i < count; i++) {
-        for (size_t c = 0; c < d; c++)
-            out[i * d + c] /= sum[i];
-        put_input(s, m->q_dim, (first + i) / group, (g * group + (first + i) % group) * d, out + i * d, d);
-    }
-}
-
-// input (T, Q): each token's queries against the keys and values of all positions up to its own
-static void attention(const Model *m, State *s, size_t layer, size_t pos, size_t T) {
-    size_t queries = T * (m->h.n_heads / m->h.n_kv_heads); // for each head of keys
-#pragma omp for collapse(2) schedule(dynamic)
-    for (size_t g = 0; g < m->h.n_kv_heads; g++)
-        for (size_t first = 0; first < queries; first += QUERIES)
-            attend(m, s, layer, g, first, smaller(QUERIES, queries - first), pos);
-}
-
-// input (T, F) = silu(gate) * up, where silu(x) = x / (1 + e^-x)                               (Shazeer 2020)
-static void swiglu(State *s, size_t T, size_t F) {
+    size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
 #pragma omp for
     for (size_t t = 0; t < T; t++) {
-        const float *gate = s->gate_up + t * 2 * F, *up = gate + F;
-        float *hidden = scratch_of(s);
-        for (size_t i = 0; i < F; i++) {
-            float e = exp_negative(-fabsf(gate[i]));
-            float sigmoid = (gate[i] < 0 ? e : 1.0f) / (1.0f + e);
-            hidden[i] = gate[i] * sigmoid * up[i];
+        float *q = s->qkv + t * (H + 2 * G) * d;
+        float *k = q + H * d;
+        float *v = k + G * d;
+        for (size_t i = 0; i < l->bqkv.cols; i++) // adds the biases of q, k and v, which are adjacent
+            q[i] += element(l->bqkv, 0, i);
+        for (size_t head = 0; head < H + G; head++) { // the query heads, then the key heads
+            float *vector = q + head * d;
+            if (m->h.flags & QK_NORM)
+                rmsnorm_row(vector, vector, head < H ? l->q_norm : l->k_norm, m->h.norm_eps);
+            rope(vector, s->rope_cos + t * d / 2, s->rope_sin + t * d / 2, d / 2);
         }
-        put_input(s, F, t, 0, hidden, F);
+        for (size_t g = 0; g < G; g++)
+            cache_kv(m, s, layer, g, pos + t, k + g * d, v + g * d);
     }
 }
 
-// ------------------------------------------------------------------------------------------------
-// 3 The forward pass
-
-enum { MAX_BATCH = 512, BATCH_BYTES = 48 << 20 }; // tokens in one pass, and what their activations may take
-
-// The bytes of the keys, or the values, of `context` positions. May be more than memory can address.
-static double cache_bytes(const Model *m, size_t context) {
-    return (double)m->h.n_layers * (double)m->kv_dim * (double)multiple_of(KEYS, context) * sizeof(uint16_t);
+// Softmax turns scores into weights, or probabilities: all are positive, they add up to 1, and a score that is larger
+// by 1 gets e times the weight. To subtract the maximum keeps e^x from overflowing and changes nothing in the result,
+// because a factor common to all e^x cancels out.
+static void softmax(float *x, size_t n) {
+    float largest = -INFINITY;
+    for (size_t i = 0; i < n; i++)
+        largest = x[i] > largest ? x[i] : largest;
+    for (size_t i = 0; i < n; i++)
+        x[i] = exp_f32(x[i] - largest);
+    double sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += (double)x[i];
+    for (size_t i = 0; i < n; i++)
+        x[i] = (float)((double)x[i] / sum);
 }
 
-// The weights of a layer's matrix products.
-static size_t layer_weights(const Model *m) {
-    const Layer *l = &m->layers[0];
-    return (l->wqkv.rows + l->wo.cols + l->w_gate_up.rows + l->w_down.cols) * m->h.dim;
+// Attention: out (T, Q). For each token and query head it computes the scores q . k / sqrt(d) of all positions up to
+// the token's own, turns them into attention weights, and adds up the values v with these weights.
+//                                                                                                 (Vaswani et al. 2017)
+static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
+    size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
+    float result[MAX_HEAD];
+    float *attn = thread_scratch(s); // the attention weight of each position
+    for (size_t t = 0; t < out.rows; t++)
+        for (size_t head = 0; head < H; head++) {
+            const float *q = s->qkv + (t * (H + 2 * G) + head) * d;
+            size_t g = head / (H / G); // the kv head that H/G query heads share
+            size_t n = pos + t + 1;    // the positions that this token may look at
+
+            // scores: how well does the key of each position match the query? Undivided, these sums would grow with d,
+            // and softmax would choose one position only.
+            for (size_t j = 0; j < n; j++) {
+                float score = 0;
+                for (size_t i = 0; i < d; i++)
+                    score += q[i] * cached_k(m, s, layer, g, j, i);
+                attn[j] = score / sqrtf((float)d);
+            }
+            softmax(attn, n);
+
+            // the weighted sum of the values
+            for (size_t i = 0; i < d; i++) {
+                float sum = 0;
+                for (size_t j = 0; j < n; j++)
+                    sum += attn[j] * cached_v(m, s, layer, g, j, i);
+                result[i] = sum;
+            }
+            store_row(out, t, head * d, result, d);
+        }
 }
 
-// How many threads are worth while: they wait for each other several times a layer. That costs microseconds, and on a
-// machine with other work far more, so each has to have 768 KB of a layer's weights at least.
-static size_t useful_threads(const Model *m) { return larger(1, layer_weights(m) * sizeof(uint16_t) / (768 << 10)); }
+// attention, in section 10, is the fast version, shared by all threads. In the plain program it calls attention_ref.
+static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos);
 
-// For so many positions, and the logits of so many tokens at a time.
-static State open_state(const Model *m, size_t context, size_t rows, size_t threads) {
-    size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
-    size_t widest = larger(larger(D, Q), F), outputs = larger(Q + 2 * K, 2 * F); // of a token in a product
-    State s = {.threads = threads, .context = multiple_of(KEYS, context)};
-    s.input_type = m->h.dtype == BF16 && has_bf16_dot() ? BF16 : F32; // the instruction takes both sides in bf16
-    size_t per_token = (D + outputs + d) * sizeof(float) + input_stride(widest) * size_of(s.input_type);
-    size_t room = BATCH_BYTES - smaller(BATCH_BYTES / 2, rows * m->h.vocab_size * sizeof(float)); // besides logits
-    s.batch = smaller(smaller(larger(room / per_token, 1), MAX_BATCH), context);
-    s.scratch_size = larger(TILE_BLOCK * TILE_COLUMNS / 2, widest); // in floats; bf16 takes half
-
-    double bytes = 2 * cache_bytes(m, context);
-    bool tiles = s.input_type == BF16 && ask_for_tiles();
-    s.kv_type = s.input_type == BF16 && !tiles ? BF16 : F16; // with tiles, processors are slow at pairs
-    // Zeros, from the system, which gives a page when it is first touched: half of a pair may be behind the last position,
-    // and counts 0 times, so it has to be finite. And weigh reads a little more.
-    s.k = bytes < 0x1p62 ? mmap(NULL, (size_t)bytes + 64, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-                         : MAP_FAILED;
-    expect(s.k != MAP_FAILED, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer",
-           m->file.path, context, bytes / 1e6);
-    s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
-    s.x = allocate(s.batch * D, sizeof *s.x, "the activations");
-    s.qkv = s.gate_up = allocate(s.batch * outputs, sizeof *s.qkv, "the activations");
-    s.logits = allocate(rows * m->h.vocab_size, sizeof *s.logits, "the logits");
-    s.cosine = allocate(s.batch * d / 2, sizeof *s.cosine, "the activations");
-    s.sine = allocate(s.batch * d / 2, sizeof *s.sine, "the activations");
-    s.scratch = allocate(threads * s.scratch_size, sizeof *s.scratch, "the activations");
-    s.paging = open_paging(m);
-    // tiles read whole squares, and what they make of rows behind the last one is not used
-    s.input = allocate(multiple_of(SQUARE, s.batch) * input_stride(widest), size_of(s.input_type), "the activations");
-    return s;
+// SwiGLU, the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up, where silu(x) = x / (1 +
+// e^-x).
+// A gate far below 0 blocks its number of "up"; a gate above 0 lets it pass, scaled.               (Shazeer 2020)
+static void swiglu(RunState *s, Tensor out, const float *gate_up) {
+    size_t F = out.cols;
+#pragma omp for
+    for (size_t t = 0; t < out.rows; t++) {
+        const float *gate = gate_up + t * 2 * F, *up = gate + F;
+        float *row = thread_scratch(s);
+        for (size_t i = 0; i < F; i++)
+            row[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
+        store_row(out, t, 0, row, F);
+    }
 }
 
-// The Transformer, for T <= batch tokens at positions pos, pos + 1, ... Their keys and values join the cache;
-// what the last layer makes of each token is left in s->x (T, D).
-static void forward(const Model *m, State *s, const uint32_t *tokens, size_t T, size_t pos) {
-    const float eps = m->h.norm_eps;
+// Computes the logits (n, V) of n tokens of the batch, from token t on.
+static void compute_logits(const Model *m, RunState *s, size_t t, size_t n) {
+    Tensor normed = xb_view(s, n, m->h.dim);
+    rmsnorm(s, normed, s->x + t * m->h.dim, m->final_norm, m->h.norm_eps);
+    matmul(s, s->logits, m->classifier, normed);
+}
+
+// The Transformer: takes T tokens at the positions pos, pos + 1, ..., adds their keys and values to the KV cache, and
+// leaves the logits of the last n_logits of them in s->logits. For a prompt, n_logits is 1: what follows the other
+// tokens is known.
+static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos, size_t n_logits) {
+    // The inputs of the matrix products. Only one is in use at a time, so all three are views of s->xb.
+    Tensor normed = xb_view(s, T, m->h.dim);
+    Tensor heads = xb_view(s, T, m->q_dim);
+    Tensor hidden = xb_view(s, T, m->h.hidden_dim);
+
     embed(s->x, m->embedding, tokens, T);
-    rope_table(&m->h, s, pos, T);
+    rope_cos_sin(s, &m->h, pos, T);
     for (size_t i = 0; i < m->h.n_layers; i++) {
         const Layer *l = &m->layers[i];
-        rmsnorm(s, s->x, l->attn_norm, T, eps); // input = x, normalised
-        matmul(s->qkv, l->wqkv, T, false, s);   // qkv = wqkv . input
-        prepare_qkv(m, s, i, pos, T);
-        attention(m, s, i, pos, T);      // input = what the heads found
-        matmul(s->x, l->wo, T, true, s); // x += wo . input
 
-        rmsnorm(s, s->x, l->ffn_norm, T, eps);
-        matmul(s->gate_up, l->w_gate_up, T, false, s);
-        swiglu(s, T, m->h.hidden_dim); // input = silu(gate) * up
-        matmul(s->x, l->w_down, T, true, s);
+        // attention block: keys and values of the whole batch are cached before any token looks at them
+        rmsnorm(s, normed, s->x, l->attn_norm, m->h.norm_eps);
+        matmul(s, s->qkv, l->wqkv, normed);
+        rope_and_cache_kv(m, s, i, pos, T);
+        attention(m, s, heads, i, pos);
+        matmul_add(s, s->x, l->wo, heads); // adds the result to the residual stream
+
+        // feed-forward block
+        rmsnorm(s, normed, s->x, l->ffn_norm, m->h.norm_eps);
+        matmul(s, s->gate_up, l->w_gate_up, normed);
+        swiglu(s, hidden, s->gate_up);
+        matmul_add(s, s->x, l->w_down, hidden);
     }
+    if (n_logits)
+        compute_logits(m, s, T - n_logits, n_logits);
 }
 
-// The same by all threads; by one without OpenMP, which would make a call of the kernel after each loop to wake nobody.
-static void feed_batch(const Model *m, State *s, const uint32_t *tokens, size_t T, size_t pos) {
+static void check_finite(const Model *m, const float *logits, size_t n, size_t pos); // exits if logits contain NaN
+
+// Runs forward on all threads. A single thread stays outside of OpenMP, where `omp for` is an ordinary loop: inside,
+// even one thread would pay for a barrier after each loop.
+static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos,
+                             size_t n_logits) {
     if (s->threads == 1)
-        forward(m, s, tokens, T, pos);
+        forward(m, s, tokens, T, pos, n_logits);
     else
 #pragma omp parallel num_threads((int)s->threads)
-        forward(m, s, tokens, T, pos);
-}
-
-// The score of each token of the vocabulary to come after token t of the last batch, and after the n - 1 tokens that
-// follow it: logits (n, V).
-static void classify(const Model *m, State *s, size_t t, size_t n) {
-#pragma omp parallel num_threads((int)s->threads)
-    {
-        rmsnorm(s, s->x + t * m->h.dim, m->final_norm, n, m->h.norm_eps);
-        matmul(s->logits, m->classifier, n, false, s);
-    }
-}
-
-// Of logits (V) after position pos.
-static void check_finite(const Model *m, const float *logits, size_t pos) {
-    size_t bad = 0;
-    for (size_t i = 0; i < m->h.vocab_size; i++)
-        bad += !(fabsf(logits[i]) <= FLT_MAX);
-    expect(bad == 0, "%s: %zu logits after position %zu are not finite: the weights hold NaN, or are too large",
-           m->file.path, bad, pos);
-}
-
-// Feeds n > 0 tokens, batch by batch, and leaves the logits for the one to come after them.
-static void feed(const Model *m, State *s, const uint32_t *tokens, size_t n, size_t pos) {
-    for (size_t done = 0; done < n; done += s->batch)
-        feed_batch(m, s, tokens + done, smaller(s->batch, n - done), pos + done);
-    classify(m, s, (n - 1) % s->batch, 1);
-    check_finite(m, s->logits, pos + n - 1);
+        forward(m, s, tokens, T, pos, n_logits);
+    check_finite(m, s->logits, n_logits, pos + T - n_logits);
 }
 
 // ------------------------------------------------------------------------------------------------
-// 4 Sampling
+// 3 Sampling
+//
+// Always choosing the most likely token gives dull texts that repeat themselves. So the next token is drawn at random:
+// softmax turns the logits into probabilities. An unlikely token is rarely drawn, but there are so many of them that
+// together they would spoil the text. Three settings prevent this:
+//
+//   temperature   the logits are divided by it: below 1, likely tokens get more likely; 0 always takes the most likely
+//   one
+//   top-k         only the k most likely tokens can be drawn                                       (Fan et al. 2018)
+//   top-p         only the most likely tokens can be drawn, as many as it takes for their probabilities to add up to p;
+//                 also called nucleus sampling                                                (Holtzman et al. 2020)
 
+// An entry of a heap: an array from which the entry with the largest key is removed quickly. Section 9.
 typedef struct {
     float key;
-    uint32_t index, id, bytes; // id and bytes are the tokenizer's
-} Item;
-
-// A binary heap of Items: the one with the largest key is on top, of equal ones that with the smallest index.
-typedef Buffer Heap;
-
-static bool above(Item a, Item b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
-
-static void heap_push(Heap *heap, Item item) {
-    append(heap, &item, sizeof item);
-    Item *items = heap->data;
-    size_t i = heap->n / sizeof item - 1;
-    for (; i > 0 && above(item, items[(i - 1) / 2]); i = (i - 1) / 2)
-        items[i] = items[(i - 1) / 2];
-    items[i] = item;
-}
-
-static Item heap_pop(Heap *heap) {
-    heap->n -= sizeof(Item);
-    Item *items = heap->data, top = items[0];
-    size_t i = 0, n = heap->n / sizeof(Item);
-    for (size_t child = 1; child < n; child = 2 * i + 1) {
-        if (child + 1 < n && above(items[child + 1], items[child]))
-            child++;
-        if (!above(items[child], items[n]))
-            break;
-        items[i] = items[child];
-        i = child;
-    }
-    items[i] = items[n];
-    return top;
-}
-
-// A heap of the values that are not less than `least`: the largest come off it first, without sorting the rest.
-static void rank(Heap *heap, const float *values, size_t n, double least) {
-    heap->n = 0;
-    for (size_t i = 0; i < n; i++)
-        if ((double)values[i] >= least)
-            heap_push(heap, (Item){.key = values[i], .index = (uint32_t)i});
-}
+    uint32_t index;          // of two entries with equal keys, the one with the smaller index comes first
+    uint32_t merged, length; // used by the tokenizer only
+} HeapEntry;
+typedef ARRAY(HeapEntry) Heap;
+static void heap_push(Heap *heap, HeapEntry entry);
+static HeapEntry heap_pop(Heap *heap);
 
 typedef struct {
-    float temperature, top_p; // top_p 0 or 1, top_k 0: off
-    size_t top_k;
-    uint64_t random; // the generator's state, at first the seed
-    Heap heap;
-    Item *kept;           // (V) the tokens to choose from, likeliest first
+    float temperature;
+    float top_p;          // 0 or 1: off
+    size_t top_k;         // 0: off
+    uint64_t random;      // the state of the random number generator; starts as the seed
     float *probabilities; // (V)
+    Heap heap;            // of tokens, by their probabilities
+    Tokens candidates;    // the tokens that can be drawn
 } Sampler;
 
-// A number in [0, 1): splitmix64, whose state may start anywhere              (Steele, Lea and Flood 2014)
-static double random_number(uint64_t *state) {
-    uint64_t z = (*state += 0x9e3779b97f4a7c15);
+// Returns a random number in [0, 1), by the generator splitmix64.                      (Steele, Lea and Flood 2014)
+static double random_f64(uint64_t *state) {
+    *state += 0x9e3779b97f4a7c15;
+    uint64_t z = *state;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
     z = (z ^ z >> 27) * 0x94d049bb133111eb;
     return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
 }
 
-// The likeliest token.
-static uint32_t argmax(const float *logits, size_t n) {
+// Returns the index of the largest value.
+static uint32_t argmax(const float *values, size_t n) {
     size_t best = 0;
     for (size_t i = 1; i < n; i++)
-        best = logits[i] > logits[best] ? i : best;
+        if (values[i] > values[best])
+            best = i;
     return (uint32_t)best;
 }
 
-// Keeps the top_k likeliest tokens, and of those only as many as it takes to have top_p of their probability. Returns
-// their number, and their probability in `mass`.
-//                              (top-k: Fan et al. 2018; top-p, or nucleus sampling: Holtzman et al. 2020)
-static size_t keep_likeliest(Sampler *s, size_t n, double *mass) {
+// Adds to the candidates, which are empty before, the top_k most likely tokens, the most likely first, and of these
+// only as many as it takes to have the part top_p of the sum of their probabilities. Returns the candidates' sum.
+static double top_k_top_p(Sampler *s, size_t n) {
+    const float *p = s->probabilities;
+    size_t k = s->top_k ? s->top_k : n;
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
-    double target = s->top_k ? 1 : top_p; // with top_k, top_p is of what that has kept
-    // Those before the last one kept have less than the target, so it is the largest that shares the rest.
-    rank(&s->heap, s->probabilities, n, (1 - target) / (double)n);
-    size_t limit = s->top_k ? s->top_k : n, count = 0;
-    for (*mass = 0; count < limit && s->heap.n && *mass < target; *mass += (double)s->kept[count++].key)
-        s->kept[count] = heap_pop(&s->heap);
-    double enough = s->top_k ? top_p * *mass : *mass;
-    while (count > 1 && *mass - (double)s->kept[count - 1].key >= enough)
-        *mass -= (double)s->kept[--count].key;
-    return count;
+    double enough = s->top_k ? 1 : top_p; // with top-k, the first loop takes k tokens: top_p is a part of their sum
+
+    // A heap gives the most likely tokens without sorting all. All tokens less likely than `least`, at most n, have
+    // less than 1 - enough together. So the others have more than enough, the loop that takes the most likely first
+    // never reaches them, and they stay out of the heap.
+    double least = (1 - enough) / (double)n;
+    s->heap.n = 0;
+    for (size_t i = 0; i < n; i++)
+        if ((double)p[i] >= least)
+            heap_push(&s->heap, (HeapEntry){.key = p[i], .index = (uint32_t)i});
+
+    double sum = 0;
+    while (s->candidates.n < k && s->heap.n > 0 && sum < enough) {
+        uint32_t token = heap_pop(&s->heap).index;
+        push(&s->candidates, token);
+        sum += (double)p[token];
+    }
+    if (s->top_k == 0)
+        return sum;
+
+    // top-p after top-k: the most likely of these candidates that have top_p of their sum
+    double kept = 0;
+    size_t count = 0;
+    while (count < s->candidates.n && kept < top_p * sum)
+        kept += (double)p[s->candidates.data[count++]];
+    s->candidates.n = count;
+    return kept;
 }
 
-// The next token, from the logits (n).
+// Chooses the next token, given the logits (n).
 static uint32_t sample(Sampler *s, const float *logits, size_t n) {
     uint32_t best = argmax(logits, n);
     if (s->temperature == 0)
         return best;
     float *p = s->probabilities;
-    double sum = 0, mass = 1;
-    for (size_t i = 0; i < n; i++)
-        sum += (double)(p[i] = exp_negative((logits[i] - logits[best]) / s->temperature));
-    for (size_t i = 0; i < n; i++)
-        p[i] = (float)((double)p[i] / sum);
-    bool all = s->top_k == 0 && (s->top_p == 0 || s->top_p == 1);
-    size_t count = all ? n : keep_likeliest(s, n, &mass);
-    double coin = random_number(&s->random) * mass;
-    for (size_t i = 0; i < count; i++)
-        if ((coin -= (double)(all ? p[i] : s->kept[i].key)) < 0)
-            return all ? (uint32_t)i : s->kept[i].index;
+    for (size_t i = 0; i < n; i++) // minus the largest, so that a very small temperature does not make infinity
+        p[i] = (logits[i] - logits[best]) / s->temperature;
+    softmax(p, n);
+
+    // collect the tokens that can be drawn
+    double sum = 1;
+    s->candidates.n = 0;
+    if (s->top_k || (s->top_p > 0 && s->top_p < 1))
+        sum = top_k_top_p(s, n);
+    else
+        for (uint32_t i = 0; i < n; i++)
+            push(&s->candidates, i);
+
+    // draw one: the probabilities lie end to end from 0 to sum, and the candidate where a random number falls is chosen
+    double coin = sum * random_f64(&s->random);
+    for (size_t i = 0; i < s->candidates.n; i++) {
+        coin -= (double)p[s->candidates.data[i]];
+        if (coin < 0)
+            return s->candidates.data[i];
+    }
     return best; // only rounding leads here
 }
 
-// ln of the sum of e to the logits: a logit less this is ln of its token's probability, at temperature 1
-static double log_sum(const float *logits, size_t n) {
-    double max = (double)logits[argmax(logits, n)], sum = 0;
-    for (size_t i = 0; i < n; i++)
-        sum += exp((double)logits[i] - max);
-    return max + log(sum);
+// ------------------------------------------------------------------------------------------------
+// 4 Generation
+//
+// A text grows token by token. First, all tokens of the prompt pass through the Transformer (prefill). Then, one token
+// is chosen, appended, and passed through the Transformer alone (decode), again and again.
+
+typedef struct Options Options;     // the command line, section 8
+typedef struct Tokenizer Tokenizer; // section 5
+typedef struct Chat Chat;           // the turns of a conversation, section 6
+typedef struct Printer Printer;     // the state of standard output, section 9
+
+// The text that the model has read and written.
+typedef struct {
+    Tokens tokens;
+    size_t n_past;     // the KV cache holds the keys and values of the first n_past tokens
+    size_t max_tokens; // the most tokens that it can hold: the length of the KV cache, C
+} Context;
+
+// What the statistics at the end are computed from.
+typedef struct {
+    size_t n_prompt, n_generated; // tokens that were read, and tokens that were generated
+    size_t n_decoded;             // generated tokens except the first of each answer, whose logits come from prefill
+    size_t n_accepted;            // decoded tokens that had been guessed: see generate_reply
+    double prefill_time, decode_time; // in seconds
+} Stats;
+
+typedef struct {
+    const Options *options;
+    Model model;
+    RunState run;
+    Sampler sampler;
+    Context context;
+    Stats stats;
+    Tokenizer *tokenizer;
+    Printer *printer;
+    Chat *chat; // NULL unless in a chat
+} Session;
+
+static bool interrupted(void);                               // has Ctrl-C been pressed in a chat? section 6
+static void encode(Tokenizer *t, Tokens *tokens, Span text); // appends the tokens of a text; section 5
+static bool is_stop(const Tokenizer *t, uint32_t token);     // does this token end a text or an answer? section 5
+static Span read_prompt(Session *s);                         // the text of the flags -i or -f
+static size_t start_generation(Session *s); // allocates memory; returns the most tokens to generate, 0: no limit
+static void print_prompt(Session *s);
+static void print_token(Session *s, uint32_t token, const float *logits); // prints nothing for a stop token
+static void end_reply(Session *s);                                        // ends the line
+static void print_stats(const Session *s);
+// make_room returns whether the context has room for another token. A chat forgets its oldest turns for that: the
+// tokens after them get other positions, n_past goes back, and evaluate computes them again.
+static bool make_room(Session *s);
+// draft guesses the next tokens: it takes the last few tokens of the text, looks for an earlier place where the same
+// ones stand, and copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how
+// many: 0 without --draft or if more than one token is not in the KV cache, and never more than fit in a batch and in
+// the context. Section 10.
+static size_t draft(Session *s);
+
+// Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch, and on n_draft guesses that
+// stand behind the last one, in the same batch as this one. Then row 0 of the logits is for the token after the last
+// one, and row i for the token after guess i. Guesses do not count in n_past: the keys and values of wrong ones are
+// overwritten before any token looks at them. Ctrl-C ends it early.
+static void evaluate(Session *s, size_t n_draft) {
+    Context *c = &s->context;
+    while (c->n_past < c->tokens.n && !interrupted()) {
+        size_t T = min(s->run.batch, c->tokens.n + n_draft - c->n_past);
+        bool last = c->n_past + T >= c->tokens.n;
+        forward_parallel(&s->model, &s->run, c->tokens.data + c->n_past, T, c->n_past, last ? 1 + n_draft : 0);
+        c->n_past = min(c->n_past + T, c->tokens.n);
+    }
 }
 
-static double log_probability(const float *logits, size_t n, uint32_t token) {
-    return (double)logits[token] - log_sum(logits, n);
+// Continues the text by up to max_new tokens (0: no limit), until a stop token, Ctrl-C or the end of the context.
+//
+// The loop also does speculative decoding. Guesses of the next tokens pass through the Transformer together with the
+// last token. This takes little longer than the last token alone, because the time is that of loading the weights,
+// which are loaded once for all. Each token is still chosen by sampling. If it is the one that was guessed, the logits
+// that follow it are already there; if not, the other guesses are dropped. The text is the same as without guesses,
+// because logits do
+// not depend on how a text is split into batches.                                        (prompt lookup: Saxena 2023)
+static void generate_reply(Session *s, size_t max_new) {
+    Context *c = &s->context;
+    size_t vocab_size = s->model.h.vocab_size, n_new = 0;
+    size_t n_draft = 0, n_used = 0; // guesses in the last pass, and how many of them have been chosen
+
+    // prefill
+    double start = seconds();
+    s->stats.n_prompt += c->tokens.n - c->n_past;
+    evaluate(s, 0);
+    s->stats.prefill_time += seconds() - start;
+    start = seconds();
+
+    while (!interrupted()) {
+        // choose a token and print it
+        const float *logits = s->run.logits + n_used * vocab_size;
+        uint32_t token = sample(&s->sampler, logits, vocab_size);
+        print_token(s, token, logits);
+        n_new++;
+        if (is_stop(s->tokenizer, token))
+            break;
+
+        // append it, after comparing it with the next guess, which lies where it goes
+        bool guessed = n_used < n_draft && c->tokens.data[c->tokens.n] == token;
+        push(&c->tokens, token);
+        if (n_new == max_new || !make_room(s))
+            break;
+
+        // decode: get the logits that follow it
+        s->stats.n_decoded++;
+        if (guessed) { // then the last pass has computed its keys, values and logits
+            c->n_past++;
+            n_used++;
+            s->stats.n_accepted++;
+        } else {
+            n_draft = draft(s);
+            n_used = 0;
+            evaluate(s, n_draft);
+        }
+    }
+    s->stats.n_generated += n_new;
+    s->stats.decode_time += seconds() - start;
+    end_reply(s);
+}
+
+// The default mode: prints the prompt and its continuation.
+static void generate(Session *s) {
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
+    size_t max_new = start_generation(s);
+    print_prompt(s);
+    generate_reply(s, max_new);
+    print_stats(s);
 }
 
 // ------------------------------------------------------------------------------------------------
 // 5 The tokenizer
 //
-// A text is normalised and cut into words, and each word into tokens. Of both kinds of tokenizer, SentencePiece's
-// starts from characters and knows bytes only as a makeshift; the byte-level one starts from bytes. What else tells one
-// tokenizer from another is data in its file: how words are cut, what is merged first, which tokens are taken as they
-// stand.
+// Byte-pair encoding (BPE) turns a text into tokens: it cuts the text into small pieces, the symbols, and merges
+// neighbours into larger ones, in an order that was learned from a large text, until nothing is left to merge. There
+// are two kinds. SentencePiece starts from characters; a character that is not in the vocabulary becomes bytes at the
+// end. Byte-level BPE starts from bytes. Before the merging, a text is normalised and cut into words, which merges do
+// not cross. The differences between models in all this are data in the tokenizer file, which export.py has prepared
+// so that it can be used as it is: read into memory, checked once, and searched by bisection.
 
-typedef struct {
-    const unsigned char *bytes;
-    size_t n;
-} Text;
+// The language model is complete. From here on, the program needs more of the system, and these functions of sections
+// 7, 9 and 10.
+
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+typedef ARRAY(unsigned char) Bytes;
+
+#define VERSION "0.2.0"
+#define DEFAULT_MODEL "models/stories.bin"
+
+static File read_file(const char *path, const char *magic, size_t min_size, const char *what);
+static FILE *open_text(const char *path);
+static void print_ids(Tokens tokens, const char *between);
+static size_t n_params(const Model *m);
+static size_t layer_params(const Model *m);
+static double kv_cache_bytes(const Model *m, size_t context);
+static size_t max_useful_threads(const Model *m);
+static size_t default_threads(void);
+static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits, size_t threads);
+static const char *isa(void); // the instruction set
+static void prepare_process(char **argv);
 
 enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
-// The type of a token. A late one is user-defined, too, but sought when the text has been normalised.
-enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE = 7 };
-enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, MAX_PARTS = 4 };
-enum { CHARACTERS = 0x110000 }; // Unicode's numbers; from here on, bytes that are not UTF-8 stand for themselves
+// Piece.type. NORMAL and BYTE tokens are results of merging. USER_DEFINED ones are found in the text as it is written,
+// and LATE_USER_DEFINED ones in the normalised text. No text becomes a CONTROL token.
+enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE_USER_DEFINED = 7 };
+enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, MAX_DFAS = 16 };
+// Code points of Unicode; larger numbers stand for bytes that are not UTF-8. Pages are groups of 256 of both.
+enum { N_CODEPOINTS = 0x110000, N_PAGES = N_CODEPOINTS / 256 + 1 };
 
 enum { // TokenizerHeader.flags
     ADD_BOS = 1,
-    ADD_SPACE = 2,       // in front of a text
-    SPACE_ANEW = 4,      // and of a text that follows a control or user-defined token
-    NO_SECOND_SPACE = 8, // but not of one that begins with a space
-    BY_MERGES = 16,      // the order of merging is that of the list of merges, not that of the pieces' scores
-    WHOLE_WORDS = 32,    // a word that is a piece is never cut
-    NFC = 64,            // text is put into Unicode's normalization form C
+    ADD_DUMMY_PREFIX = 2,       // put a space in front of a text
+    PREFIX_AFTER_SPECIAL = 4,   // and in front of a text that follows a control or user-defined token
+    NO_PREFIX_BEFORE_SPACE = 8, // but not in front of a text that begins with a space
+    MERGES_BY_RANK = 16,        // merge by the list of merges, else by the scores of the merged tokens
+    IGNORE_MERGES = 32,         // a word that is a token is never cut
+    REMOVE_EXTRA_SPACES = 64,   // at both ends, and all but one of several
     ALL_TOKENIZER_FLAGS = 127
 };
 
-// The texts of a conversation around what is said, see the README
-enum { BEFORE_USER, BEFORE_SYSTEM, AFTER_SYSTEM, AFTER_USER, BEFORE_ANSWER, AFTER_ANSWER, NEXT_USER, TEMPLATES };
-enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 1023 }; // TokenizerHeader.template_flags
-#define TEXT_ITEM 0x80000000u // in a template, so many bytes of text; other items are ids of tokens
+// The texts of a chat template around what is said, and their order in the file; models/FORMAT.md describes them.
+enum { BEFORE_USER, BEFORE_SYSTEM, AFTER_SYSTEM, AFTER_USER, BEFORE_ANSWER, AFTER_ANSWER, NEXT_USER };
+enum { OPENS_ANSWER = NEXT_USER + 1, OPENS_ANSWER_NO_THINK, END_OF_THOUGHT, N_TEMPLATES };
+enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 8191 };   // TokenizerHeader.template_flags
+enum { TRIM_NEWLINES = 1024, TRIM_SPACES = 2048, HAS_NO_THINK = 4096 }; // of those, after a dropped thought; --no-think
 
-// The start of a tokenizer file, byte for byte. Then for each token u32 length, u32 type, f32 score, and the bytes that
-// it prints; zeros up to a multiple of 4 bytes; the merges, the ranges of characters, the steps of the machines that
-// cut words, what NFC needs, and the templates.
+#define NONE UINT32_MAX // no token, no symbol
+
+// The start of a tokenizer file, byte for byte. The arrays of struct Tokenizer follow it in their order.
 typedef struct {
-    char magic[8]; // "twotoken"
-    uint32_t version, kind, flags, vocab_size;
-    int32_t bos_id, unk_id; // -1: none
-    uint32_t n_stops;
+    char magic[8];          // "twotoken"
+    uint32_t version, kind; // 3
+    uint64_t hash;          // of all that follows it
+    uint64_t file_size;     // in bytes
+    uint64_t vocab_hash;    // the weights file has the same
+    uint32_t flags, vocab_size;
+    int32_t bos_id;   // the token that begins a text; -1: none
+    int32_t unk_id;   // the token for what the vocabulary lacks; -1: none
+    uint32_t n_stops; // tokens that end a text or an answer
     int32_t stop_ids[MAX_STOPS];
-    uint64_t file_size, vocab_hash;
-    uint32_t n_merges, n_ranges, n_classes, n_states, n_machines, template_flags;
-    uint64_t rest_hash; // of all that follows the tokens
+    uint32_t n_by_text, n_merges, n_dfas, n_classes, n_states; // lengths of arrays
+    uint32_t template_flags, n_class_blocks, n_text;
+    uint32_t template_ends[N_TEMPLATES]; // a template's items end here, and those of the next begin
 } TokenizerHeader;
-_Static_assert(sizeof(TokenizerHeader) == 112, "the compiler added padding to TokenizerHeader");
+_Static_assert(sizeof(TokenizerHeader) == 160, "the compiler added padding to TokenizerHeader");
 
+// A token of the vocabulary.
 typedef struct {
-    Text text; // in the mapped file
+    uint32_t offset, length; // what it prints, in Tokenizer.text
     uint32_t type;
-    float score; // of all neighbours, those that make the piece of the highest score are merged first
+    float score; // SentencePiece: of all possible merges, the one that makes the token with the highest score is next
 } Piece;
 
-// A hash table of the pieces, by their texts, or of rows of numbers, by one or two that they begin with.
 typedef struct {
-    const void *rows;
-    size_t row_size, key_size; // bytes; key_size 0: pieces
-    uint32_t *places;          // (mask + 1) numbers of rows, NONE where empty
-    size_t mask;               // a power of 2, less 1
-} Table;
+    uint32_t left, right, merged; // tokens
+    uint32_t rank;                // the smallest rank is merged first
+} Merge;
 
+// A part of a template: a token, or if that is NONE, a text in Tokenizer.text.
 typedef struct {
-    const char *path;
-    TokenizerHeader h;
-    Piece *pieces;             // (V)
-    Table by_text;             // normal and user-defined pieces
-    size_t longest[256];       // bytes of the longest user-defined one that starts with this byte, 0 if there is none
-    uint32_t byte_id[256];     // the token for each byte; unk_id, or NONE, where there is none
-    Table merges;              // (n_merges) two tokens and what they make, the first to be done first
-    uint8_t *classes;          // (CHARACTERS + 256) the class of each character, by which words are cut
-    const uint32_t *steps;     // (n_states, n_classes) the machines
-    Table decompositions;      // for NFC: a character, and the MAX_PARTS that it stands for, 0 after the last
-    Table compositions;        // two characters and what they make
-    uint8_t *combining;        // (CHARACTERS + 256) the combining class of each character, 0 of a starter
-    Text templates[TEMPLATES]; // items: the id of a token, or a TEXT_ITEM and its bytes
-} Tokenizer;
+    uint32_t token, offset, length;
+} TemplateItem;
 
-// FNV-1a: finds pieces and merges, and tells one vocabulary from another.
-static uint64_t hash_of(Text text) {
-    uint64_t hash = 0xcbf29ce484222325;
-    for (size_t i = 0; i < text.n; i++)
-        hash = (hash ^ text.bytes[i]) * 0x100000001b3;
-    return hash;
-}
-
-// An empty table for n rows, which will not be more than half full.
-static Table new_table(const void *rows, size_t n, size_t row_size, size_t key_size) {
-    Table table = {.rows = rows, .row_size = row_size, .key_size = key_size};
-    while (table.mask < 2 * n)
-        table.mask = 2 * table.mask + 1;
-    table.places = allocate(table.mask + 1, sizeof *table.places, "the tokenizer");
-    for (size_t i = 0; i <= table.mask; i++)
-        table.places[i] = NONE;
-    return table;
-}
-
-static Text key_of(const Table *table, uint32_t i) {
-    const void *row = (const char *)table->rows + i * table->row_size;
-    return table->key_size ? (Text){row, table->key_size} : ((const Piece *)row)->text;
-}
-
-// The place in the table of the row with this key, or the empty place where it would go.
-static uint32_t *place_of(const Table *table, Text key) {
-    size_t i = hash_of(key) & table->mask;
-    for (; table->places[i] != NONE; i = (i + 1) & table->mask) {
-        Text other = key_of(table, table->places[i]);
-        if (other.n == key.n && !memcmp(other.bytes, key.bytes, key.n))
-            break;
-    }
-    return &table->places[i];
-}
-
-static uint32_t find_piece(const Tokenizer *t, Text text) { return *place_of(&t->by_text, text); }
-
-// The row that begins with one or two numbers, as the table's rows do; NULL if there is none.
-static const uint32_t *find_row(const Table *table, uint32_t a, uint32_t b) {
-    const uint32_t numbers[2] = {a, b}, row = *place_of(table, (Text){(const unsigned char *)numbers, table->key_size});
-    return row == NONE ? NULL : (const void *)key_of(table, row).bytes;
-}
-
-static void check_tokenizer_header(const Tokenizer *t, size_t size) {
-    const TokenizerHeader *h = &t->h;
-    check(t->path, "version", h->version, 2, 2);
-    check(t->path, "kind", h->kind, SENTENCEPIECE_BPE, BYTE_LEVEL_BPE);
-    check(t->path, "flags", h->flags, 0, ALL_TOKENIZER_FLAGS);
-    check(t->path, "vocab_size", h->vocab_size, 1, 1 << 24);
-    check(t->path, "bos_id", h->bos_id, h->flags & ADD_BOS ? 0 : -1, h->vocab_size - 1);
-    check(t->path, "unk_id", h->unk_id, -1, h->vocab_size - 1);
-    check(t->path, "n_stop_ids", h->n_stops, 0, MAX_STOPS);
-    for (size_t i = 0; i < h->n_stops; i++)
-        check(t->path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
-    check(t->path, "n_machines", h->n_machines, 0, 16);
-    check(t->path, "n_classes", h->n_classes, h->n_machines ? 2 : 0, 256);
-    check(t->path, "n_states", h->n_states, h->n_machines ? h->n_machines + 1 : 0, 1 << 20);
-    check(t->path, "template_flags", h->template_flags, 0, ALL_TEMPLATE_FLAGS);
-    check_size(t->path, h->file_size, size);
-}
-
-// Numbers of at most `most`, which start at a multiple of 4 bytes.
-static const void *next_numbers(File *f, const char *what, size_t n, double most) {
-    const uint32_t *numbers = next_bytes(f, what, n * sizeof *numbers);
-    for (size_t i = 0; i < n; i++)
-        check(f->path, what, numbers[i], 0, most);
-    return numbers;
-}
-
-// The next n rows of so many numbers, by the first n_keys of them. Of two rows with the same key the later counts.
-static Table next_table(File *f, const char *what, uint32_t n, size_t numbers, size_t n_keys, double most) {
-    const void *rows = next_numbers(f, what, n * numbers, most);
-    Table table = new_table(rows, n, numbers * sizeof(uint32_t), n_keys * sizeof(uint32_t));
-    for (uint32_t i = 0; i < n; i++)
-        *place_of(&table, key_of(&table, i)) = i;
-    return table;
-}
-
-static void check_hash(const char *path, const char *what, uint64_t promised, Text text) {
-    uint64_t hash = hash_of(text);
-    expect(hash == promised, "%s: hash of %s: expected %016llx, found %016llx: damaged", path, what,
-           (unsigned long long)promised, (unsigned long long)hash);
-}
-
-// The vocabulary, and the tables of pieces and bytes.
-static void read_pieces(Tokenizer *t, File *f) {
-    t->pieces = allocate(t->h.vocab_size, sizeof *t->pieces, "the vocabulary");
-    t->by_text = new_table(t->pieces, t->h.vocab_size, sizeof *t->pieces, 0);
-    for (size_t b = 0; b < 256; b++)
-        t->byte_id[b] = (uint32_t)t->h.unk_id; // -1 becomes NONE
-    for (uint32_t id = 0; id < t->h.vocab_size; id++) {
-        struct {
-            uint32_t length, type;
-            float score;
-        } e;
-        memcpy(&e, next_bytes(f, "a token", sizeof e), sizeof e);
-        check(f->path, "a token's type", e.type, NORMAL, LATE);
-        check(f->path, "a token's length", e.length, e.type != UNUSED, e.type == BYTE ? 1 : UINT32_MAX);
-        check(f->path, "a token's score", e.score, -FLT_MAX, FLT_MAX);
-        Text text = {next_bytes(f, "a token's text", e.length), e.length};
-        t->pieces[id] = (Piece){text, e.type, e.score};
-        bool user_defined = e.type == USER_DEFINED || e.type == LATE;
-        uint32_t *place = place_of(&t->by_text, text);
-        if (user_defined || (e.type == NORMAL && *place == NONE))
-            *place = id;
-        if (user_defined)
-            t->longest[*text.bytes] = larger(t->longest[*text.bytes], text.n);
-        if (e.type == BYTE)
-            t->byte_id[*text.bytes] = id;
-    }
-    for (size_t b = 0; b < 256; b++)
-        expect(t->byte_id[b] != NONE || t->h.kind == BYTE_LEVEL_BPE,
-               "%s: expected a token for each byte, or an unk_id, found none for byte %zu", t->path, b);
-}
-
-// Spreads ranges out over all characters, so that the class of one is found in one step.
-static uint8_t *next_classes(File *f, const char *what, uint32_t n, int usual, double most) {
-    uint8_t *classes = allocate(CHARACTERS + 256, 1, what);
-    memset(classes, usual, CHARACTERS + 256);
-    const uint32_t *range = next_numbers(f, what, (size_t)n * 3, CHARACTERS - 1);
-    for (uint32_t i = 0, next = 0; i < n; i++, range += 3) {
-        uint32_t first = range[0], last = range[1], class = range[2];
-        check(f->path, what, first, next, last);
-        check(f->path, what, class, 1, most);
-        memset(classes + first, (int)class, last - first + 1);
-        next = last + 1;
-    }
-    return classes;
-}
-
-static uint32_t next_number(File *f, const char *what) {
-    uint32_t number;
-    memcpy(&number, next_bytes(f, what, sizeof number), sizeof number);
-    return number;
-}
-
-// The next part of a template: a token, or NONE and a text.
-static uint32_t next_item(File *f, Text *text) {
-    uint32_t item = next_number(f, "a template's item"), n = item & TEXT_ITEM ? item ^ TEXT_ITEM : 0;
-    *text = (Text){next_bytes(f, "a template's text", n), n};
-    return item & TEXT_ITEM ? NONE : item;
-}
-
-// Checks a template, a row of such items.
-static Text next_template(const Tokenizer *t, File *f) {
-    uint32_t n = next_number(f, "a template"), token;
-    Text items = {next_bytes(f, "a template", n), n}, text;
-    for (File in = {f->path, items.bytes, n, 0, -1}; in.at < n;)
-        if ((token = next_item(&in, &text)) != NONE)
-            check(f->path, "a template's token", token, 0, t->h.vocab_size - 1);
-    return items;
-}
-
-static Tokenizer open_tokenizer(const char *path) {
-    Tokenizer t = {.path = path};
-    File f = map_file(path, "twotoken", sizeof t.h, "a tokenizer file");
-    close(f.fd);
-    memcpy(&t.h, next_bytes(&f, "header", sizeof t.h), sizeof t.h);
-    check_tokenizer_header(&t, f.n);
-    read_pieces(&t, &f);
-    check_hash(path, "the vocabulary", t.h.vocab_hash, (Text){f.bytes + sizeof t.h, f.at - sizeof t.h});
-    check_hash(path, "what follows the vocabulary", t.h.rest_hash, (Text){f.bytes + f.at, f.n - f.at});
-    next_bytes(&f, "zeros", -f.at % 4);
-
-    t.merges = next_table(&f, "a merge", t.h.n_merges, 3, 2, t.h.vocab_size - 1);
-    t.classes = next_classes(&f, "a range of characters", t.h.n_ranges, 1, (double)t.h.n_classes - 1);
-    memset(t.classes + CHARACTERS, t.classes[0xfffd], 256);
-    t.steps = next_numbers(&f, "a step", (size_t)t.h.n_states * t.h.n_classes, 2 * (double)t.h.n_states - 1);
-    if (t.h.flags & NFC) {
-        const uint32_t *n = next_numbers(&f, "NFC", 3, CHARACTERS);
-        t.decompositions = next_table(&f, "a decomposition", n[0], 1 + MAX_PARTS, 1, CHARACTERS - 1);
-        t.compositions = next_table(&f, "a composition", n[1], 3, 2, CHARACTERS - 1);
-        t.combining = next_classes(&f, "a combining class", n[2], 0, 255);
-    }
-    for (size_t i = 0; i < TEMPLATES; i++)
-        t.templates[i] = next_template(&t, &f);
-    expect(f.at == f.n, "%s: expected %zu bytes by its contents, found %zu", path, f.at, f.n);
-    return t;
-}
-
-// The length of the UTF-8 character that starts here; 0 if none can; -1 if one might, with more bytes.
-static int utf8_length(Text text) {
-    unsigned char lead = text.bytes[0];
-    int length = lead < 0x80 ? 1 : lead < 0xc2 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf5 ? 4 : 0;
-    // The second byte's range excludes overlong forms, surrogates, and what is beyond U+10FFFF.
-    unsigned char low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
-    unsigned char high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-    for (int i = 1; i < length; i++, low = 0x80, high = 0xbf) {
-        if ((size_t)i == text.n)
-            return -1;
-        if (text.bytes[i] < low || text.bytes[i] > high)
-            return 0;
-    }
-    return length;
-}
-
-// The first character of a text, which is not empty, and its number. A stray byte stands for itself.
-static Text first_character(Text text, uint32_t *number) {
-    int length = utf8_length(text);
-    *number = length <= 0 ? CHARACTERS + (uint32_t)*text.bytes : *text.bytes & (length == 1 ? 0x7fu : 0x7fu >> length);
-    for (int i = 1; i < length; i++)
-        *number = *number << 6 | (text.bytes[i] & 0x3f);
-    return (Text){text.bytes, length > 0 ? (size_t)length : 1};
-}
-
-static bool is_utf8(Text text) {
-    uint32_t number = 0;
-    for (size_t at = 0; at < text.n && number < CHARACTERS;)
-        at += first_character((Text){text.bytes + at, text.n - at}, &number).n;
-    return number < CHARACTERS;
-}
-
-// Writes a character as UTF-8, or a stray byte, and returns its length.
-static size_t put_character(uint32_t c, unsigned char *out) {
-    size_t n = c < 0x80 || c >= CHARACTERS ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6)
-        out[i] = 0x80 | (c & 0x3f);
-    out[0] = (unsigned char)(n == 1 ? c : c | 0xf00 >> n);
-    return n;
-}
-
-// Replaces a character by those that it stands for, which may be itself alone, and returns their number.
-static size_t decompose(const Tokenizer *t, uint32_t *c) {
-    const uint32_t *row = t->h.flags & NFC ? find_row(&t->decompositions, *c, 0) : NULL;
-    size_t n = 0;
-    for (; row && n < MAX_PARTS && row[1 + n]; n++)
-        c[n] = row[1 + n];
-    return n ? n : 1;
-}
-
-// Puts n decomposed characters into NFC and returns how many are left. Marks after a starter, a character of the
-// combining class 0, are sorted by their class. Then each character is composed with the last starter, unless another
-// stands in between that has the same class, or is a starter.                            (Unicode Standard Annex 15)
-static size_t compose(const Tokenizer *t, Heap *marks, uint32_t *c, size_t n) {
-    for (size_t i = 0, at; i < n; i++) {
-        for (at = i; i < n && t->combining[c[i]]; i++)
-            heap_push(marks, (Item){.key = -(float)t->combining[c[i]], .index = (uint32_t)i, .id = c[i]});
-        while (marks->n)
-            c[at++] = heap_pop(marks).id;
-    }
-    size_t left = 0, starter = n; // n: there has been none
-    uint8_t before = 0;           // the class of the last one left
-    for (size_t i = 0; i < n; i++) {
-        uint8_t class = t->combining[c[i]];
-        bool open = starter < n && (starter + 1 == left || before < class);
-        const uint32_t *row = open ? find_row(&t->compositions, c[starter], c[i]) : NULL;
-        if (row) {
-            c[starter] = row[2];
-        } else {
-            starter = class ? starter : left;
-            before = class;
-            c[left++] = c[i];
-        }
-    }
-    return left;
-}
-
-// A part of a word on its way to becoming a token. Neighbours are linked by their index, NONE at the ends.
+// A part of a word that is on its way to becoming a token. Neighbours are linked by their indices, NONE at the ends.
 typedef struct {
-    Text text;   // empty once it has become part of the symbol before it
-    uint32_t id; // NONE: no token of the vocabulary
+    Span text;   // empty once it has been merged into the symbol before it
+    uint32_t id; // NONE: not in the vocabulary
     uint32_t previous, next;
 } Symbol;
 
-typedef struct {
-    Buffer *tokens; // found so far
-    bool add_space; // in front of the next text
-    Buffer symbols; // of a word
-    Heap pairs;     // of neighbours to be merged, key: how soon, index: the first, id: what they make, bytes: of both
-    Buffer characters, normal; // of a text, and the same as bytes
-} Encoder;
+struct Tokenizer {
+    File file;
+    TokenizerHeader h;
+    const uint32_t *byte_id;     // (256)   the token of each byte, or unk_id
+    const uint32_t *longest;     // (256)   the length of the longest user-defined token that starts with a byte
+    const Piece *pieces;         // (V)
+    const uint32_t *by_text;     // (n_by_text)  the tokens that text can become, sorted by their bytes
+    const Merge *merges;         // (n_merges)   sorted by left and right
+    const uint32_t *transitions; // (n_states, n_classes)  the automata that find words, see match_word
+    const TemplateItem *items;   // (template_ends[N_TEMPLATES - 1])
+    const uint32_t *class_block; // (N_PAGES)   the block of each 256 code points; only with automata
+    const uint8_t *classes;      // (n_class_blocks, 256)   the class of each code point of a block
+    const unsigned char *text;   // (n_text)
+    uint32_t starts[0x10001]; // where in by_text the texts with the same first_bytes start; the next one is their end
+    bool prefix;              // encode: the next text gets a space in front
+    Bytes prompt;             // read_prompt: the text of -f
+    Bytes normalised;         // encode: the text, with room for that space
+    ARRAY(Symbol) symbols;    // encode_word: the symbols of a word
+    Heap pairs;               // encode_word: neighbours that can be merged, the next merge on top
+};
 
-// The text as the vocabulary has it: in NFC, and "▁", by which SentencePiece means a space, is one. There is room for a
-// byte in front of it.
-static Text normalise(const Tokenizer *t, Encoder *e, Text text) {
-    bool nfc = t->h.flags & NFC, bars = t->h.kind == SENTENCEPIECE_BPE;
-    uint32_t *c = reserve(&e->characters, text.n * (nfc ? MAX_PARTS : 1) * sizeof *c);
-    size_t n = 0, end = 1;
-    for (size_t at = 0; at < text.n; n += decompose(t, c + n))
-        at += first_character((Text){text.bytes + at, text.n - at}, c + n).n;
-    n = nfc ? compose(t, &e->pairs, c, n) : n;
-    unsigned char *out = reserve(&e->normal, 4 * n + 1);
-    for (size_t i = 0; i < n; i++)
-        end += put_character(bars && c[i] == 0x2581 ? ' ' : c[i], out + end);
-    expect(end <= MAX_TEXT, "the prompt: expected at most %d bytes, found %zu", MAX_TEXT, end);
-    return (Text){out + 1, end - 1};
+static void append_bytes(Bytes *array, Span text) {
+    reserve(array, text.n);
+    if (text.n)
+        memcpy(array->data + array->n, text.bytes, text.n);
+    array->n += text.n;
 }
 
-// Cuts a word into the symbols that merging starts from and returns their number.
-static uint32_t first_symbols(const Tokenizer *t, Encoder *e, Text word) {
-    Symbol *symbols = reserve(&e->symbols, word.n * sizeof *symbols);
-    bool characters = t->h.kind == SENTENCEPIECE_BPE;
-    uint32_t n = 0, number;
-    for (size_t at = 0; at < word.n;) {
-        Text text = first_character((Text){word.bytes + at, characters ? word.n - at : 1}, &number);
-        uint32_t id = characters ? find_piece(t, text) : t->byte_id[*text.bytes];
-        at += text.n;
-        if (characters || id != NONE) { // a byte that the vocabulary cannot say is left out
-            symbols[n] = (Symbol){text, id, n - 1, n + 1};
-            n++;
-        }
+static Span span_of(const char *string) { return (Span){(const unsigned char *)string, strlen(string)}; }
+
+// Refuses a value in a file that is not from low to high.
+static void check(const char *path, const char *name, double value, double low, double high) {
+    expect(low < high || value == low, "%s: %s: expected %.10g, found %.10g", path, name, low, value);
+    expect(value >= low && value <= high, "%s: %s: expected %.10g to %.10g, found %.10g", path, name, low, high, value);
+}
+
+// FNV-1a, over 32-bit words.
+static uint64_t hash_of(const void *data, size_t size) {
+    const uint32_t *words = data;
+    uint64_t hash = 0xcbf29ce484222325;
+    for (size_t i = 0; i < size / sizeof *words; i++)
+        hash = (hash ^ words[i]) * 0x100000001b3;
+    return hash;
+}
+
+static Span piece_text(const Tokenizer *t, uint32_t id) {
+    return (Span){t->text + t->pieces[id].offset, t->pieces[id].length};
+}
+
+// The order of bytes; a text comes after its own beginning.
+static int compare(Span a, Span b) {
+    int order = memcmp(a.bytes, b.bytes, min(a.n, b.n));
+    if (order == 0)
+        order = (a.n > b.n) - (a.n < b.n);
+    return order;
+}
+
+// The first two bytes of a text as a number. Texts that are sorted by their bytes are sorted by this number, too.
+static size_t first_bytes(Span text) {
+    size_t second = 0;
+    if (text.n > 1)
+        second = text.bytes[1];
+    return (size_t)*text.bytes << 8 | second;
+}
+
+// The token with this text, NONE if there is none. Bisects the tokens that start with the same two bytes.
+static uint32_t find_piece(const Tokenizer *t, Span text) {
+    size_t first = first_bytes(text), low = t->starts[first], high = t->starts[first + 1];
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        int order = compare(piece_text(t, t->by_text[middle]), text);
+        if (order == 0)
+            return t->by_text[middle];
+        if (order < 0)
+            low = middle + 1;
+        else
+            high = middle;
     }
-    if (n)
-        symbols[n - 1].next = NONE;
-    return n;
+    return NONE;
 }
 
-// Considers merging symbol `first` with the next.
-static void push_pair(const Tokenizer *t, Encoder *e, uint32_t first) {
-    const Symbol *symbols = e->symbols.data;
+// The order of merges: by the left token, then by the right one.
+static int compare_merges(const void *a, const void *b) {
+    const Merge *x = a, *y = b;
+    if (x->left != y->left)
+        return x->left < y->left ? -1 : 1;
+    return (x->right > y->right) - (x->right < y->right);
+}
+
+static bool is_user_defined(uint32_t type) { return type == USER_DEFINED || type == LATE_USER_DEFINED; }
+
+static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
+    if (h->version == 2)
+        die(EXIT_ERROR, "%s: version: expected 3, found 2: run export.py again to make a new file", path);
+    check(path, "version", h->version, 3, 3);
+    check(path, "kind", h->kind, SENTENCEPIECE_BPE, BYTE_LEVEL_BPE);
+    check(path, "flags", h->flags, 0, ALL_TOKENIZER_FLAGS);
+    check(path, "vocab_size", h->vocab_size, 1, 1 << 24);
+    check(path, "bos_id", h->bos_id, h->flags & ADD_BOS ? 0 : -1, h->vocab_size - 1);
+    check(path, "unk_id", h->unk_id, -1, h->vocab_size - 1);
+    check(path, "n_stops", h->n_stops, 0, MAX_STOPS);
+    for (size_t i = 0; i < h->n_stops; i++)
+        check(path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
+    check(path, "n_by_text", h->n_by_text, 0, h->vocab_size);
+    check(path, "n_merges", h->n_merges, 0, 1 << 24); // a float is exact up to there, see push_pair
+    check(path, "n_dfas", h->n_dfas, 0, MAX_DFAS);
+    uint32_t any_dfa = h->n_dfas > 0, any_class = h->n_classes > 0; // 0: the arrays have to be empty
+    check(path, "n_classes", h->n_classes, 2 * any_dfa, 256);
+    check(path, "n_states", h->n_states, h->n_dfas + any_dfa, 1 << 20);
+    check(path, "n_class_blocks", h->n_class_blocks, any_class, N_PAGES * any_class);
+    check(path, "template_flags", h->template_flags, 0, ALL_TEMPLATE_FLAGS);
+    for (size_t i = 0; i < N_TEMPLATES; i++)
+        check(path, "a template's end", h->template_ends[i], i ? h->template_ends[i - 1] : 0, 1 << 20);
+}
+
+// Checks every number that is used as an index, and every order that a search relies on.
+static void check_tokenizer(const Tokenizer *t) {
+    const char *path = t->file.path;
+    const TokenizerHeader *h = &t->h;
+    double last_id = h->vocab_size - 1;
+    for (uint32_t id = 0; id < h->vocab_size; id++) {
+        const Piece *p = &t->pieces[id];
+        check(path, "a token's type", p->type, NORMAL, LATE_USER_DEFINED);
+        check(path, "a token's score", p->score, -FLT_MAX, FLT_MAX);
+        check(path, "a token's offset", p->offset, 0, h->n_text);
+        check(path, "a token's length", p->length, p->type != UNUSED,
+              (double)min(p->type == BYTE ? 1 : SIZE_MAX, h->n_text - p->offset));
+    }
+    for (size_t b = 0; b < 256; b++) {
+        uint32_t id = t->byte_id[b];
+        if (id == (uint32_t)h->unk_id && (id != NONE || h->kind == BYTE_LEVEL_BPE))
+            continue;
+        expect(id != NONE, "%s: expected a token for each byte, or an unk_id, found none for byte %zu", path, b);
+        check(path, "a byte's token", id, 0, last_id);
+        check(path, "the type of a byte's token", t->pieces[id].type, BYTE, BYTE);
+    }
+    for (size_t i = 0; i < h->n_by_text; i++) {
+        check(path, "a sorted token", t->by_text[i], 0, last_id);
+        uint32_t type = t->pieces[t->by_text[i]].type;
+        expect(type == NORMAL || is_user_defined(type), "%s: expected tokens of text to be sorted, found type %u", path,
+               type);
+        expect(i == 0 || compare(piece_text(t, t->by_text[i - 1]), piece_text(t, t->by_text[i])) < 0,
+               "%s: expected tokens sorted by their bytes, found token %u too late", path, t->by_text[i]);
+    }
+    for (size_t i = 0; i < h->n_merges; i++) {
+        const Merge *merge = &t->merges[i];
+        check(path, "a merge", (double)max(max(merge->left, merge->right), merge->merged), 0, last_id);
+        expect(i == 0 || compare_merges(merge - 1, merge) < 0, "%s: expected sorted merges, found merge %zu too late",
+               path, i);
+    }
+    for (size_t i = 0; i < (size_t)h->n_states * h->n_classes; i++)
+        check(path, "a transition", t->transitions[i], 0, 2 * (double)h->n_states - 1);
+    for (size_t i = 0; i < N_PAGES && h->n_classes; i++)
+        check(path, "a block of classes", t->class_block[i], 0, h->n_class_blocks - 1);
+    for (size_t i = 0; i < (size_t)h->n_class_blocks * 256; i++)
+        check(path, "a character's class", t->classes[i], 0, h->n_classes - 1);
+    for (size_t i = 0; i < h->template_ends[N_TEMPLATES - 1]; i++) {
+        const TemplateItem *item = &t->items[i];
+        check(path, "a template's token", item->token == NONE ? 0 : item->token, 0, last_id);
+        check(path, "a template's offset", item->offset, 0, h->n_text);
+        check(path, "a template's text", item->length, 0, h->n_text - item->offset);
+    }
+}
+
+// The array of `count` elements that starts at `*at`, which moves on to the next one.
+static const void *next_array(const Tokenizer *t, size_t *at, size_t count, size_t size) {
+    size_t start = *at;
+    *at = round_up(start + count * size, sizeof(uint32_t));
+    return t->file.bytes + min(start, t->file.size);
+}
+
+static Tokenizer *open_tokenizer(const char *path) {
+    Tokenizer *t = allocate(1, sizeof *t, "the tokenizer");
+    *t = (Tokenizer){.file = read_file(path, "twotoken", sizeof t->h, "a tokenizer file")};
+    memcpy(&t->h, t->file.bytes, sizeof t->h);
+    const TokenizerHeader *h = &t->h;
+    check_tokenizer_header(path, h);
+    size_t at = sizeof *h;
+    t->byte_id = next_array(t, &at, 256, sizeof *t->byte_id);
+    t->longest = next_array(t, &at, 256, sizeof *t->longest);
+    t->pieces = next_array(t, &at, h->vocab_size, sizeof *t->pieces);
+    t->by_text = next_array(t, &at, h->n_by_text, sizeof *t->by_text);
+    t->merges = next_array(t, &at, h->n_merges, sizeof *t->merges);
+    t->transitions = next_array(t, &at, (size_t)h->n_states * h->n_classes, sizeof *t->transitions);
+    t->items = next_array(t, &at, h->template_ends[N_TEMPLATES - 1], sizeof *t->items);
+    t->class_block = next_array(t, &at, N_PAGES * (h->n_classes > 0), sizeof *t->class_block);
+    t->classes = next_array(t, &at, h->n_class_blocks, 256);
+    t->text = next_array(t, &at, h->n_text, 1);
+    expect(at == t->file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged",
+           path, at, t->file.size);
+    size_t start = offsetof(TokenizerHeader, file_size);
+    uint64_t hash = hash_of(t->file.bytes + start, at - start);
+    expect(hash == h->hash, "%s: hash: expected %016llx, found %016llx: damaged", path, (unsigned long long)h->hash,
+           (unsigned long long)hash);
+    check_tokenizer(t);
+    for (uint32_t i = 0; i < h->n_by_text; i++)
+        t->starts[first_bytes(piece_text(t, t->by_text[i])) + 1] = i + 1; // the last of these texts decides
+    for (size_t i = 1; i < sizeof t->starts / sizeof *t->starts; i++)
+        t->starts[i] = (uint32_t)max(t->starts[i], t->starts[i - 1]);
+    return t;
+}
+
+// Decodes the first character of a text that is not empty. Returns its length; 0 if it is not UTF-8; -1 if it might be,
+// with more bytes.
+static int decode_utf8(Span text, uint32_t *codepoint) {
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; // a code point below it has a shorter form
+    int length = 0;                                               // the number of leading ones of the first byte
+    while (*text.bytes << length & 0x80)
+        length++;
+    *codepoint = *text.bytes;
+    if (length == 0)
+        return 1;
+    if (length == 1 || length > 4)
+        return 0;
+    uint32_t low = *text.bytes & (0x7fu >> length), high = low; // the range of what the bytes so far can become
+    for (size_t i = 1; i < (size_t)length; i++) {
+        if (i < text.n && (text.bytes[i] & 0xc0) != 0x80)
+            return 0;
+        low = low << 6 | (i < text.n ? text.bytes[i] & 0x3f : 0);
+        high = high << 6 | (i < text.n ? text.bytes[i] & 0x3f : 0x3f);
+    }
+    if (high < least[length] || low >= N_CODEPOINTS || (low >= 0xd800 && high < 0xe000))
+        return 0;
+    *codepoint = low;
+    return (size_t)length <= text.n ? length : -1;
+}
+
+// The length and the code point of the first character of a text. A byte that is not UTF-8 stands for itself.
+static size_t next_char(Span text, uint32_t *codepoint) {
+    int length = decode_utf8(text, codepoint);
+    if (length > 0)
+        return (size_t)length;
+    *codepoint = N_CODEPOINTS + (uint32_t)*text.bytes;
+    return 1;
+}
+
+static Span from(Span text, size_t at) { return (Span){text.bytes + at, text.n - at}; }
+
+// SentencePiece: U+2581, by which its vocabularies mean a space, becomes one. The result has room for a byte in front.
+static Span normalise(Tokenizer *t, Span text) {
+    bool sentencepiece = t->h.kind == SENTENCEPIECE_BPE, remove = t->h.flags & REMOVE_EXTRA_SPACES;
+    t->normalised.n = 0;
+    reserve(&t->normalised, text.n + 1);
+    unsigned char *start = t->normalised.data + 1, *end = start;
+    for (size_t at = 0; at < text.n; at++) {
+        *end = text.bytes[at];
+        if (sentencepiece && text.n - at >= 3 && !memcmp(text.bytes + at, "\xe2\x96\x81", 3)) {
+            *end = ' ';
+            at += 2;
+        }
+        if (remove && *end == ' ' && (end == start || end[-1] == ' '))
+            continue;
+        end++;
+    }
+    if (remove && end > start && end[-1] == ' ')
+        end--;
+    return (Span){start, (size_t)(end - start)};
+}
+
+// Cuts a word into the symbols that merging starts from.
+static void split_symbols(Tokenizer *t, Span word) {
+    t->symbols.n = 0;
+    reserve(&t->symbols, word.n);
+    for (size_t at = 0; at < word.n;) {
+        Span text = {word.bytes + at, 1};
+        uint32_t id = t->byte_id[*text.bytes], codepoint, n = (uint32_t)t->symbols.n;
+        if (t->h.kind == SENTENCEPIECE_BPE) {
+            text.n = next_char(from(word, at), &codepoint);
+            id = find_piece(t, text);
+        }
+        at += text.n;
+        if (id != NONE || t->h.kind == SENTENCEPIECE_BPE) // byte-level: a byte without a token is left out
+            push(&t->symbols, ((Symbol){text, id, n - 1, n + 1}));
+    }
+    if (t->symbols.n)
+        t->symbols.data[t->symbols.n - 1].next = NONE;
+}
+
+// Adds the pair of the symbol `first` and the next one to the heap, if they can be merged.
+static void push_pair(Tokenizer *t, uint32_t first) {
+    const Symbol *symbols = t->symbols.data;
     if (first == NONE || symbols[first].next == NONE)
         return;
     const Symbol *a = &symbols[first], *b = &symbols[a->next];
-    Item pair = {.index = first, .bytes = (uint32_t)(a->text.n + b->text.n)};
-    if (t->h.flags & BY_MERGES) {
-        const uint32_t *merge = find_row(&t->merges, a->id, b->id);
-        pair.id = merge ? merge[2] : NONE;
-        pair.key = merge ? -(float)((merge - (const uint32_t *)t->merges.rows) / 3) : 0;
+    HeapEntry pair = {.index = first, .length = (uint32_t)(a->text.n + b->text.n)};
+    if (t->h.flags & MERGES_BY_RANK) {
+        Merge key = {a->id, b->id, NONE, 0};
+        const Merge *merge = bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
+        if (!merge)
+            return;
+        pair.merged = merge->merged;
+        pair.key = -(float)merge->rank;
     } else {
-        pair.id = find_piece(t, (Text){a->text.bytes, pair.bytes});
-        pair.key = pair.id == NONE ? 0 : t->pieces[pair.id].score;
+        pair.merged = find_piece(t, (Span){a->text.bytes, pair.length});
+        if (pair.merged == NONE)
+            return;
+        pair.key = t->pieces[pair.merged].score;
     }
-    if (pair.id != NONE)
-        heap_push(&e->pairs, pair);
+    heap_push(&t->pairs, pair);
 }
 
-// Byte-pair encoding: merges the pair of the highest key, the leftmost of equals, until none is left. As a heap finds
-// it, that takes n log n steps.                                          (Sennrich, Haddow and Birch 2016)
-static void encode_word(const Tokenizer *t, Encoder *e, Text word) {
-    uint32_t whole = t->h.flags & WHOLE_WORDS ? find_piece(t, word) : NONE;
-    if (whole != NONE) {
-        push_token(e->tokens, whole);
-        return;
-    }
-    uint32_t n = first_symbols(t, e, word);
-    Symbol *symbols = e->symbols.data;
-    for (uint32_t i = 0; i < n; i++)
-        push_pair(t, e, i);
-    while (e->pairs.n) {
-        Item pair = heap_pop(&e->pairs);
+// Merges the best pair, of equals the leftmost, until none is left. With the heap, this takes n log n steps.
+//                                                                          (Sennrich, Haddow and Birch 2016)
+static void merge_symbols(Tokenizer *t) {
+    Symbol *symbols = t->symbols.data;
+    for (uint32_t i = 0; i < t->symbols.n; i++)
+        push_pair(t, i);
+    while (t->pairs.n) {
+        HeapEntry pair = heap_pop(&t->pairs);
         Symbol *first = &symbols[pair.index];
-        if (first->text.n == 0 || first->next == NONE || first->text.n + symbols[first->next].text.n != pair.bytes)
-            continue; // one of the two has been merged with another since
+        if (first->text.n == 0 || first->next == NONE || first->text.n + symbols[first->next].text.n != pair.length)
+            continue; // one of the two has been merged with another symbol since
         Symbol *second = &symbols[first->next];
         first->text.n += second->text.n;
-        first->id = pair.id;
+        first->id = pair.merged;
         second->text.n = 0;
         first->next = second->next;
         if (first->next != NONE)
             symbols[first->next].previous = pair.index;
-        push_pair(t, e, first->previous);
-        push_pair(t, e, pair.index);
+        push_pair(t, first->previous);
+        push_pair(t, pair.index);
     }
-    for (uint32_t i = n ? 0 : NONE; i != NONE; i = symbols[i].next) {
-        if (symbols[i].id != NONE) {
-            push_token(e->tokens, symbols[i].id);
-            continue;
+}
+
+// Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes a token for each byte, or one
+// <unk> for all.
+static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
+    if (t->h.flags & IGNORE_MERGES) {
+        uint32_t whole = find_piece(t, word);
+        if (whole != NONE) {
+            push(tokens, whole);
+            return;
         }
-        for (size_t b = 0; b < symbols[i].text.n; b++) { // a token for each byte, or one <unk> for all
-            uint32_t id = t->byte_id[symbols[i].text.bytes[b]];
-            if (id != (uint32_t)t->h.unk_id || last_token(*e->tokens) != id)
-                push_token(e->tokens, id);
+    }
+    split_symbols(t, word);
+    merge_symbols(t);
+    for (size_t i = 0; i < t->symbols.n; i++) {
+        const Symbol *symbol = &t->symbols.data[i];
+        if (symbol->id != NONE && symbol->text.n)
+            push(tokens, symbol->id);
+        for (size_t b = 0; b < symbol->text.n && symbol->id == NONE; b++) {
+            uint32_t id = t->byte_id[symbol->text.bytes[b]];
+            if (id != (uint32_t)t->h.unk_id || tokens->n == 0 || tokens->data[tokens->n - 1] != id)
+                push(tokens, id);
         }
     }
 }
 
-// The longest token of a type that is user-defined at the start of a text that is not empty; NONE if there is none.
-static uint32_t find_user_defined(const Tokenizer *t, Text text, uint32_t type) {
-    for (size_t n = smaller(text.n, t->longest[*text.bytes]); n > 0; n--) {
-        uint32_t id = find_piece(t, (Text){text.bytes, n});
+// The length of the longest word that starts here; 0 if none does. An automaton (DFA) reads the characters one by
+// one. Its next state follows from its state and the class of the character: a transition is twice the next state, plus
+// 1 if the characters before this one are a word. State 0 has no way on; class 0 is the end of the text. export.py
+// makes the automata from the regular expressions of the tokenizer; this takes linear time.           (Thompson 1968)
+static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
+    size_t word = 0, at = 0;
+    while (state) {
+        uint32_t codepoint, class = 0;
+        size_t length = 0;
+        if (at < text.n) {
+            length = next_char(from(text, at), &codepoint);
+            class = t->classes[t->class_block[codepoint / 256] * 256 + codepoint % 256];
+        }
+        uint32_t transition = t->transitions[(size_t)state * t->h.n_classes + class];
+        if (transition & 1)
+            word = at;
+        state = length ? transition >> 1 : 0;
+        at += length;
+    }
+    return word;
+}
+
+// Cuts a text into words. The first automaton finds words; each of them, and the text between them, is cut further by
+// the next automaton. What the last one leaves is encoded.
+static void encode_words(Tokenizer *t, Tokens *tokens, Span text, uint32_t dfa) {
+    if (text.n == 0)
+        return;
+    if (dfa == t->h.n_dfas) {
+        encode_word(t, tokens, text);
+        return;
+    }
+    size_t start = 0, at = 0; // of the text between words, and its end
+    while (at < text.n) {
+        uint32_t codepoint;
+        size_t n = match_word(t, 1 + dfa, from(text, at));
+        if (n == 0) {
+            at += next_char(from(text, at), &codepoint);
+            continue;
+        }
+        encode_words(t, tokens, (Span){text.bytes + start, at - start}, dfa + 1);
+        encode_words(t, tokens, (Span){text.bytes + at, n}, dfa + 1);
+        at += n;
+        start = at;
+    }
+    encode_words(t, tokens, from(text, start), dfa + 1);
+}
+
+// The longest token of a user-defined type at the start of a text, NONE if there is none.
+static uint32_t find_user_defined(const Tokenizer *t, Span text, uint32_t type) {
+    for (size_t n = min(text.n, t->longest[*text.bytes]); n > 0; n--) {
+        uint32_t id = find_piece(t, (Span){text.bytes, n});
         if (id != NONE && t->pieces[id].type == type)
             return id;
     }
     return NONE;
 }
 
-// How many bytes at the start of a text are a word to the machine that starts in `state`; 0 if no word starts here.
-// Each character is a step: from the state that the machine is in, and the character's class, to twice the next state,
-// plus 1 if what lies before this character is a word. The last word found counts. State 0 is the end of all hope, and
-// class 0 stands for the end of the text. export.py makes the machines from the regular expressions that a tokenizer
-// comes with; they never go back, so the time is linear.                                    (Thompson 1968)
-static size_t word_length(const Tokenizer *t, uint32_t state, Text text) {
-    size_t word = 0;
-    uint32_t number;
-    for (size_t at = 0, length; state; at += length) {
-        bool more = at < text.n;
-        length = more ? first_character((Text){text.bytes + at, text.n - at}, &number).n : 0;
-        uint32_t step = t->steps[(size_t)state * t->h.n_classes + (more ? t->classes[number] : 0)];
-        word = step & 1 ? at : word;
-        state = more ? step >> 1 : 0;
+static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t type);
+
+// Finds the user-defined tokens of a type, and encodes what is between them.
+static void encode_specials(Tokenizer *t, Tokens *tokens, Span text, uint32_t type) {
+    size_t start = 0, at = 0; // of the text between tokens, and its end
+    while (at < text.n) {
+        uint32_t token = find_user_defined(t, from(text, at), type);
+        if (token == NONE) {
+            at++;
+            continue;
+        }
+        encode_between(t, tokens, (Span){text.bytes + start, at - start}, type);
+        push(tokens, token);
+        t->prefix = t->h.flags & PREFIX_AFTER_SPECIAL;
+        at += t->pieces[token].length;
+        start = at;
     }
-    return word;
+    encode_between(t, tokens, from(text, start), type);
 }
 
-enum { AS_WRITTEN, NORMALISED, WORDS }; // stages of encoding
-
-// Adds the tokens of a text that is not empty, stage by stage. In the text as it is written, user-defined tokens are
-// found, the longest at each place; what lies between them is normalised and searched for the late ones; and the rest
-// is cut into words. Each machine that cuts words is a stage: its words, and what lies between them, go to the next.
-static void encode_stage(const Tokenizer *t, Encoder *e, Text text, uint32_t stage) {
-    if (stage == NORMALISED)
-        text = normalise(t, e, text);
-    // With NO_SECOND_SPACE, a space is added to what is cut into words, else before late tokens are sought.
-    bool to_words = t->h.flags & NO_SECOND_SPACE;
-    if (e->add_space && stage == (to_words ? WORDS : NORMALISED) && !(to_words && *text.bytes == ' ')) {
-        text = (Text){text.bytes - 1, text.n + 1};
+// Encodes a text between user-defined tokens: it is normalised and searched for late ones, or else cut into words. The
+// prefix comes before the late ones are searched, or if NO_PREFIX_BEFORE_SPACE is set, after.
+static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t type) {
+    if (text.n == 0)
+        return;
+    bool late = type == LATE_USER_DEFINED, prefix_late = t->h.flags & NO_PREFIX_BEFORE_SPACE;
+    if (!late)
+        text = normalise(t, text);
+    if (t->prefix && late == prefix_late && text.n && !(late && *text.bytes == ' ')) {
+        text = (Span){text.bytes - 1, text.n + 1}; // normalise has left room
         *(unsigned char *)text.bytes = ' ';
     }
-    if (stage == WORDS + t->h.n_machines) {
-        encode_word(t, e, text);
-        return;
-    }
-    for (size_t start = 0, at = 0; start < text.n; start = at) {
-        uint32_t token = NONE, number;
-        size_t found = 0; // bytes
-        while (at < text.n) {
-            Text rest = {text.bytes + at, text.n - at};
-            token = stage < WORDS ? find_user_defined(t, rest, stage == AS_WRITTEN ? USER_DEFINED : LATE) : NONE;
-            found = token != NONE ? t->pieces[token].text.n : stage < WORDS ? 0 : word_length(t, stage - 1, rest);
-            if (found)
-                break;
-            at += stage < WORDS ? 1 : first_character(rest, &number).n;
-        }
-        if (at > start)
-            encode_stage(t, e, (Text){text.bytes + start, at - start}, stage + 1);
-        if (token != NONE) {
-            push_token(e->tokens, token);
-            e->add_space = t->h.flags & SPACE_ANEW;
-        } else if (found) {
-            encode_stage(t, e, (Text){text.bytes + at, found}, stage + 1);
-        }
-        at += found;
-    }
+    if (late)
+        encode_words(t, tokens, text, 0);
+    else
+        encode_specials(t, tokens, text, LATE_USER_DEFINED);
 }
 
 // Appends the tokens of a text to those before it. If there are none, the tokenizer may want bos, and a space in front
-// of the text; that also after a control or user-defined token. No text becomes a control token: those are not in the
-// table.
-static void encode(const Tokenizer *t, Buffer *tokens, Text text) {
-    uint32_t last = tokens->n ? t->pieces[last_token(*tokens)].type : CONTROL;
-    uint32_t wanted = tokens->n == 0 ? ADD_SPACE : last == NORMAL || last == BYTE ? 0 : SPACE_ANEW;
-    Encoder e = {.tokens = tokens, .add_space = t->h.flags & wanted};
+// of the text; the space also after a control or user-defined token.
+static void encode(Tokenizer *t, Tokens *tokens, Span text) {
+    uint32_t flag = ADD_DUMMY_PREFIX;
+    if (tokens->n) {
+        uint32_t last = t->pieces[tokens->data[tokens->n - 1]].type;
+        flag = last == NORMAL || last == BYTE ? 0 : PREFIX_AFTER_SPECIAL;
+    }
+    t->prefix = t->h.flags & flag;
     if (tokens->n == 0 && t->h.flags & ADD_BOS)
-        push_token(tokens, (uint32_t)t->h.bos_id);
-    encode_stage(t, &e, text, AS_WRITTEN);
-    void *const memory[] = {e.symbols.data, e.pairs.data, e.characters.data, e.normal.data};
-    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
-        free(memory[i]);
+        push(tokens, (uint32_t)t->h.bos_id);
+    encode_specials(t, tokens, text, USER_DEFINED);
 }
 
 // What the token at position `pos` prints. At the start of a text, that is without the space put there by encode.
-static Text decode(const Tokenizer *t, uint32_t token, size_t pos) {
-    Text text = t->pieces[token].text;
+static Span decode(const Tokenizer *t, uint32_t token, size_t pos) {
+    Span text = piece_text(t, token);
     uint32_t type = t->pieces[token].type;
     if (type == UNKNOWN || type == CONTROL || type == UNUSED)
-        return (Text){0};
-    bool skip = pos == (t->h.flags & ADD_BOS ? 1 : 0) && t->h.flags & ADD_SPACE && text.bytes[0] == ' ';
-    return (Text){text.bytes + skip, text.n - skip};
+        return (Span){0};
+    bool first = t->h.flags & ADD_BOS; // bos, if there is one, is at 0
+    if (pos == first && t->h.flags & ADD_DUMMY_PREFIX && *text.bytes == ' ')
+        return from(text, 1);
+    return text;
 }
 
 static bool is_stop(const Tokenizer *t, uint32_t token) {
@@ -1469,216 +1382,450 @@ static bool is_stop(const Tokenizer *t, uint32_t token) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// 6 Modes
+// 6 Chat
+//
+// A chat model was trained on conversations in a fixed format, its chat template: control tokens and a few words stand
+// before and after what the user and the model say. The model reads the whole conversation so far in this format, and
+// its continuation is the answer. The part of it that is in the KV cache already is not computed again.
 
-typedef struct {
+enum { MAX_DRAFT = 15 }; // --draft: the logits of each guess take memory
+
+// The values of the flags; section 8 describes them.
+struct Options {
     const char *model, *tokenizer, *mode, *prompt, *prompt_file, *system;
     float temperature, top_p;
     uint64_t top_k, steps, context, threads, seed;
-    uint64_t prefill, decode, repeat; // what bench measures: tokens (0: as many as usual), and how often
-    uint64_t stride;                  // of perplexity's windows
-    uint64_t draft;                   // tokens that are guessed at a time, at most
-    bool json, probs;
-} Options;
+    uint64_t prefill, decode, repeat; // bench: tokens (0: default), and how often they are measured
+    uint64_t stride;                  // perplexity: the distance between windows
+    uint64_t draft;                   // the most tokens that are guessed at a time
+    bool json, probs, no_think;
+};
 
-// Of a conversation.
+// How tokens are printed, and what of them has not been printed yet.
+struct Printer {
+    bool terminal;   // standard output is a terminal
+    bool colours;    // tokens get the colour of their probability
+    Bytes pending;   // the bytes of a character that is not complete yet
+    int colour;      // the colour of these bytes
+    bool skip_space; // spaces are not printed until something else has been
+};
+
+static void start_run(Session *s, size_t context); // allocates what generation needs; section 7
+
 typedef struct {
-    Buffer said;   // bytes, by the user
-    Buffer answer; // tokens, as they were sampled: encode might find others for the same text
+    Bytes user;       // what the user said
+    Tokens assistant; // the answer, as it was sampled: encoding its text might give other tokens
 } Turn;
 
-enum { MAX_DRAFT = 15 }; // the logits of each take memory
+struct Chat {
+    FILE *input;   // where the user's messages come from
+    bool terminal; // they are typed on a terminal
+    ARRAY(Turn) turns;
+    size_t first_turn;  // the turns before this one are forgotten
+    size_t reply_start; // the index of the first token of the last turn's answer
+    Bytes pending;      // text that is to follow the tokens; text that meets is encoded as one
+    Bytes message;      // the message that is being read
+};
 
-// All that the modes work with. It lives as long as the program, which never frees it.
-typedef struct {
-    Options o;
-    Model m;
-    Tokenizer t;
-    State state;
-    Sampler sampler;
-    size_t context; // in tokens
+static bool is_space(unsigned char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
-    FILE *input; // the text to be read, NULL when it has ended
-    char *line;  // of it
-    size_t capacity;
-    Buffer text;   // bytes that are to follow the tokens
-    Buffer tokens; // what the model reads, and what it has said
+static void encode_pending(Session *s) {
+    encode(s->tokenizer, &s->context.tokens, (Span){s->chat->pending.data, s->chat->pending.n});
+    s->chat->pending.n = 0;
+}
 
-    size_t n_cached;                // so many of the tokens are in the KV cache
-    size_t n_guesses, n_right;      // behind the tokens, in the cache too, and how many of them have proved right
-    Buffer turns;                   // of a conversation
-    size_t first_turn;              // those before it are forgotten
-    size_t n_read, n_said, n_after; // tokens read, said, and said after the first one of an answer
-    size_t n_saved;                 // of these, those that had been guessed
-    double reading, saying;         // seconds
+static void append_template(Session *s, size_t which) {
+    const Tokenizer *t = s->tokenizer;
+    size_t start = which ? t->h.template_ends[which - 1] : 0;
+    for (size_t i = start; i < t->h.template_ends[which]; i++) {
+        TemplateItem item = t->items[i];
+        if (item.token == NONE) {
+            append_bytes(&s->chat->pending, (Span){t->text + item.offset, item.length});
+        } else {
+            encode_pending(s);
+            push(&s->context.tokens, item.token);
+        }
+    }
+}
 
-    bool terminal, colours; // is standard output one, and does it get colours
-    Buffer pending;         // bytes to be printed, of a character that is not complete yet
-    int colour;             // of what is pending
-    bool skip_space;        // until something else is printed
-} Session;
+// Bits 2 + 2 * role and 3 + 2 * role of template_flags: the template trims such a text on the left, on the right.
+typedef enum { SYSTEM_TEXT, FIRST_USER_AFTER_SYSTEM, OTHER_USER, ANSWER } Role;
 
-static size_t n_turns(const Session *s) { return s->turns.n / sizeof(Turn); }
+static Span trimmed(const Session *s, Span text, Role role) {
+    uint32_t trim = s->tokenizer->h.template_flags >> (2 + 2 * role);
+    while (trim & 1 && text.n && is_space(*text.bytes))
+        text = from(text, 1);
+    while (trim & 2 && text.n && is_space(text.bytes[text.n - 1]))
+        text.n--;
+    return text;
+}
 
-static Text text_of(const char *string) { return (Text){(const unsigned char *)string, strlen(string)}; }
+// Appends what someone said. It is only ever text: it cannot become a control token.
+static void append_message(Session *s, Span text, Role role) {
+    append_bytes(&s->chat->pending, trimmed(s, text, role));
+}
 
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+// Appends an earlier answer as its tokens were sampled. But where the template drops what the model thought, up to the
+// last END_OF_THOUGHT, or trims the answer, appends the rest of its text.
+static void append_answer(Session *s, Tokens answer) {
+    const Tokenizer *t = s->tokenizer;
+    const uint32_t *ends = t->h.template_ends;
+    Bytes said = {0};
+    for (size_t i = 0; i < answer.n; i++)
+        append_bytes(&said, piece_text(t, answer.data[i]));
+    Span text = {said.data, said.n}, rest = text;
+    if (ends[END_OF_THOUGHT] > ends[END_OF_THOUGHT - 1]) {
+        TemplateItem end = t->items[ends[END_OF_THOUGHT - 1]];
+        for (size_t i = 0; i + end.length <= text.n; i++)
+            if (!memcmp(text.bytes + i, t->text + end.offset, end.length))
+                rest = from(text, i + end.length);
+    }
+    bool dropped = rest.n < text.n;
+    while (dropped && rest.n && is_space(*rest.bytes) &&
+           t->h.template_flags & (*rest.bytes == '\n' ? TRIM_NEWLINES : TRIM_SPACES))
+        rest = from(rest, 1);
+    rest = trimmed(s, rest, ANSWER);
+    if (rest.n < text.n) {
+        append_template(s, BEFORE_ANSWER);
+        append_bytes(&s->chat->pending, rest);
+    } else {
+        encode_pending(s);
+        for (size_t i = 0; i < answer.n; i++)
+            push(&s->context.tokens, answer.data[i]);
+    }
+    free(said.data);
+}
+
+// Renders the conversation to tokens, from turn `first` on.
+static void render_chat(Session *s, size_t first) {
+    Chat *chat = s->chat;
+    Context *c = &s->context;
+    const char *system = s->options->system;
+    const Tokens old = c->tokens;
+    c->tokens = (Tokens){0};
+    append_template(s, system ? BEFORE_SYSTEM : BEFORE_USER);
+    if (system) {
+        append_message(s, span_of(system), SYSTEM_TEXT);
+        append_template(s, AFTER_SYSTEM);
+    }
+    for (size_t i = first; i < chat->turns.n; i++) {
+        const Turn *turn = &chat->turns.data[i];
+        if (i > first) {
+            append_template(s, AFTER_ANSWER);
+            append_template(s, NEXT_USER);
+        }
+        bool after_system = system && i == first;
+        append_message(s, (Span){turn->user.data, turn->user.n}, after_system ? FIRST_USER_AFTER_SYSTEM : OTHER_USER);
+        append_template(s, AFTER_USER);
+        if (i + 1 < chat->turns.n)
+            append_answer(s, turn->assistant);
+    }
+    append_template(s, s->options->no_think ? OPENS_ANSWER_NO_THINK : OPENS_ANSWER);
+    encode_pending(s);
+    chat->reply_start = c->tokens.n;
+    Tokens reply = chat->turns.data[chat->turns.n - 1].assistant; // so far
+    for (size_t i = 0; i < reply.n; i++)
+        push(&c->tokens, reply.data[i]);
+
+    // The KV cache stays valid up to the first token that differs. The last token is computed anew, for its logits.
+    size_t same = 0;
+    while (same < c->n_past && same + 1 < c->tokens.n && old.data[same] == c->tokens.data[same])
+        same++;
+    c->n_past = same;
+    free(old.data);
+}
+
+// Copies the tokens of the answer so far into the last turn.
+static void keep_reply(Session *s) {
+    Tokens *assistant = &s->chat->turns.data[s->chat->turns.n - 1].assistant;
+    assistant->n = 0;
+    for (size_t i = s->chat->reply_start; i < s->context.tokens.n; i++)
+        push(assistant, s->context.tokens.data[i]);
+}
+
+// A note on standard error starts on a line of its own.
+static void start_note(const Session *s) {
+    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
+    if (s->printer->terminal && in_reply)
+        fputc('\n', stderr);
+}
+
+// Shifts the context: if it is full, forgets turns from the oldest on, until half of it is free. Returns whether there
+// is room now. If not even the last turn fits, nothing is forgotten.
+static bool make_room(Session *s) {
+    Context *c = &s->context;
+    Chat *chat = s->chat;
+    if (c->tokens.n <= c->max_tokens)
+        return true;
+    start_note(s);
+    fprintf(stderr, "run: the context of %zu tokens is full%s", c->max_tokens, chat ? ": " : "\n");
+    if (!chat)
+        return false;
+    keep_reply(s);
+    size_t first = chat->first_turn;
+    while (first + 1 < chat->turns.n && c->tokens.n > c->max_tokens / 2)
+        render_chat(s, ++first);
+    if (c->tokens.n > c->max_tokens || c->tokens.n == 0) {
+        fprintf(stderr, "this message and its answer alone take %zu\n", c->tokens.n);
+        return false;
+    }
+    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first - chat->first_turn);
+    for (; chat->first_turn < first; chat->first_turn++) {
+        free(chat->turns.data[chat->first_turn].user.data);
+        free(chat->turns.data[chat->first_turn].assistant.data);
+    }
+    return true;
+}
+
+// Answers a message. With --json, first prints an object with the tokens that the model reads.
+static void chat_turn(Session *s, Span message) {
+    Chat *chat = s->chat;
+    Turn turn = {0};
+    append_bytes(&turn.user, message);
+    push(&chat->turns, turn);
+    render_chat(s, chat->first_turn);
+    bool empty = s->context.tokens.n == 0;
+    if (empty)
+        fputs("run: an empty message is left out: the chat template adds no tokens to it\n", stderr);
+    bool room = !empty && make_room(s);
+    if (s->options->json) {
+        printf("{\"cached\": %zu, \"prompt_tokens\": [", s->context.n_past);
+        print_ids(s->context.tokens, ", ");
+        puts("]}");
+    }
+    if (room) {
+        s->printer->skip_space = true; // space in front of an answer belongs to the template
+        generate_reply(s, s->options->steps);
+        keep_reply(s);
+    } else { // leaves the message out
+        fputs(s->options->json ? "" : "\n", stdout);
+        free(turn.user.data);
+        chat->turns.n--;
+    }
+}
+
+// Ctrl-C sets this. The handler of a signal can only reach a global variable.
+static volatile sig_atomic_t interrupts;
+
+static bool interrupted(void) { return interrupts; }
+
+// Exits from a signal handler, which may call very few functions.
+static _Noreturn void exit_from_signal(int status, const char *message) {
+    (void)!write(STDERR_FILENO, message, strlen(message));
+    _exit(status);
+}
+
+// The first Ctrl-C stops the answer; the second one before the next message exits.
+static void on_sigint(int signal) {
+    (void)signal;
+    if (interrupts)
+        exit_from_signal(EXIT_INTERRUPTED, "\n");
+    interrupts = 1;
+}
+
+// With SA_RESTART, Ctrl-C does not disturb output. Without, it ends the wait for a line.
+static void install_sigint(int flags) {
+    struct sigaction action = {.sa_handler = on_sigint, .sa_flags = flags};
+    sigaction(SIGINT, &action, NULL);
+}
+
+// Reads a message: a line, and as long as a line ends in a backslash, the next one. Returns false at the end of input.
+static bool read_message(Chat *chat) {
+    Bytes *message = &chat->message;
+    char *line = NULL;
+    size_t capacity = 0;
+    bool more = true;
+    message->n = 0;
+    while (more) {
+        // wait for a line
+        install_sigint(0);
+        if (chat->terminal)
+            fputs(message->n ? ". " : "> ", stderr);
+        errno = 0;
+        ssize_t n = getline(&line, &capacity, chat->input);
+        int error = errno;
+        install_sigint(SA_RESTART);
+        bool interrupted = ferror(chat->input) && error == EINTR;
+        expect(interrupted || !ferror(chat->input), "cannot read the next message: %s", strerror(error));
+        if (n > 0)
+            append_bytes(message, (Span){(unsigned char *)line, (size_t)n});
+        if (interrupted) {
+            clearerr(chat->input);
+            if (chat->terminal) { // Ctrl-C drops what has been typed
+                fputs("\n(Ctrl-C again, or Ctrl-D, leaves)\n", stderr);
+                message->n = 0;
+            }
+            continue;
+        }
+        if (n < 0)
+            break;
+        interrupts = 0;
+
+        // remove the end of the line; a backslash before it becomes a newline
+        if (chat->terminal && n > 0 && line[n - 1] != '\n') // Ctrl-D ends a line, too
+            fputc('\n', stderr);
+        while (message->n && (message->data[message->n - 1] == '\n' || message->data[message->n - 1] == '\r'))
+            message->n--;
+        more = message->n && message->data[message->n - 1] == '\\';
+        if (more)
+            message->data[message->n - 1] = '\n';
+    }
+    free(line);
+    return !more || message->n;
+}
+
+// Answers -i, and then each message from the terminal, from standard input, or from -f.
+static void chat(Session *s) {
+    Tokenizer *t = s->tokenizer;
+    expect(t->h.template_flags & HAS_TEMPLATE,
+           "%s: -m chat: expected a chat template, found none: export.py found none, or none that it can take apart",
+           t->file.path);
+    expect(!s->options->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system prompt",
+           t->file.path);
+    expect(!s->options->no_think || t->h.template_flags & HAS_NO_THINK,
+           "%s: --no-think: its chat template knows no such switch", t->file.path);
+    t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
+    s->chat = allocate(1, sizeof *s->chat, "the conversation");
+    *s->chat = (Chat){.input = open_text(s->options->prompt_file)};
+    s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
+    start_run(s, s->context.max_tokens);
+    install_sigint(SA_RESTART);
+    if (s->options->prompt)
+        chat_turn(s, span_of(s->options->prompt));
+    Bytes *message = &s->chat->message;
+    while (read_message(s->chat))
+        if (message->n || !s->chat->terminal)
+            chat_turn(s, (Span){message->data, message->n});
+    print_stats(s);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 7 Output and other modes
+
+// The logarithm of the sum of e^logit. A logit minus this is the logarithm of the probability of its token.
+static double log_sum_exp(const float *logits, size_t n) {
+    double largest = (double)logits[argmax(logits, n)], sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += exp((double)logits[i] - largest);
+    return largest + log(sum);
+}
+
+static double log_probability(const float *logits, size_t n, uint32_t token) {
+    return (double)logits[token] - log_sum_exp(logits, n);
 }
 
 static void flush_output(void) {
     expect(!fflush(stdout) && !ferror(stdout), "standard output: cannot write: %s", strerror(errno));
 }
 
-static bool is_space(unsigned char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+typedef enum { PRINT_PLAIN, PRINT_TERMINAL, PRINT_QUOTED, PRINT_JSON } Style;
 
-// How characters are printed: as they are; so that a terminal does not obey what a model says, with control characters
-// and bytes that are not UTF-8 as \x1b; also with \" \\ \n \t \u001b, as between quotes; and as JSON, which cannot say
-// such bytes: they become U+FFFD.
-typedef enum { PLAIN, FOR_TERMINAL, QUOTED, JSON } Style;
-
-static void print_text(Text text, Style style) {
+// Prints a text in one of these styles:
+//   PRINT_PLAIN     as it is
+//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so a model cannot control the terminal
+//   PRINT_QUOTED    the same, with \" \\ \n \t and \u001b, as between quotes
+//   PRINT_JSON      the same as a JSON string, which cannot express bytes that are not UTF-8: they become U+FFFD
+static void print_text(Span text, Style style) {
     const char *special = "\n\t\"\\", *names = "nt\"\\";
-    Text c;
-    for (size_t at = 0; at < text.n; at += c.n) {
-        uint32_t number;
-        c = first_character((Text){text.bytes + at, text.n - at}, &number);
-        const char *found = number ? strchr(special, *c.bytes) : NULL;
-        bool stray = number >= CHARACTERS, control = number < 0x20 || (number >= 0x7f && number < 0xa0);
-        if (style >= QUOTED && found)
+    for (size_t at = 0, n; at < text.n; at += n) {
+        uint32_t codepoint;
+        n = next_char(from(text, at), &codepoint);
+        const unsigned char *bytes = text.bytes + at;
+        const char *found = codepoint ? strchr(special, *bytes) : NULL;
+        bool stray = codepoint >= N_CODEPOINTS;
+        bool control = codepoint < 0x20 || (codepoint >= 0x7f && codepoint < 0xa0);
+        if (style >= PRINT_QUOTED && found)
             printf("\\%c", names[found - special]);
-        else if (style >= QUOTED && (control || (stray && style == JSON)))
-            printf("\\u%04x", stray ? 0xfffd : number);
-        else if (style != PLAIN && (stray || (control && !found)))
-            for (size_t i = 0; i < c.n; i++)
-                printf("\\x%02x", c.bytes[i]);
+        else if (style == PRINT_JSON && stray)
+            printf("\\ufffd");
+        else if (style >= PRINT_QUOTED && control)
+            printf("\\u%04x", codepoint);
+        else if (style != PRINT_PLAIN && (stray || (control && !found)))
+            for (size_t i = 0; i < n; i++)
+                printf("\\x%02x", bytes[i]);
         else
-            fwrite(c.bytes, 1, c.n, stdout);
+            fwrite(bytes, 1, n, stdout);
     }
 }
 
-static void print_quoted(Text text, Style style) {
+static void print_quoted(Span text, Style style) {
     putchar('"');
     print_text(text, style);
     putchar('"');
 }
 
-// How many bytes at the end of a text may be the start of a character.
-static size_t n_incomplete(Text text) {
-    for (size_t n = smaller(text.n, 3); n > 0; n--)
-        if (utf8_length((Text){text.bytes + text.n - n, n}) < 0)
-            return n;
-    return 0;
+static void print_ids(Tokens tokens, const char *between) {
+    for (size_t i = 0; i < tokens.n; i++)
+        printf("%s%u", i ? between : "", tokens.data[i]);
 }
 
-// Prints a text piece by piece without ever splitting a character: the bytes of one that is not complete wait for the
-// next piece, but not at the end. What is printed at a time has one colour, that of its first byte; 0: none.
-static void stream_text(Session *s, Text text, int colour, bool end) {
-    for (; s->skip_space && text.n && is_space(*text.bytes); text.n--)
-        text.bytes++;
-    s->skip_space = s->skip_space && text.n == 0 && !end;
-    s->colour = s->pending.n ? s->colour : colour;
-    append(&s->pending, text.bytes, text.n);
-    text = (Text){s->pending.data, s->pending.n};
-    text.n -= end ? 0 : n_incomplete(text);
-    bool coloured = text.n && s->colour;
-    if (coloured)
-        printf("\x1b[38;5;%dm", s->colour);
-    print_text(text, s->terminal ? FOR_TERMINAL : PLAIN);
-    fputs(coloured ? "\x1b[0m" : "", stdout); // at once, so that Ctrl-C leaves the terminal as it was
-    cut_front(&s->pending, text.n);
-}
-
-static void print_ids(Buffer tokens, const char *between) {
-    const uint32_t *ids = tokens.data;
-    for (size_t i = 0; i < n_tokens(tokens); i++)
-        printf("%s%u", i ? between : "", ids[i]);
-}
-
-// What is to be read: the text of -i or -f, or none; in a chat, the lines of -f or of standard input.
-static FILE *open_input(const Options *o) {
-    bool lines = !strcmp(o->mode, "chat");
-    const char *name = o->prompt_file ? o->prompt_file : lines ? "-" : "/dev/null";
-    FILE *file = o->prompt && *o->prompt && !lines ? fmemopen((char *)o->prompt, strlen(o->prompt), "r")
-                 : strcmp(name, "-")               ? fopen(name, "rb")
-                                                   : stdin;
-    expect(file, "%s: cannot read: %s", name, strerror(errno));
-    return file;
-}
-
-// Makes tokens of the text that is to follow them. It is tokenized as one, whoever wrote its parts.
-static void end_text(Session *s) {
-    encode(&s->t, &s->tokens, (Text){s->text.data, s->text.n});
-    s->text.n = 0;
-}
-
-enum { READ_AT_ONCE = 1 << 20 }; // bytes of a text that become tokens at a time
-
-// Reads on until there are so many tokens, or SIZE_MAX: to the end of the text, at once. A piece ends between lines,
-// before what is no space: no token of the usual tokenizers lies across that. If there is no such place, it is longer.
-static void read_tokens(Session *s, size_t least) {
-    while (s->input && n_tokens(s->tokens) < least) {
-        bool complete = false; // the piece, and there is more
-        for (int c; !complete && (c = getc_unlocked(s->input)) != EOF;) {
-            const char byte = (char)c;
-            append(&s->text, &byte, 1);
-            expect(s->text.n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
-            if (c == '\n' && s->text.n >= READ_AT_ONCE && least != SIZE_MAX) {
-                int next = ungetc(getc(s->input), s->input); // a look at it
-                complete = next != EOF && !is_space((unsigned char)next);
-            }
-        }
-        expect(!ferror(s->input), "%s: cannot read the prompt: %s", s->o.prompt_file, strerror(errno));
-        end_text(s);
-        s->input = complete ? s->input : NULL;
-    }
-}
-
-// The ids of the prompt on one line, as the model would receive them.
-static void tokenize(Session *s) {
-    read_tokens(s, SIZE_MAX);
-    const uint32_t *tokens = s->tokens.data;
-    fputs(s->o.json ? "{\"tokens\": [" : "", stdout);
-    print_ids(s->tokens, s->o.json ? ", " : " ");
-    fputs(s->o.json ? "], \"pieces\": [" : "", stdout);
-    for (size_t i = 0; s->o.json && i < n_tokens(s->tokens); i++) {
-        fputs(i ? ", " : "", stdout);
-        print_quoted(s->t.pieces[tokens[i]].text, JSON);
-    }
-    fputs(s->o.json ? "]}\n" : "\n", stdout);
-}
-
-// Of the 256 colours, some that can be read on black and on white, and from which probability on each is used.
+// Background for --probs: of the 256 colours of a terminal, some that can be read on black and on white, and the least
+// probability of each.
 static const struct {
-    double from;
+    double least;
     int colour;
 } shades[] = {{0.8, 28}, {0.4, 64}, {0.1, 136}, {0.02, 166}, {0, 160}};
 
 static int colour_of(double probability) {
     size_t i = 0;
-    while (probability < shades[i].from)
+    while (probability < shades[i].least)
         i++;
     return shades[i].colour;
 }
 
-static void print_legend(void) {
-    fputs("probability, at least:", stderr);
-    for (size_t i = 0; i < sizeof shades / sizeof *shades; i++)
-        fprintf(stderr, " \x1b[38;5;%dm%g%%\x1b[0m", shades[i].colour, 100 * shades[i].from);
-    fputs("\n\n", stderr);
+static Printer *new_printer(const Options *o) {
+    const char *no_color = getenv("NO_COLOR"); // https://no-color.org
+    Printer *p = allocate(1, sizeof *p, "output");
+    *p = (Printer){.terminal = isatty(STDOUT_FILENO)};
+    p->colours = o->probs && !o->json && p->terminal && !(no_color && *no_color);
+    return p;
 }
 
-// The logits after the last token.
-static float *logits_of(const Session *s) { return s->state.logits + s->n_right * s->m.h.vocab_size; }
+static bool is_utf8(Span text) {
+    uint32_t codepoint = 0;
+    for (size_t at = 0; at < text.n && codepoint < N_CODEPOINTS;)
+        at += next_char(from(text, at), &codepoint);
+    return codepoint < N_CODEPOINTS;
+}
 
-// A token at position pos as a JSON object, open for more; `text` is what it prints there, and `bytes` the same if that
-// is no whole character, as JSON has no text of those.
-static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double logprob) {
-    Text text = decode(t, token, pos);
+// The number of bytes at the end of a text that may be the start of a character.
+static size_t n_incomplete(Span text) {
+    uint32_t codepoint;
+    for (size_t n = min(text.n, 3); n > 0; n--)
+        if (decode_utf8(from(text, text.n - n), &codepoint) < 0)
+            return n;
+    return 0;
+}
+
+// Prints a text piece by piece without splitting a character: the bytes of an incomplete one wait for the next piece.
+// The text has one colour, 0: none. At the `end`, all bytes are printed.
+static void stream_text(Printer *p, Span text, int colour, bool end) {
+    while (p->skip_space && text.n && is_space(*text.bytes))
+        text = from(text, 1);
+    p->skip_space = p->skip_space && text.n == 0 && !end;
+    if (p->pending.n == 0)
+        p->colour = colour;
+    append_bytes(&p->pending, text);
+    text = (Span){p->pending.data, p->pending.n};
+    if (!end)
+        text.n -= n_incomplete(text);
+    if (text.n == 0)
+        return;
+    if (p->colour)
+        printf("\x1b[38;5;%dm", p->colour);
+    print_text(text, p->terminal ? PRINT_TERMINAL : PRINT_PLAIN);
+    if (p->colour)
+        fputs("\x1b[0m", stdout);
+    p->pending.n -= text.n;
+    memmove(p->pending.data, p->pending.data + text.n, p->pending.n);
+}
+
+// Prints a token at position pos as a JSON object that is still open. `text` is what it prints there. If that is not
+// UTF-8, because a character is spread over several tokens, `bytes` has its bytes.
+static void print_token_json(const Tokenizer *t, uint32_t token, size_t pos, double logprob) {
+    Span text = decode(t, token, pos);
     printf("{\"id\": %u, \"text\": ", token);
-    print_quoted(text, JSON);
+    print_quoted(text, PRINT_JSON);
     if (!is_utf8(text)) {
         for (size_t i = 0; i < text.n; i++)
             printf("%s%u", i ? ", " : ", \"bytes\": [", text.bytes[i]);
@@ -1687,522 +1834,353 @@ static void open_json(const Tokenizer *t, uint32_t token, size_t pos, double log
     printf(", \"logprob\": %.6f", logprob);
 }
 
-// The width of the terminal, within reason.
 static size_t terminal_columns(void) {
     const char *set = getenv("COLUMNS");
     long columns = set ? atol(set) : 0;
     struct winsize size = {0};
     if (columns <= 0 && !ioctl(STDOUT_FILENO, TIOCGWINSZ, &size))
         columns = size.ws_col;
-    return columns <= 0 ? 80 : smaller(larger((size_t)columns, 20), 300);
+    if (columns <= 0)
+        columns = 80;
+    return min(max((size_t)columns, 20), 300);
 }
 
-// A bar of `part` of so many columns, to the eighth of one.
-static void print_bar(double part, size_t columns) {
-    static const char *const blocks[] = {" ", "▏", "▎", "▍", "▌", "▋", "▊", "▉", "█"};
-    size_t eighths = (size_t)(8 * (double)columns * part + 0.5);
-    for (size_t i = 0; i < columns; i++) {
-        fputs(blocks[smaller(8, eighths)], stdout);
-        eighths -= smaller(8, eighths);
-    }
-}
-
-// The k likeliest tokens at position pos: a JSON array; or a line each, at whose end is what has no certain width, the
-// token.
-static void print_likeliest(Session *s, size_t k, size_t pos) {
-    const float *logits = logits_of(s);
-    size_t vocab = s->m.h.vocab_size;
-    double total = log_sum(logits, vocab), rest = 1;
-    float most = logits[argmax(logits, vocab)];
-    rank(&s->sampler.heap, logits, vocab, -INFINITY);
-    for (size_t i = 0; i < k && i < vocab; i++) {
-        Item item = heap_pop(&s->sampler.heap);
-        double logprob = (double)item.key - total, probability = exp(logprob);
+// Prints the k most likely tokens at position pos: a JSON array, or a line each. The token comes last in a line, as its
+// width on the terminal is not known.
+static void print_top_k(Session *s, size_t k, size_t pos, const float *logits) {
+    Heap *heap = &s->sampler.heap;
+    size_t vocab_size = s->model.h.vocab_size, columns = min((terminal_columns() - 8) / 3, 40);
+    double total = log_sum_exp(logits, vocab_size), best = (double)logits[argmax(logits, vocab_size)], rest = 1;
+    heap->n = 0;
+    for (size_t i = 0; i < vocab_size; i++)
+        heap_push(heap, (HeapEntry){.key = logits[i], .index = (uint32_t)i});
+    for (size_t i = 0; i < k && i < vocab_size; i++) {
+        HeapEntry entry = heap_pop(heap);
+        double logprob = (double)entry.key - total, probability = exp(logprob);
         rest -= probability;
-        if (s->o.json) {
+        if (s->options->json) {
             fputs(i ? ", " : "[", stdout);
-            open_json(&s->t, item.index, pos, logprob);
+            print_token_json(s->tokenizer, entry.index, pos, logprob);
             printf(", \"prob\": %.6g}", probability);
-        } else {
-            printf("%6.2f%% ", 100 * probability);
-            print_bar(exp((double)(item.key - most)), smaller((terminal_columns() - 8) / 3, 40));
-            putchar(' ');
-            print_quoted(s->t.pieces[item.index].text, QUOTED);
-            puts(s->t.pieces[item.index].type == CONTROL ? " (control)" : "");
+            continue;
         }
+        printf("%6.2f%% ", 100 * probability);
+        size_t filled = (size_t)((double)columns * exp((double)entry.key - best) + 0.5);
+        for (size_t column = 0; column < columns; column++)
+            fputs(column < filled ? "█" : " ", stdout);
+        putchar(' ');
+        print_quoted(piece_text(s->tokenizer, entry.index), PRINT_QUOTED);
+        puts(s->tokenizer->pieces[entry.index].type == CONTROL ? " (control)" : "");
     }
-    if (s->o.json)
+    if (s->options->json)
         putchar(']');
     else
         printf("%6.2f%% rest\n", 100 * fmax(rest, 0));
 }
 
-// Makes ready for what is to be said.
-static void begin(Session *s) {
-    const Options *o = &s->o;
-    const char *no_color = getenv("NO_COLOR"); // https://no-color.org
-    s->state = open_state(&s->m, s->context, 1 + o->draft, o->threads);
-    s->sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
-    s->sampler.kept = allocate(s->m.h.vocab_size, sizeof *s->sampler.kept, "sampling");
-    s->sampler.probabilities = allocate(s->m.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
-    s->terminal = isatty(STDOUT_FILENO);
-    s->colours = o->probs && !o->json && s->terminal && !(no_color && *no_color);
-    if (s->colours && isatty(STDERR_FILENO))
-        print_legend();
+static void print_legend(void) {
+    fputs("probability, at least:", stderr);
+    for (size_t i = 0; i < sizeof shades / sizeof *shades; i++)
+        fprintf(stderr, " \x1b[38;5;%dm%g%%\x1b[0m", shades[i].colour, 100 * shades[i].least);
+    fputs("\n\n", stderr);
 }
 
-// Says on standard error how fast it was.
-static void print_speed(const Session *s) {
-    double reading = s->reading > 0 ? (double)s->n_read / s->reading : 0;
-    double saying = s->saying > 0 ? (double)s->n_after / s->saying : 0;
-    fprintf(stderr, "\nprompt: %zu tokens, %.*f tok/s; then: %zu tokens, %.*f tok/s; seed %llu\n", s->n_read,
-            reading < 10 ? 2 : 1, reading, s->n_said, saying < 10 ? 2 : 1, saying, (unsigned long long)s->o.seed);
-    if (s->o.draft)
-        fprintf(stderr, "guessed: %zu of %zu tokens\n", s->n_saved, s->n_after);
+static void print_prompt(Session *s) {
+    const Tokens *tokens = &s->context.tokens;
+    for (size_t i = 0; i < tokens->n && !s->options->json; i++)
+        stream_text(s->printer, decode(s->tokenizer, tokens->data[i], i), 0, false);
+    flush_output();
 }
 
-// Ctrl-C stops an answer of a chat; once more, before the next line is there, it leaves. The handler of a signal can
-// reach nothing but a global variable, so this is one.
-static volatile sig_atomic_t interrupts;
-
-// Reads those tokens that the cache does not hold yet. Ctrl-C ends it after a batch.
-static void read_on(Session *s) {
-    for (size_t n; s->n_cached < n_tokens(s->tokens) && !interrupts; s->n_cached += n) {
-        n = smaller(s->state.batch, n_tokens(s->tokens) - s->n_cached);
-        feed(&s->m, &s->state, (uint32_t *)s->tokens.data + s->n_cached, n, s->n_cached);
-    }
-    s->n_guesses = s->n_right = 0;
-}
-
-// Where the text had the tokens that it ends with before, the place behind them: the last one where most of four are the
-// same, and two at least; n if there is none.
-static size_t find_same(const uint32_t *tokens, size_t n) {
-    size_t place = n, most = 1;
-    for (size_t i = n - 1; i > 0 && most < 4; i--) {
-        size_t same = 0;
-        while (same < smaller(i, 4) && tokens[i - 1 - same] == tokens[n - 1 - same])
-            same++;
-        place = same > most ? i : place;
-        most = larger(most, same);
-    }
-    return place;
-}
-
-// Reads the token that was said last, and with it --draft guesses: what followed where the text had the same tokens
-// before. A pass for a few tokens takes hardly longer than for one, and the bits of a token's logits do not depend on
-// what it shares a pass with. So if a guess proves right, its logits are there, and are those that it would have
-// alone; else they are forgotten, and its place in the cache is written anew.       (prompt lookup: Saxena 2023)
-static void read_next(Session *s, bool guessed) {
-    size_t n = n_tokens(s->tokens);
-    if (guessed) {
-        s->n_cached++;
-        s->n_right++;
-        s->n_saved++;
-        check_finite(&s->m, logits_of(s), n - 1);
-        return;
-    }
-    size_t most = smaller(smaller(s->o.draft, s->context - n), s->state.batch - 1);
-    uint32_t *guesses = reserve(&s->tokens, most * sizeof *guesses), *tokens = s->tokens.data;
-    size_t place = most ? find_same(tokens, n) : n;
-    if (place == n || s->n_cached + 1 < n) {
-        read_on(s);
-        return;
-    }
-    for (size_t i = 0; i < most; i++)
-        guesses[i] = tokens[place + i]; // the last of which may be guesses themselves
-    feed_batch(&s->m, &s->state, tokens + n - 1, 1 + most, n - 1);
-    classify(&s->m, &s->state, 0, 1 + most);
-    check_finite(&s->m, s->state.logits, n - 1);
-    s->n_cached = n;
-    s->n_guesses = most;
-    s->n_right = 0;
-}
-
-// Prints a token that the model has chosen: its text, in the colour of its probability; or with --json, an object.
-static void print_token(Session *s, uint32_t token) {
-    size_t pos = s->n_cached;
-    bool asked = s->o.json || s->colours; // it costs as much as a layer of a small model
-    double logprob = asked ? log_probability(logits_of(s), s->t.h.vocab_size, token) : 0;
-    if (s->o.json) {
-        open_json(&s->t, token, pos, logprob);
-        fputs(s->o.probs ? ", \"top\": " : "", stdout);
-        if (s->o.probs)
-            print_likeliest(s, s->o.top_k ? s->o.top_k : 5, pos);
+// Prints a token that has been generated: its text, in the colour of its probability; with --json an object.
+static void print_token(Session *s, uint32_t token, const float *logits) {
+    const Options *o = s->options;
+    size_t pos = s->context.n_past;
+    double logprob = 0;
+    if (o->json || s->printer->colours) // takes as long as a layer of a small model
+        logprob = log_probability(logits, s->model.h.vocab_size, token);
+    if (o->json) {
+        print_token_json(s->tokenizer, token, pos, logprob);
+        if (o->probs) {
+            fputs(", \"top\": ", stdout);
+            print_top_k(s, o->top_k ? o->top_k : 5, pos, logits);
+        }
         puts("}");
-    } else if (!is_stop(&s->t, token)) {
-        stream_text(s, decode(&s->t, token, pos), s->colours ? colour_of(exp(logprob)) : 0, false);
+    } else if (!is_stop(s->tokenizer, token)) {
+        int colour = s->printer->colours ? colour_of(exp(logprob)) : 0;
+        stream_text(s->printer, decode(s->tokenizer, token, pos), colour, false);
     }
     flush_output();
 }
 
-static bool make_room(Session *s); // see chat
-
-// Goes on after the tokens: to a stop, to `most` more (0: no limit), to Ctrl-C, or until there is no room. Returns
-// whether it came to a stop.
-static bool speak(Session *s, size_t most) {
-    Turn *turn = s->turns.n ? (Turn *)s->turns.data + n_turns(s) - 1 : NULL;
-    size_t cached = s->n_cached, made = 0;
-    bool stopped = false;
-    double start = seconds();
-    read_on(s);
-    double first = seconds();
-    s->n_read += s->n_cached - cached;
-    while (!interrupts) {
-        uint32_t token = sample(&s->sampler, logits_of(s), s->t.h.vocab_size);
-        print_token(s, token);
-        made++;
-        stopped = is_stop(&s->t, token);
-        if (stopped)
-            break;
-        bool guessed = s->n_right < s->n_guesses && ((uint32_t *)s->tokens.data)[n_tokens(s->tokens)] == token;
-        push_token(&s->tokens, token);
-        if (turn)
-            push_token(&turn->answer, token);
-        if (made == most || !make_room(s))
-            break;
-        read_next(s, guessed);
-        s->n_after++;
-    }
-    s->reading += first - start;
-    s->saying += seconds() - first;
-    s->n_said += made;
-    stream_text(s, (Text){0}, 0, true);
-    fputs(s->o.json ? "" : "\n", stdout);
+// Ends the line of a text or an answer.
+static void end_reply(Session *s) {
+    stream_text(s->printer, (Span){0}, 0, true);
+    if (!s->options->json)
+        putchar('\n');
     flush_output();
-    return stopped;
 }
 
-// Prints the prompt and what follows: to -n tokens in all, to a stop, or to the end of the context. With --json, only
-// what follows, an object a token.
-static void generate(Session *s) {
-    read_tokens(s, SIZE_MAX);
-    if (s->tokens.n == 0 && s->t.h.bos_id >= 0) // an empty prompt: begin as texts began in training
-        push_token(&s->tokens, (uint32_t)s->t.h.bos_id);
-    expect(s->tokens.n, "an empty prompt: expected text (-i or -f), as %s has no bos token", s->t.path);
-    const size_t n = n_tokens(s->tokens), context = s->context, bos = *(int32_t *)s->tokens.data == s->t.h.bos_id;
-    const size_t end = s->o.steps ? s->o.steps + bos : SIZE_MAX; // tokens in all; the last of them is not read
+static const char *dtype_name(const Model *m) { return m->h.dtype == BF16 ? "bf16" : "f16"; }
+
+// Allocates the memory to run the model with `context` tokens and n_logits tokens' logits at a time. On a terminal,
+// says what is running.
+static void start_model(Session *s, size_t context, size_t n_logits) {
+    const Model *m = &s->model;
+    size_t threads = s->options->threads;
+    if (!s->options->json && isatty(STDERR_FILENO))
+        fprintf(stderr, "%s: %.*f M parameters, %s; context %zu, KV cache %.1f MB; %zu thread%s, %s\n", m->file.path,
+                n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context,
+                kv_cache_bytes(m, context) / 1e6, threads, threads == 1 ? "" : "s", isa());
+    s->run = alloc_run_state(m, context, n_logits, threads);
+}
+
+static void print_stats(const Session *s) {
+    const Stats *stats = &s->stats;
+    double prefill = (double)stats->n_prompt / fmax(stats->prefill_time, 1e-9); // an answer may take no time
+    double decode = (double)stats->n_decoded / fmax(stats->decode_time, 1e-9);
+    fprintf(stderr, "\nprefill: %zu tokens, %.*f tok/s; decode: %zu tokens, %.*f tok/s; seed %llu\n", stats->n_prompt,
+            prefill < 10 ? 2 : 1, prefill, stats->n_generated, decode < 10 ? 2 : 1, decode,
+            (unsigned long long)s->options->seed);
+    if (s->options->draft)
+        fprintf(stderr, "draft: %zu of %zu tokens accepted\n", stats->n_accepted, stats->n_decoded);
+}
+
+// Allocates all that generation needs, for `context` tokens.
+static void start_run(Session *s, size_t context) {
+    const Options *o = s->options;
+    start_model(s, context, 1 + o->draft);
+    if (s->printer->colours && isatty(STDERR_FILENO))
+        print_legend();
+    s->sampler = (Sampler){.temperature = o->temperature, .top_p = o->top_p, .top_k = o->top_k, .random = o->seed};
+    s->sampler.probabilities = allocate(s->model.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
+}
+
+// Checks the length of the prompt against -c and -n. An empty prompt becomes bos: text begins as in training.
+static size_t start_generation(Session *s) {
+    Context *c = &s->context;
+    int32_t bos = s->tokenizer->h.bos_id;
+    if (c->tokens.n == 0 && bos >= 0)
+        push(&c->tokens, (uint32_t)bos);
+    size_t n = c->tokens.n, steps = s->options->steps, max_new = 0, context = c->max_tokens;
+    expect(n, "an empty prompt: expected text (-i or -f), as %s has no bos token", s->tokenizer->file.path);
     expect(n <= context, "the prompt: expected at most %zu tokens (the context, -c), found %zu", context, n);
-    expect(n < end, "the prompt: expected fewer than %zu tokens (-n; 0 fills the context), found %zu", end - bos,
-           n - bos);
-    s->context = smaller(context, end - 1);
-    begin(s);
-    for (size_t i = 0; i < n && !s->o.json; i++)
-        stream_text(s, decode(&s->t, ((uint32_t *)s->tokens.data)[i], i), 0, false);
-    flush_output();
-    bool stopped = speak(s, s->context - n + 1);
-    if (!stopped && end > context + 1)
-        fprintf(stderr, "run: the context of %zu tokens is full\n", context);
-    print_speed(s);
+    if (steps) {
+        size_t n_bos = (int32_t)c->tokens.data[0] == bos; // -n does not count it
+        expect(n < steps + n_bos, "the prompt: expected fewer than %zu tokens (-n; 0 fills the context), found %zu",
+               steps, n - n_bos);
+        max_new = steps + n_bos - n;
+        context = min(context, n + max_new - 1); // the last token is not computed
+    }
+    start_run(s, context);
+    return max_new;
 }
 
 static void expect_text(const Options *o) {
     if (!o->prompt && !o->prompt_file)
-        die(USAGE, "-m %s: expected a text, -i or -f", o->mode);
+        die(EXIT_USAGE, "-m %s: expected a text, -i or -f", o->mode);
 }
 
-// A window on a text starts with bos too.
-static void begin_with_bos(Session *s) {
-    if (s->t.h.flags & ADD_BOS)
-        *(uint32_t *)s->tokens.data = (uint32_t)s->t.h.bos_id;
+// Replaces the first token of a window on a text by bos, if the tokenizer begins texts with it.
+static void begin_with_bos(const Tokenizer *t, uint32_t *tokens) {
+    if (t->h.flags & ADD_BOS)
+        tokens[0] = (uint32_t)t->h.bos_id;
 }
 
-// Shows what may come after the prompt, of which it takes the end if it is longer than the context.
+// Prints a result: a line, or in JSON `"key": value` behind `separator`.
+static void print_result(bool json, const char *separator, const char *key, const char *format, double value) {
+    if (json)
+        printf("%s\"%s\": ", separator, key);
+    else
+        printf("%-14s ", key);
+    printf(format, value);
+    fputs(json ? "" : "\n", stdout);
+}
+
+// -m tokenize: prints the token ids of the prompt on one line, as the model would receive them.
+static void tokenize(Session *s) {
+    const Options *o = s->options;
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
+    const Tokens tokens = s->context.tokens;
+    if (!o->json) {
+        print_ids(tokens, " ");
+        puts("");
+        return;
+    }
+    fputs("{\"tokens\": [", stdout);
+    print_ids(tokens, ", ");
+    fputs("], \"pieces\": [", stdout);
+    for (size_t i = 0; i < tokens.n; i++) {
+        fputs(i ? ", " : "", stdout);
+        print_quoted(piece_text(s->tokenizer, tokens.data[i]), PRINT_JSON);
+    }
+    fputs("]}\n", stdout);
+}
+
+// -m next: shows what may follow the prompt. If the prompt is longer than the context, takes its end.
 static void next(Session *s) {
-    expect_text(&s->o);
-    read_tokens(s, SIZE_MAX);
-    size_t all = n_tokens(s->tokens), n = smaller(all, s->context), k = s->o.top_k ? s->o.top_k : 10;
+    const Options *o = s->options;
+    size_t vocab_size = s->model.h.vocab_size;
+    expect_text(o);
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
+    Tokens *tokens = &s->context.tokens;
+    size_t all = tokens->n, n = min(all, s->context.max_tokens);
     expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
     if (n < all) {
-        cut_front(&s->tokens, (all - n) * sizeof(uint32_t));
-        begin_with_bos(s);
+        memmove(tokens->data, tokens->data + all - n, n * sizeof *tokens->data);
+        tokens->n = n;
+        begin_with_bos(s->tokenizer, tokens->data);
         fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
     }
-    s->state = open_state(&s->m, n, 1, s->o.threads);
-    feed(&s->m, &s->state, s->tokens.data, n, 0);
-    const float *logits = s->state.logits;
-    double total = log_sum(logits, s->m.h.vocab_size), entropy = 0;
-    for (size_t i = 0; i < s->m.h.vocab_size; i++)
-        entropy += exp((double)logits[i] - total) * (total - (double)logits[i]) / log(2);
-    if (s->o.json)
+    start_model(s, n, 1);
+    evaluate(s, 0);
+    const float *logits = s->run.logits;
+    double total = log_sum_exp(logits, vocab_size), entropy = 0;
+    for (size_t i = 0; i < vocab_size; i++) {
+        double logprob = (double)logits[i] - total;
+        entropy -= exp(logprob) * logprob / log(2);
+    }
+    if (o->json)
         printf("{\"tokens\": %zu, \"entropy_bits\": %.6f, \"next\": ", n, entropy);
-    print_likeliest(s, k, all);
-    if (s->o.json)
+    print_top_k(s, o->top_k ? o->top_k : 10, all, logits);
+    if (o->json)
         puts("}");
     else
         printf("entropy %.2f bits\n", entropy);
 }
 
-enum { SCORED_AT_ONCE = 32 }; // tokens whose logits are in memory
+enum { SCORED_AT_ONCE = 32 }; // tokens whose logits are in memory at the same time
 
-// Feeds a window, the first n tokens, and works out what those from `first` on cost, in nats: cost (n).
-static void score_window(Session *s, double *cost, size_t n, size_t first) {
-    const uint32_t *tokens = s->tokens.data;
-    const float *logits = s->state.logits;
-    size_t vocab = s->m.h.vocab_size;
-    for (size_t at = 0, T; at + 1 < n; at += T) { // nothing comes after the last one
-        T = smaller(s->state.batch, n - 1 - at);
-        feed_batch(&s->m, &s->state, tokens + at, T, at);
-        for (size_t i = larger(at + 1, first), count; i <= at + T; i += count) {
-            count = smaller(SCORED_AT_ONCE, at + T + 1 - i);
-            classify(&s->m, &s->state, i - 1 - at, count); // a token's score is in the logits before it
-            for (size_t j = 0; j < count; j++)
-                check_finite(&s->m, logits + j * vocab, i + j - 1);
-#pragma omp parallel for num_threads((int)s->state.threads)
-            for (size_t j = 0; j < count; j++)
-                cost[i + j] = -log_probability(logits + j * vocab, vocab, tokens[i + j]);
+// Computes the negative log likelihood of the tokens from `first` to n - 1 of a window: nll (n).
+static void window_nll(Session *s, double *nll, const uint32_t *tokens, size_t n, size_t first) {
+    const Model *m = &s->model;
+    RunState *run = &s->run;
+    size_t vocab_size = m->h.vocab_size;
+    for (size_t at = 0, T; at + 1 < n; at += T) { // the last token is not followed by another
+        T = min(run->batch, n - 1 - at);
+        forward_parallel(m, run, tokens + at, T, at, 0);
+        for (size_t i = max(at + 1, first), count; i <= at + T; i += count) {
+            count = min(SCORED_AT_ONCE, at + T + 1 - i);
+#pragma omp parallel num_threads((int)run->threads)
+            {
+                compute_logits(m, run, i - 1 - at, count); // the logits of token i are those after token i - 1
+#pragma omp for
+                for (size_t j = 0; j < count; j++) {
+                    const float *logits = run->logits + j * vocab_size;
+                    nll[i + j] = -log_probability(logits, vocab_size, tokens[i + j]);
+                }
+            }
+            check_finite(m, run->logits, count, i - 1);
         }
     }
 }
 
-// How well the model predicts a text, in windows of the context's length. Each overlaps the one before by a token, in
-// whose place is bos, if the tokenizer begins texts with it; so each token is scored once, but the text's first. With
-// --stride N, windows start N tokens apart, nothing is replaced, and each scores what the ones before have not.
+// -m perplexity: how well the model predicts a text, in windows of the length of the context. Each window overlaps the
+// one before by a token, in whose place is bos, if the tokenizer begins texts with it; so each token is scored once,
+// except the first of the text. With --stride N, windows start N tokens apart, no token is replaced, and each window
+// scores the tokens that the ones before it have not.
 static void perplexity(Session *s) {
-    size_t context = s->context;
+    const Options *o = s->options;
+    size_t context = s->context.max_tokens;
     if (context < 2)
-        die(USAGE, "-c: perplexity expected at least 2, found %zu", context);
-    if (s->o.stride > context)
-        die(USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)s->o.stride);
-    expect_text(&s->o);
-    read_tokens(s, context);
-    context = smaller(context, n_tokens(s->tokens));
+        die(EXIT_USAGE, "-c: perplexity expected at least 2, found %zu", context);
+    if (o->stride > context)
+        die(EXIT_USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
+    expect_text(o);
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
+    uint32_t *tokens = s->context.tokens.data;
+    size_t all = s->context.tokens.n;
+    context = min(context, all);
     expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
-    size_t stride = smaller(s->o.stride ? s->o.stride : context - 1, context);
-    s->state = open_state(&s->m, context, SCORED_AT_ONCE, s->o.threads);
-    double *cost = allocate(context, sizeof *cost, "the costs of a window");
+    size_t stride = min(o->stride ? o->stride : context - 1, context);
+    start_model(s, context, SCORED_AT_ONCE);
+    double *nll = allocate(context, sizeof *nll, "the scores of a window");
     double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
-    size_t n = context, begins = 0, first = 1; // of a window: its tokens, its position, and the first one to score
-    while (n == context) {
-        read_tokens(s, context + stride); // so that there is one left when this window is done
-        n = smaller(context, n_tokens(s->tokens));
-        if (!s->o.stride && n > 0)
-            begin_with_bos(s);
-        score_window(s, cost, n, first);
+    size_t scored = 1; // the tokens before this one have been scored; nothing precedes the first
+    for (size_t at = 0; scored < all; at += stride) {
+        size_t n = min(context, all - at);
+        if (!o->stride)
+            begin_with_bos(s->tokenizer, tokens + at);
+        size_t first = max(scored, at + 1) - at;
+        window_nll(s, nll, tokens + at, n, first);
         for (size_t i = first; i < n; i++) {
             count++;
-            sum += cost[i];
-            squares += cost[i] * cost[i];
-            bytes += (double)decode(&s->t, ((uint32_t *)s->tokens.data)[i], begins + i).n;
+            sum += nll[i];
+            squares += nll[i] * nll[i];
+            bytes += (double)decode(s->tokenizer, tokens[at + i], at + i).n;
         }
+        scored = at + n;
         if (isatty(STDERR_FILENO))
-            fprintf(stderr, "\r%zu tokens%s", begins + n, n == context ? "" : "\n");
-        first = larger(n, stride + 1) - stride; // nothing comes before a window's first token
-        cut_front(&s->tokens, n == context ? stride * sizeof(uint32_t) : 0);
-        begins += stride;
+            fprintf(stderr, "\r%zu tokens%s", scored, scored < all ? "" : "\n");
     }
-    free(cost);
-    double speed = count / (seconds() - start), nll = sum / count, bits = sum / log(2) / fmax(bytes, 1);
-    double variance = (squares / count - nll * nll) * count / fmax(count - 1, 1);
-    // exp is its own slope, so (by the delta method) this times the error of nll is the error; JSON has no infinity
-    double result = fmin(exp(nll), DBL_MAX), error = fmin(result * sqrt(fmax(variance, 0) / count), DBL_MAX);
-    printf(s->o.json
-               ? "{\"tokens\": %.0f, \"nll\": %.9g, \"perplexity\": %.9g, \"stderr\": %.6g, \"bits_per_byte\": %.9g, "
-                 "\"tok_s\": %.6g}\n"
-               : "tokens         %.0f\nnll            %.5f nats a token\nperplexity     %.5g +- %.2g\n"
-                 "bits per byte  %.5f\nspeed          %.1f tok/s\n",
-           count, nll, result, error, bits, speed);
-}
-
-static void add_template(Session *s, size_t which) {
-    Text items = s->t.templates[which], text;
-    for (File f = {s->t.path, items.bytes, items.n, 0, -1}; f.at < f.n;) {
-        uint32_t token = next_item(&f, &text);
-        append(&s->text, text.bytes, text.n);
-        if (token != NONE) {
-            end_text(s);
-            push_token(&s->tokens, token);
-        }
-    }
-}
-
-// Whose ends a template may trim, by two bits of its flags from bit 2 on
-typedef enum { SYSTEM_TEXT, FIRST_AFTER_SYSTEM, OTHER_TEXT } Speaker;
-
-// What someone says, which is only ever text.
-static void add_text(Session *s, Text text, Speaker speaker) {
-    uint32_t flags = s->t.h.template_flags >> (2 + 2 * speaker);
-    for (; flags & 1 && text.n && is_space(*text.bytes); text.n--)
-        text.bytes++;
-    while (flags & 2 && text.n && is_space(text.bytes[text.n - 1]))
-        text.n--;
-    append(&s->text, text.bytes, text.n);
-}
-
-// Writes the script of all turns that are not forgotten. Where it begins as before, the cache holds it still.
-static void write_script(Session *s) {
-    const char *system = s->o.system;
-    const Turn *turns = s->turns.data;
-    const Buffer old = s->tokens;
-    s->tokens = (Buffer){0};
-    add_template(s, system ? BEFORE_SYSTEM : BEFORE_USER);
-    if (system) {
-        add_text(s, text_of(system), SYSTEM_TEXT);
-        add_template(s, AFTER_SYSTEM);
-    }
-    for (size_t i = s->first_turn; i < n_turns(s); i++) {
-        if (i > s->first_turn) {
-            add_template(s, AFTER_ANSWER);
-            add_template(s, NEXT_USER);
-        }
-        Text said = {turns[i].said.data, turns[i].said.n};
-        add_text(s, said, system && i == s->first_turn ? FIRST_AFTER_SYSTEM : OTHER_TEXT);
-        add_template(s, AFTER_USER);
-        end_text(s);
-        append(&s->tokens, turns[i].answer.data, turns[i].answer.n);
-    }
-    expect(s->tokens.n, "an empty message: expected text, as the template of %s has none", s->t.path);
-    size_t same = 0, most = smaller(s->n_cached, n_tokens(s->tokens) - 1); // the last gives the logits
-    while (same < most && ((uint32_t *)old.data)[same] == ((uint32_t *)s->tokens.data)[same])
-        same++;
-    s->n_cached = same;
-    free(old.data);
-}
-
-// When the script is longer than the context, forgets the oldest turns until half of it is free. Returns whether
-// there is room now; if not even the last turn fits, nothing is forgotten.
-static bool make_room(Session *s) {
-    size_t before = s->first_turn;
-    if (n_tokens(s->tokens) <= s->context)
-        return true;
-    bool speaking = ((Turn *)s->turns.data)[n_turns(s) - 1].answer.n;
-    fprintf(stderr, "%srun: the context of %zu tokens is full: ", s->terminal && speaking ? "\n" : "", s->context);
-    while (s->first_turn + 1 < n_turns(s) && n_tokens(s->tokens) > s->context / 2) {
-        s->first_turn++;
-        write_script(s);
-    }
-    bool room = n_tokens(s->tokens) <= s->context;
-    if (room)
-        fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", s->first_turn - before);
-    else
-        fprintf(stderr, "this message and its answer alone take %zu\n", n_tokens(s->tokens));
-    s->first_turn = room ? s->first_turn : before;
-    return room;
-}
-
-// Says the answer to a message: to a stop, to -n tokens, to Ctrl-C, or to the end of the context, if there is nothing
-// more to forget. With --json, that is an object with what the model reads, then one for each token.
-static void answer(Session *s, Text message) {
-    Turn turn = {0};
-    append(&turn.said, message.bytes, message.n);
-    append(&s->turns, &turn, sizeof turn);
-    write_script(s);
-    bool room = make_room(s);
-    if (s->o.json) {
-        printf("{\"cached\": %zu, \"prompt_tokens\": [", s->n_cached);
-        print_ids(s->tokens, ", ");
-        puts("]}");
-    }
-    s->skip_space = true; // in front of an answer, it belongs to the template
-    if (room) {
-        speak(s, s->o.steps);
-    } else { // the message is too long
-        fputs(s->o.json ? "" : "\n", stdout);
-        s->turns.n -= sizeof turn;
-        free(turn.said.data);
-    }
-}
-
-// The end for the handler of a signal, which may do little else.
-static _Noreturn void leave(int status, const char *message) {
-    ssize_t written = write(STDERR_FILENO, message, strlen(message));
-    (void)written;
-    _exit(status);
-}
-
-static void count_interrupt(int signal) {
-    (void)signal;
-    if (interrupts++)
-        leave(INTERRUPTED, "\n");
-}
-
-// With SA_RESTART, the signal disturbs no output; without, it ends the wait for a line.
-static void catch_interrupts(int flags) {
-    struct sigaction action = {.sa_handler = count_interrupt, .sa_flags = flags};
-    sigaction(SIGINT, &action, NULL);
-}
-
-// Reads the next line and returns its length, without its end; -1 at the end of the input.
-static ssize_t read_line(Session *s, bool terminal) {
-    catch_interrupts(0);
-    fputs(terminal ? "> " : "", stderr);
-    errno = 0;
-    ssize_t n = getline(&s->line, &s->capacity, s->input);
-    catch_interrupts(SA_RESTART);
-    if (n < 0 && errno == EINTR) {
-        clearerr(s->input);
-        fputs(terminal ? "\n(Ctrl-C again, or Ctrl-D, leaves)\n" : "", stderr);
-        return read_line(s, terminal);
-    }
-    expect(n >= 0 || feof(s->input), "cannot read what is said: %s", strerror(errno));
-    interrupts = 0;
-    fputs(terminal && n > 0 && s->line[n - 1] != '\n' ? "\n" : "", stderr); // Ctrl-D ends a line, too
-    while (n > 0 && (s->line[n - 1] == '\n' || s->line[n - 1] == '\r'))
-        n--;
-    return n;
-}
-
-// Answers -i, then each line of the terminal, of standard input, or of -f.
-static void chat(Session *s) {
-    expect(s->t.h.template_flags & HAS_TEMPLATE,
-           "%s: -m chat: expected a chat template, found none: export.py found none, or none that it can take apart",
-           s->t.path);
-    expect(!s->o.system || s->t.h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system text",
-           s->t.path);
-    s->t.h.flags &= ~(uint32_t)ADD_BOS; // that is in the template
-    begin(s);
-    bool terminal = isatty(fileno(s->input)) && isatty(STDERR_FILENO);
-    catch_interrupts(SA_RESTART);
-    if (s->o.prompt)
-        answer(s, text_of(s->o.prompt));
-    for (ssize_t n; (n = read_line(s, terminal)) >= 0;)
-        if (n || !terminal)
-            answer(s, (Text){(unsigned char *)s->line, (size_t)n});
-    print_speed(s);
-}
-
-// Bytes a second of a plain read of the whole weights file: generation reads nearly all of it for each token.
-static double read_speed(const Session *s) {
-    const uint64_t *words = (const void *)s->m.file.bytes;
-    uint64_t sum = 0;
-    double start = seconds();
-#pragma omp parallel for num_threads((int)s->o.threads) reduction(+ : sum)
-    for (size_t i = 0; i < s->m.file.n / sizeof *words; i++)
-        sum += words[i];
-    __asm__ volatile("" : : "r"(sum)); // or the compiler would leave out the loop
-    return (double)s->m.file.n / (seconds() - start);
-}
-
-// Floating-point operations a second of the instruction that a prompt's matrix products are made of.
-static double multiply_speed(const Session *s) {
-    double operations = 0, start = seconds();
-#pragma omp parallel num_threads((int)s->o.threads) reduction(+ : operations)
-    operations += multiply_only(s->state.input_type == BF16, 400000);
-    return operations / (seconds() - start);
+    free(nll);
+    double tok_s = count / (seconds() - start), mean = sum / count;
+    double variance = fmax(squares / count - mean * mean, 0) * count / fmax(count - 1, 1);
+    // By the delta method, the standard error of e^mean is e^mean times that of the mean. JSON has no infinity.
+    double result = fmin(exp(mean), DBL_MAX), error = fmin(result * sqrt(variance / count), DBL_MAX);
+    print_result(o->json, "{", "tokens", "%.0f", count);
+    print_result(o->json, ", ", "nll", "%.9g", mean);
+    print_result(o->json, ", ", "perplexity", "%.9g", result);
+    print_result(o->json, ", ", "stderr", "%.6g", error);
+    print_result(o->json, ", ", "bits_per_byte", "%.9g", sum / log(2) / fmax(bytes, 1));
+    print_result(o->json, ", ", "tok_s", "%.6g", tok_s);
+    fputs(o->json ? "}\n" : "", stdout);
 }
 
 enum { MAX_REPEAT = 100 };
 
-// A kind of work, measured several times.
+// A kind of work that -m bench measures.
 typedef struct {
     const char *name;
-    size_t tokens, pos, step;             // so many tokens from this position on, so many at a time
-    double work;                          // a token's floating-point operations, or the bytes that it reads
-    double (*limit_of)(const Session *s); // the most of such work that the machine does in a second
-    double speed[MAX_REPEAT], limit[MAX_REPEAT], share[MAX_REPEAT]; // tokens a second; that limit; how near to it
-} Measurement;
+    size_t tokens, pos, step; // so many tokens from this position on, so many in a pass
+    const char *rate;         // what its limit is counted in
+    double work;              // floating-point operations, or bytes read, per token
+    double tok_s[MAX_REPEAT]; // tokens per second, once for each repetition
+} Work;
 
-// The limit changes from minute to minute on many machines, so it is measured between the steps.
-static void measure(Session *s, Measurement *r, size_t i) {
-    double limits = r->limit_of(s), n_limits = 1, working = 0;
-    for (size_t t = 0; t < r->tokens; t += r->step, n_limits++) {
-        double start = seconds();
-        feed(&s->m, &s->state, (uint32_t *)s->tokens.data + t, r->step, r->pos + t);
-        working += seconds() - start;
-        limits += r->limit_of(s);
+enum { PREFILL, DECODE, DECODE_AT_END, N_WORKS };
+
+// Fills in the works: a prompt, and generation at the start and at the end of the context.
+static void prepare_bench(Session *s, Work works[N_WORKS]) {
+    const Options *o = s->options;
+    const Model *m = &s->model;
+    size_t context = s->context.max_tokens;
+    if (!o->context)
+        context = min(context, 4096);
+    size_t prefill = o->prefill ? o->prefill : min(512, context);
+    size_t decode = o->decode ? o->decode : min(64, context);
+    if (max(prefill, decode) > context)
+        die(EXIT_USAGE, "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
+            max(prefill, decode));
+    size_t tail = context - decode;
+    s->context.max_tokens = context;
+    s->run = alloc_run_state(m, context, 1, o->threads);
+    uint64_t random = 0;
+    for (size_t i = 0; i < (size_t)(s->run.v - s->run.k) * 2; i++) { // as if there were tokens at all positions
+        float value = (float)random_f64(&random) - 0.5f;
+        convert_f32(s->run.k + i, s->run.kv_type, &value, 1);
     }
-    r->speed[i] = (double)r->tokens / working;
-    r->limit[i] = limits / n_limits;
-    r->share[i] = r->speed[i] * r->work / r->limit[i];
+    for (size_t i = 0; i < context; i++)
+        push(&s->context.tokens, (uint32_t)(random_f64(&random) * m->h.vocab_size));
+
+    // A product with n weights takes 2n operations per token. Attention multiplies each query with the keys of the
+    // positions so far, and the weights of the positions with the values.
+    double T = (double)prefill, layers = m->h.n_layers, embedding = (double)m->embedding.rows * m->h.dim;
+    double flops =
+        2 * layers * (double)layer_params(m) + 2 * embedding / T + layers * 4 * (double)m->q_dim * (T + 1) / 2;
+    double weights = (double)m->file.size - (m->h.flags & TIED ? 0 : 2 * embedding);
+    double per_position = kv_cache_bytes(m, context) / (double)s->run.context;
+    double bytes = weights + per_position * ((double)decode + 1) / 2;
+    works[PREFILL] = (Work){"prefill", prefill, 0, prefill, "gflops", flops, {0}};
+    works[DECODE] = (Work){"decode", decode, 0, 1, "gb_s", bytes, {0}};
+    works[DECODE_AT_END] = (Work){"decode_at_end", decode, tail, 1, "gb_s", bytes + per_position * (double)tail, {0}};
+}
+
+// Computes the n tokens from position pos on.
+static void eval_range(Session *s, size_t pos, size_t n) {
+    s->context.n_past = pos;
+    s->context.tokens.n = pos + n;
+    evaluate(s, 0);
 }
 
 static int ascending(const void *a, const void *b) {
@@ -2210,103 +2188,50 @@ static int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static void print_measurement(Measurement *r, size_t n, bool json) {
-    double *samples[] = {r->speed, r->limit, r->share};
-    for (size_t i = 0; i < 3; i++)
-        qsort(samples[i], n, sizeof(double), ascending);
-    bool reads = r->limit_of == read_speed;
-    const char *rate = json ? reads ? "gb_s" : "gflops" : reads ? "GB/s" : "GFLOPS";
-    const char *limit = json ? reads ? "read_gb_s" : "peak_gflops" : rate;
-    double speed = r->speed[n / 2];
-    printf(json ? ", \"%s\": {\"tokens\": %zu, \"position\": %zu, \"tok_s\": %.6g, \"tok_s_min\": %.6g, "
-                  "\"tok_s_max\": %.6g, \"%s\": %.6g, \"%s\": %.6g, \"ratio\": %.4f}"
-                : "| %-13s | %6zu | %8zu | %9.2f | %9.2f | %9.2f | %-6s %7.1f | %-6s %7.1f | %5.2f |\n",
-           r->name, r->tokens, r->pos, speed, r->speed[0], r->speed[n - 1], rate, speed * r->work / 1e9, limit,
-           r->limit[n / 2] / 1e9, r->share[n / 2]);
+static void print_work(Work *w, size_t n, bool json) {
+    qsort(w->tok_s, n, sizeof *w->tok_s, ascending);
+    double tok_s = w->tok_s[n / 2], rate = tok_s * w->work / 1e9;
+    if (json)
+        printf(", \"%s\": {\"tokens\": %zu, \"position\": %zu, \"tok_s\": %.6g, \"tok_s_min\": %.6g, \"tok_s_max\": "
+               "%.6g, \"%s\": %.6g}",
+               w->name, w->tokens, w->pos, tok_s, w->tok_s[0], w->tok_s[n - 1], w->rate, rate);
+    else
+        printf("| %-13s | %6zu | %8zu | %9.2f | %9.2f | %9.2f | %-6s %7.1f |\n", w->name, w->tokens, w->pos, tok_s,
+               w->tok_s[0], w->tok_s[n - 1], strcmp(w->rate, "gb_s") ? "GFLOPS" : "GB/s", rate);
 }
 
-// Measures a prompt, and generation at the start and at the end of the context.
+// -m bench: measures tokens per second. `make bench` compares them with the limits of the machine.
 static void bench(Session *s) {
-    const Model *m = &s->m;
-    const Header *h = &m->h;
-    size_t context = s->o.context ? s->context : smaller(s->context, 4096), n = s->o.repeat;
-    size_t prefill = s->o.prefill ? s->o.prefill : smaller(512, context);
-    size_t decode = s->o.decode ? s->o.decode : smaller(64, context), tail = context - decode;
-    if (larger(prefill, decode) > context)
-        die(USAGE, "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
-            larger(prefill, decode));
-    s->state = open_state(m, context, 1, s->o.threads);
-    uint64_t random = 0;
-    for (uint16_t *kv = s->state.k; kv < s->state.v + (s->state.v - s->state.k); kv++) {
-        const float value = (float)random_number(&random) - 0.5f;
-        narrow(kv, s->state.kv_type, &value, 1); // as if there had been tokens at all positions
-    }
-    for (size_t i = 0; i < context; i++)
-        push_token(&s->tokens, (uint32_t)(random_number(&random) * h->vocab_size));
-
-    // A product of n weights takes 2n operations. Attention multiplies each query with the keys, and the scores with
-    // the values, of the positions so far.
-    double T = (double)prefill, layers = h->n_layers, embedding = (double)h->vocab_size * h->dim;
-    double operations =
-        2 * layers * (double)layer_weights(m) + 2 * embedding / T + layers * 4 * (double)m->q_dim * (T + 1) / 2;
-    double weights = (double)m->file.n - (h->flags & TIED ? 0 : 2 * embedding);
-    double cached = 2 * cache_bytes(m, context) / (double)s->state.context; // for a position
-    double first = weights + cached * ((double)decode + 1) / 2, last = first + cached * (double)tail;
-    Measurement all[] = {
-        {.name = "prefill", .tokens = prefill, .step = prefill, .work = operations, .limit_of = multiply_speed},
-        {.name = "decode", .tokens = decode, .step = 1, .work = first, .limit_of = read_speed},
-        {.name = "decode_at_end", .tokens = decode, .pos = tail, .step = 1, .work = last, .limit_of = read_speed},
-    };
-    enum { KINDS = sizeof all / sizeof *all };
-    read_speed(s); // the pages that are not in memory yet
-    feed(m, &s->state, s->tokens.data, smaller(prefill, 16), 0);
-    for (size_t i = 0; i < n; i++)
-        for (size_t kind = 0; kind < KINDS; kind++)
-            measure(s, &all[kind], i);
-
-    Text logits = {(const unsigned char *)s->state.logits, h->vocab_size * sizeof(float)};
-    fputs(s->o.json ? "{\"model\": " : "", stdout);
-    print_quoted(text_of(m->file.path), JSON);
-    printf(s->o.json ? ", \"params\": %zu, \"dtype\": \"%s\", \"file_bytes\": %zu, \"isa\": \"%s\", \"threads\": %zu, "
-                       "\"context\": %zu, \"repeat\": %zu, \"logits_hash\": \"%016llx\""
-                     : ": %zu parameters in %s, %zu bytes; %s; threads: %zu; context: %zu; median of %zu; logits "
-                       "%016llx\n\n"
-                       "| work          | tokens | position |     tok/s |       min |       max |           rate |"
-                       "          limit | share |\n"
-                       "|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|"
-                       "---------------:|------:|\n",
-           (m->file.n - HEADER_SPACE) / 2, h->dtype == BF16 ? "bf16" : "f16", m->file.n, isa(), (size_t)s->o.threads,
-           context, n, (unsigned long long)hash_of(logits));
-    for (size_t kind = 0; kind < KINDS; kind++)
-        print_measurement(&all[kind], n, s->o.json);
-    fputs(s->o.json ? "}\n" : "", stdout);
+    Work works[N_WORKS];
+    const Options *o = s->options;
+    const Model *m = &s->model;
+    prepare_bench(s, works);
+    eval_range(s, 0, 1); // loads the weights into memory
+    for (size_t i = 0; i < o->repeat; i++)
+        for (Work *w = works; w < works + N_WORKS; w++) {
+            double start = seconds();
+            for (size_t t = 0; t < w->tokens; t += w->step)
+                eval_range(s, w->pos + t, w->step);
+            w->tok_s[i] = (double)w->tokens / (seconds() - start);
+        }
+    uint64_t hash = hash_of(s->run.logits, m->h.vocab_size * sizeof(float));
+    fputs(o->json ? "{\"model\": " : "", stdout);
+    print_quoted(span_of(m->file.path), PRINT_JSON);
+    printf(o->json ? ", \"params\": %zu, \"dtype\": \"%s\", \"file_bytes\": %zu, \"isa\": \"%s\", \"threads\": %zu, "
+                     "\"context\": %zu, \"repeat\": %zu, \"logits_hash\": \"%016llx\""
+                   : ": %zu parameters in %s, %zu bytes; %s; threads: %zu; context: %zu; median of %zu; logits "
+                     "%016llx\n\n"
+                     "| work          | tokens | position |     tok/s |       min |       max |           rate |\n"
+                     "|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|\n",
+           n_params(m), dtype_name(m), m->file.size, isa(), s->run.threads, s->context.max_tokens, (size_t)o->repeat,
+           (unsigned long long)hash);
+    for (Work *w = works; w < works + N_WORKS; w++)
+        print_work(w, o->repeat, o->json);
+    fputs(o->json ? "}\n" : "", stdout);
 }
 
 // ------------------------------------------------------------------------------------------------
-// 7 The command line
-
-// Hyper-threads of a core share its arithmetic and its path to memory, so one thread a core is best.
-static unsigned physical_cores(void) {
-#ifdef __linux__
-    cpu_set_t allowed, cores; // a core goes by the number of its first hyper-thread
-    CPU_ZERO(&cores);
-    if (sched_getaffinity(0, sizeof allowed, &allowed))
-        return 1;
-    for (size_t cpu = 0, first; cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
-        FILE *file = CPU_ISSET(cpu, &allowed) ? fopen(path, "r") : NULL;
-        if (CPU_ISSET(cpu, &allowed))
-            CPU_SET(file && fscanf(file, "%zu", &first) == 1 ? first : cpu, &cores);
-        if (file)
-            fclose(file);
-    }
-    return (unsigned)CPU_COUNT(&cores);
-#else
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    return cores > 0 ? (unsigned)cores : 1;
-#endif
-}
+// 8 The command line
 
 typedef struct {
     const char *name;
@@ -2319,7 +2244,7 @@ static const Mode *find_mode(const char *name) {
     for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
         if (!strcmp(name, modes[i].name))
             return &modes[i];
-    die(USAGE, "-m: expected generate, chat, next, perplexity, tokenize or bench, found '%s'", name);
+    die(EXIT_USAGE, "-m: expected generate, chat, next, perplexity, tokenize or bench, found '%s'", name);
 }
 
 typedef struct {
@@ -2345,74 +2270,84 @@ static void set_option(const Option *option, const char *text) {
         *(uint64_t *)option->target = (uint64_t)value;
     }
     if (!good || (end && (end == text || *end)))
-        die(USAGE, "%s: expected a %s from %lld to %lld, found '%s'", option->flag,
+        die(EXIT_USAGE, "%s: expected a %s from %lld to %lld, found '%s'", option->flag,
             option->kind == INTEGER ? "whole number" : "number", option->min, option->max, text);
 }
 
-#define NEXT_LINE "\n              " // in what --help says of a flag
+#define NEXT_LINE "\n                 " // in the description of a flag
 
+// Reads the command line. The table also is the text of --help; a flag that is "" is a heading there.
 static Options parse_options(int argc, char **argv) {
     Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX, .repeat = 5};
-    o.threads = physical_cores();
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    o.seed = (uint64_t)(now.tv_sec ^ now.tv_nsec);
+    o.threads = default_threads();
+    o.seed = (uint64_t)(seconds() * 1e6);
     bool help = false, version = false;
     const Option options[] = {
         {"-m", TEXT, &o.mode, 0, 0, "MODE",
-         "generate (default): go on with the prompt; chat: answer each line;" NEXT_LINE
-         "next: what may come next; perplexity: rate a text;" NEXT_LINE
-         "bench: measure the speed; tokenize: print token ids"},
-        {"-i", TEXT, &o.prompt, 0, 0, "TEXT", "the prompt"},
-        {"-f", TEXT, &o.prompt_file, 0, 0, "FILE", "the prompt from a file; -: from standard input"},
-        {"-y", TEXT, &o.system, 0, 0, "TEXT", "chat: the system text, which says how to answer"},
+         "generate: continue the prompt (default); chat: answer messages;" NEXT_LINE
+         "next: show what may come next; perplexity: rate a text;" NEXT_LINE
+         "tokenize: print token ids; bench: measure the speed"},
+        {"-i", TEXT, &o.prompt, 0, 0, "TEXT", "prompt"},
+        {"-f", TEXT, &o.prompt_file, 0, 0, "FILE", "prompt from a file; -: from standard input"},
+        {"-y", TEXT, &o.system, 0, 0, "TEXT", "chat: system prompt"},
+        {"-c", INTEGER, &o.context, 1, INT32_MAX, "N", "context in tokens (default: the model's)"},
+        {"-j", INTEGER, &o.threads, 1, 1024, "N", "threads (default: one per physical core)"},
+        {"-z", TEXT, &o.tokenizer, 0, 0, "FILE",
+         "tokenizer (default: MODEL.tokenizer.bin, else" NEXT_LINE "tokenizer.bin beside it or here)"},
+        {"--no-think", SWITCH, &o.no_think, 0, 0, "", "chat: ask the model not to think, if its template knows how"},
+        {"", SWITCH, NULL, 0, 0, "", "Sampling"},
         {"-n", INTEGER, &o.steps, 0, INT32_MAX, "N",
-         "stop after N tokens, the prompt too (256; 0: the context's end);" NEXT_LINE
-         "chat: N tokens of an answer (0: when the model stops)"},
-        {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (1.0; 0: always the likeliest token)"},
-        {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p: from the likeliest that have P together (0.9; 1: off)"},
-        {"-k", INTEGER, &o.top_k, 0, INT32_MAX, "K", "top-k: from the K likeliest (0: off); next: that many (10)"},
-        {"-s", INTEGER, &o.seed, 0, INT64_MAX, "SEED", "the same seed gives the same text (the time)"},
-        {"-c", INTEGER, &o.context, 1, INT32_MAX, "N", "context, in tokens (the model's)"},
-        {"-j", INTEGER, &o.threads, 1, 1024, "N", "threads (physical cores)"},
-        {"-z", TEXT, &o.tokenizer, 0, 0, "FILE", "tokenizer (MODEL.tokenizer.bin, tokenizer.bin beside it or here)"},
-        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour each token by its probability; with --json: the top K (5)"},
-        {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object a token, or one for all"},
+         "stop at N tokens, prompt included (default 256; 0: no limit);" NEXT_LINE
+         "chat: N tokens per answer (default 0: until the model stops)"},
+        {"-t", NUMBER, &o.temperature, 0, 1000000, "T", "temperature (default 1.0; 0: always the most likely token)"},
+        {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p (default 0.9; 1: off)"},
+        {"-k", INTEGER, &o.top_k, 0, INT32_MAX, "K", "top-k (default 0: off); next: tokens shown (default 10)"},
+        {"-s", INTEGER, &o.seed, 0, INT64_MAX, "SEED", "random seed (default: time); same seed, same text"},
         {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N",
-         "read up to N guesses with each token: the same text, sooner (0)"},
-        {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N", "perplexity: windows N apart, each rates its last N"},
-        {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX, "N",
-         "bench: tokens of a prompt (512); --decode N: generated (64)"},
-        {"--decode", INTEGER, &o.decode, 1, INT32_MAX, "", NULL},
-        {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT, "N", "bench: how often (5)"},
+         "speculate up to N tokens per step, output unchanged (default 0)"},
+        {"", SWITCH, NULL, 0, 0, "", "Output"},
+        {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; --json: list top K (default 5)"},
+        {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
+        {"", SWITCH, NULL, 0, 0, "", "Measuring"},
+        {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N",
+         "perplexity: start windows N tokens apart (default: the context)"},
+        {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX, "N", "bench: tokens of the prompt (default 512)"},
+        {"--decode", INTEGER, &o.decode, 1, INT32_MAX, "N", "bench: tokens to generate (default 64)"},
+        {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT, "N", "bench: repetitions (default 5)"},
         {"-h", SWITCH, &help, 0, 0, "", NULL},
-        {"--help", SWITCH, &help, 0, 0, "", "this, as -h; --version: the version"},
-        {"--version", SWITCH, &version, 0, 0, "", NULL},
+        {"--help", SWITCH, &help, 0, 0, "", "show this text (also -h)"},
+        {"--version", SWITCH, &version, 0, 0, "", "show the version and the instruction set"},
     };
     const Option *end = options + sizeof options / sizeof *options;
     for (int i = 1; i < argc; i++) {
         const Option *option = options;
-        while (option < end && strcmp(argv[i], option->flag))
+        while (option < end && (!*option->flag || strcmp(argv[i], option->flag)))
             option++;
         if (*argv[i] != '-') {
             if (o.model)
-                die(USAGE, "expected one MODEL, found '%s' and '%s'", o.model, argv[i]);
+                die(EXIT_USAGE, "expected one MODEL, found '%s' and '%s'", o.model, argv[i]);
             o.model = argv[i];
         } else if (option == end) {
-            die(USAGE, "unknown flag '%s'", argv[i]);
+            die(EXIT_USAGE, "unknown flag '%s'", argv[i]);
         } else if (option->kind == SWITCH) {
             *(bool *)option->target = true;
         } else if (++i == argc) {
-            die(USAGE, "%s: expected a value, found the end of the command line", option->flag);
+            die(EXIT_USAGE, "%s: expected a value, found the end of the command line", option->flag);
         } else {
             set_option(option, argv[i]);
         }
     }
     if (help) {
-        puts("usage: run [MODEL] [options]     MODEL: a weights file (" DEFAULT_MODEL ")");
+        puts("usage: run [MODEL] [options]   MODEL: weights file (default " DEFAULT_MODEL ")");
         for (const Option *option = options; option < end; option++)
-            if (option->help)
-                printf("  %s %-*s %s\n", option->flag, 10 - (int)strlen(option->flag), option->value, option->help);
+            if (option->help && !*option->flag)
+                puts(option->help);
+            else if (option->help)
+                printf("  %s %-*s %s\n", option->flag, 13 - (int)strlen(option->flag), option->value, option->help);
+        puts("Examples\n"
+             "  run -t 0.8 -i \"Once upon a time\"\n"
+             "  run models/smollm2.bin -m chat -y \"You are a pirate.\"\n"
+             "  run model.bin -m perplexity -f book.txt --json");
     } else if (version) {
         printf("twofiles %s (%s)\n", VERSION, isa());
     }
@@ -2421,7 +2356,7 @@ static Options parse_options(int argc, char **argv) {
         exit(0);
     }
     if (o.prompt && o.prompt_file && strcmp(o.mode, "chat"))
-        die(USAGE, "expected one of -i and -f, found both");
+        die(EXIT_USAGE, "expected one of -i and -f, found both");
     if (o.steps == UINT64_MAX) // no -n
         o.steps = strcmp(o.mode, "chat") ? 256 : 0;
     return o;
@@ -2430,7 +2365,9 @@ static Options parse_options(int argc, char **argv) {
 // The length of a path without .bin at its end.
 static int stem(const char *path) {
     size_t n = strlen(path);
-    return (int)(n >= 4 && !strcmp(path + n - 4, ".bin") ? n - 4 : n);
+    if (n >= 4 && !strcmp(path + n - 4, ".bin"))
+        n -= 4;
+    return (int)n;
 }
 
 // The length of a path's folder, with the / at its end.
@@ -2440,13 +2377,13 @@ static int folder(const char *path) {
 }
 
 // The tokenizer file: -z FILE, else MODEL.tokenizer.bin beside MODEL.bin, else tokenizer.bin beside it, else here. If
-// MODEL is a link, beside it and beside what it leads to.
+// MODEL is a link, looks beside the link and beside the file that it leads to.
 static const char *tokenizer_path(const Options *o) {
     if (o->tokenizer)
         return o->tokenizer;
     char target[PATH_MAX];
     const char *names[] = {o->model, realpath(o->model, target) ? target : o->model};
-    size_t size = larger(strlen(names[0]), strlen(names[1])) + sizeof ".tokenizer.bin";
+    size_t size = max(strlen(names[0]), strlen(names[1])) + sizeof ".tokenizer.bin";
     char *path = allocate(size, 1, "a path");
     for (size_t i = 0; i < 5; i++) {
         const char *name = names[i % 2];
@@ -2457,89 +2394,485 @@ static const char *tokenizer_path(const Options *o) {
         if (!access(path, F_OK))
             return path;
     }
-    die(CANNOT, "%s: no tokenizer file: expected %.*s.tokenizer.bin, or tokenizer.bin beside it or here, or -z FILE",
-        o->model, stem(o->model), o->model);
+    die(EXIT_ERROR,
+        "%s: no tokenizer file: expected %.*s.tokenizer.bin, or tokenizer.bin beside it or here, or -z FILE", o->model,
+        stem(o->model), o->model);
 }
 
-static void check_pair(const Model *m, const Tokenizer *t) {
-    expect(m->h.vocab_size == t->h.vocab_size,
-           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens, found %u", t->path, m->file.path,
-           m->h.vocab_size, t->h.vocab_size);
-    expect(m->h.vocab_hash == t->h.vocab_hash,
-           "%s: the wrong tokenizer for %s: expected a vocabulary with the hash %016llx, found %016llx", t->path,
-           m->file.path, (unsigned long long)m->h.vocab_hash, (unsigned long long)t->h.vocab_hash);
-}
-
-#ifndef NO_MAIN // the tests include this file and have a main of their own
-// OpenMP's threads wait for each other by spinning, by default for many milliseconds. Where another program has one of
-// the cores, that keeps the thread that is waited for from running, so make it short. OpenMP looks at its settings when
-// the program starts, hence the new start.
-static void spin_briefly(char **argv) {
-#if defined(_OPENMP) && defined(__linux__)
-    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "3000", 1))
-        execv("/proc/self/exe", argv);
-#endif
-    (void)argv; // if that fails, so be it
-}
-
-// A page of a mapped file cannot be had: its disk failed, or another program made the file shorter.
-static void end_at_lost_page(int signal) {
-    (void)signal;
-    leave(CANNOT,
-          "run: the weights or the tokenizer: expected the bytes that were there when the file was opened, found "
-          "none: it was made shorter, or its disk fails\n");
-}
-
+#ifndef NO_MAIN // the tests include this file and have their own main
 int main(int argc, char **argv) {
-    // A standard stream that is closed stays one that fails; else the next file opened would be taken for it.
-    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
-        if (fcntl(fd, F_GETFD) < 0)
-            open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
-    spin_briefly(argv);
-    sigaction(SIGBUS, &(struct sigaction){.sa_handler = end_at_lost_page}, NULL);
-    Session s = {.o = parse_options(argc, argv)};
-    const Mode *mode = find_mode(s.o.mode);
-    if (!s.o.model && !(mode->run == tokenize && s.o.tokenizer)) // to tokenize, that is enough
-        s.o.model = DEFAULT_MODEL;
-    if (s.o.model) {
-        s.m = open_model(s.o.model);
-        uint32_t most = s.m.h.max_seq_len;
-        s.context = s.o.context ? s.o.context : most;
-        if (s.context > most)
-            die(USAGE, "-c: expected at most %u, the context of %s, found %zu", most, s.o.model, s.context);
-        s.o.threads = smaller(s.o.threads, useful_threads(&s.m));
+    prepare_process(argv);
+    Options o = parse_options(argc, argv);
+    const Mode *mode = find_mode(o.mode);
+    if (!o.model && !(mode->run == tokenize && o.tokenizer)) // tokenize needs no model
+        o.model = DEFAULT_MODEL;
+    Session s = {.options = &o, .printer = new_printer(&o)};
+    if (o.model) {
+        s.model = open_model(o.model);
+        uint32_t longest = s.model.h.max_seq_len;
+        s.context.max_tokens = o.context ? o.context : longest;
+        if (s.context.max_tokens > longest)
+            die(EXIT_USAGE, "-c: expected at most %u, the context of %s, found %zu", longest, o.model,
+                s.context.max_tokens);
+        o.threads = min(o.threads, max_useful_threads(&s.model));
     }
-    s.t = open_tokenizer(tokenizer_path(&s.o));
-    if (s.o.model)
-        check_pair(&s.m, &s.t);
-    s.input = open_input(&s.o);
+    s.tokenizer = open_tokenizer(tokenizer_path(&o));
+    const TokenizerHeader *t = &s.tokenizer->h;
+    expect(!o.model || (s.model.h.vocab_size == t->vocab_size && s.model.h.vocab_hash == t->vocab_hash),
+           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
+           "%016llx",
+           s.tokenizer->file.path, o.model, s.model.h.vocab_size, (unsigned long long)s.model.h.vocab_hash,
+           t->vocab_size, (unsigned long long)t->vocab_hash);
     mode->run(&s);
     flush_output();
-    exit(0); // no return: to the end, what s points to is in use, and so is no leak
+    exit(0); // instead of return, so that no memory counts as lost
 }
 #endif
 
 // ------------------------------------------------------------------------------------------------
-// 8 Appendix: SIMD
+// 9 Plumbing
+
+// ---- Errors and memory
+
+static _Noreturn void die(int status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fputs("run: ", stderr);
+    vfprintf(stderr, format, args);
+    fputs(status == EXIT_USAGE ? " (run --help shows the usage)\n" : "\n", stderr);
+    va_end(args);
+    exit(status);
+}
+
+// Aligned to a cache line: a vector load that crosses two lines costs twice. At least 1 byte, so that NULL is an error.
+static void *allocate(size_t count, size_t size, const char *what) {
+    void *memory;
+    expect(!posix_memalign(&memory, 64, count * size + 1), "no memory for %s: %.1f MB needed", what,
+           (double)count * (double)size / 1e6);
+    return memory;
+}
+
+// Gives an array room for n elements.
+static void *grow(void *data, size_t *capacity, size_t n, size_t size) {
+    if (n <= *capacity)
+        return data;
+    *capacity = 2 * n;
+    data = realloc(data, *capacity * size);
+    expect(data, "no memory for a text: %.1f MB needed", (double)*capacity * (double)size / 1e6);
+    return data;
+}
+
+// An entry that comes before another in a heap.
+static bool heap_before(HeapEntry a, HeapEntry b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
+
+// A binary heap: the children of entry i are 2i + 1 and 2i + 2, and come after it.
+static void heap_push(Heap *heap, HeapEntry entry) {
+    push(heap, entry);
+    HeapEntry *entries = heap->data;
+    size_t i = heap->n - 1;
+    while (i > 0 && heap_before(entry, entries[(i - 1) / 2])) {
+        entries[i] = entries[(i - 1) / 2];
+        i = (i - 1) / 2;
+    }
+    entries[i] = entry;
+}
+
+static HeapEntry heap_pop(Heap *heap) {
+    HeapEntry *entries = heap->data, top = entries[0];
+    size_t i = 0, n = --heap->n;
+    for (size_t child = 1; child < n; child = 2 * i + 1) {
+        if (child + 1 < n && heap_before(entries[child + 1], entries[child]))
+            child++;
+        if (!heap_before(entries[child], entries[n]))
+            break;
+        entries[i] = entries[child];
+        i = child;
+    }
+    entries[i] = entries[n];
+    return top;
+}
+
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+// ---- Files
+
+_Static_assert(sizeof(Header) == 96, "the compiler added padding to Header");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are little-endian and used as they are");
+
+// Refuses a damaged header. The bounds also keep every size that is computed from it below 2^63.
+static void check_header(const char *path, const Header *h) {
+    check(path, "version", h->version, 1, 1);
+    check(path, "dtype", h->dtype, BF16, F16);
+    check(path, "flags", h->flags, 0, ALL_FLAGS);
+    check(path, "dim", h->dim, 1, 1 << 20);
+    check(path, "hidden_dim", h->hidden_dim, 1, 1 << 22);
+    check(path, "n_layers", h->n_layers, 1, 1 << 12);
+    check(path, "n_heads", h->n_heads, 1, 1 << 14);
+    check(path, "n_kv_heads", h->n_kv_heads, 1, h->n_heads);
+    expect(h->n_heads % h->n_kv_heads == 0, "%s: n_kv_heads: expected a divisor of n_heads %u, found %u", path,
+           h->n_heads, h->n_kv_heads);
+    check(path, "head_dim", h->head_dim, 2, MAX_HEAD);
+    expect(h->head_dim % 2 == 0, "%s: head_dim: expected an even number, found %u", path, h->head_dim);
+    check(path, "vocab_size", h->vocab_size, 1, 1 << 24);
+    check(path, "max_seq_len", h->max_seq_len, 1, 1 << 28);
+    check(path, "norm_eps", h->norm_eps, 0, 1);
+    check(path, "rope_theta", h->rope_theta, 1, FLT_MAX);
+    check(path, "rope_scaling", h->rope_scaling, ROPE_PLAIN, ROPE_LLAMA3);
+    if (h->rope_scaling != ROPE_PLAIN)
+        check(path, "rope_factor", h->rope_factor, 1, FLT_MAX);
+    if (h->rope_scaling == ROPE_LLAMA3) {
+        check(path, "rope_low_freq_factor", h->rope_low_freq_factor, FLT_MIN, 1e6f);
+        check(path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
+        check(path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
+    }
+    for (const uint8_t *p = (const uint8_t *)(h + 1); p < (const uint8_t *)h + HEADER_SPACE; p++)
+        check(path, "the unused bytes of the header", *p, 0, 0);
+}
+
+static File map_file(const char *path, const char *magic, size_t min_size, const char *what) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe must not block; it is refused below
+    struct stat st;
+    expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s, as python3 export.py CHECKPOINT -o MODEL.bin makes it: %s",
+           path, what, strerror(errno));
+    expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
+           S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
+    size_t size = (size_t)st.st_size;
+    char text[16] = {0};
+    bool pointer = pread(fd, text, 15, 0) == 15 && !strcmp(text, "version https:/");
+    expect(!pointer, "%s: expected %s, found a Git LFS pointer (git lfs pull gets the file itself)", path, what);
+    expect(*text != '<', "%s: expected %s, found a web page (the download has failed)", path, what);
+    expect(size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, size);
+    File f = {path, mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0), size, fd};
+    expect(f.bytes != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, size, strerror(errno));
+
+    // The file of another program is the likeliest mistake, so this shows what it starts with.
+    char start[9] = {0};
+    for (int i = 0; i < 8; i++)
+        start[i] = f.bytes[i] >= ' ' && f.bytes[i] <= '~' ? (char)f.bytes[i] : '.';
+    expect(!memcmp(f.bytes, magic, 8),
+           "%s: expected %s, which starts \"%s\", found \"%s\" (export.py converts other files)", path, what, magic,
+           start);
+    return f;
+}
+
+// Reads a file into memory. Unlike a mapped file, it cannot change after it has been checked.
+static File read_file(const char *path, const char *magic, size_t min_size, const char *what) {
+    File mapped = map_file(path, magic, min_size, what), f = mapped;
+    f.bytes = allocate(f.size, 1, what);
+    memcpy(f.bytes, mapped.bytes, f.size);
+    munmap(mapped.bytes, f.size);
+    close(f.fd);
+    return f;
+}
+
+// Opens a file for reading. NULL and "-" mean standard input.
+static FILE *open_text(const char *path) {
+    if (!path || !strcmp(path, "-"))
+        return stdin;
+    FILE *file = fopen(path, "rb");
+    expect(file, "%s: cannot read: %s", path, strerror(errno));
+    return file;
+}
+
+// The text of -i or -f.
+static Span read_prompt(Session *s) {
+    const Options *o = s->options;
+    if (!o->prompt_file)
+        return span_of(o->prompt ? o->prompt : "");
+    Bytes *text = &s->tokenizer->prompt;
+    FILE *file = open_text(o->prompt_file);
+    while (!feof(file) && !ferror(file)) {
+        reserve(text, 1 << 16);
+        text->n += fread(text->data + text->n, 1, 1 << 16, file);
+        expect(text->n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
+    }
+    expect(!ferror(file), "%s: cannot read the prompt: %s", o->prompt_file, strerror(errno));
+    if (file != stdin)
+        fclose(file);
+    return (Span){text->data, text->n};
+}
+
+// ---- Number formats
+
+// A float and its bits.
+typedef union {
+    uint32_t bits;
+    float value;
+} FloatBits;
+static inline float float_from_bits(uint32_t bits) { return (FloatBits){.bits = bits}.value; }
+static inline uint32_t float_bits(float value) { return (FloatBits){.value = value}.bits; }
+static inline float bf16_to_f32(uint16_t h) { return float_from_bits((uint32_t)h << 16); }
+
+// Rounds to nearest, ties to even. NaN stays NaN.
+static inline uint16_t f32_to_bf16(float value) {
+    uint32_t bits = float_bits(value);
+    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded >> 16);
+}
+
+// The exponent of an F16 is biased by 15, that of an F32 by 127. Multiplying by 2^112 corrects it, and makes subnormal
+// numbers of F16 normal at the same time.
+static inline float f16_to_f32(uint16_t h) {
+    float magnitude = float_from_bits((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
+    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0; // infinity or NaN
+    return float_from_bits(float_bits(magnitude) | special | (uint32_t)(h & 0x8000) << 16);
+}
+
+// Rounds to nearest, ties to even. Numbers that are too large become infinity. Conditional expressions instead of
+// branches let the compiler make vector code of this function.
+static inline uint16_t f32_to_f16(float value) {
+    uint32_t sign = float_bits(value) >> 16 & 0x8000;
+    uint32_t bits = float_bits(value) & 0x7fffffff;
+    uint32_t normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+    uint32_t subnormal = float_bits(float_from_bits(bits) + 0.5f) - 0x3f000000; // the addition rounds
+    uint32_t half = bits < 0x38800000 ? subnormal : normal;                     // below 2^-14
+    half = bits >= 0x477ff000 ? 0x7c00 : half;                                  // rounds to 65,536 or more: infinity
+    half = bits > 0x7f800000 ? 0x7e00 : half;                                   // NaN
+    return (uint16_t)(half | sign);
+}
+
+static inline size_t size_of(Dtype dtype) { return dtype == F32 ? sizeof(float) : sizeof(uint16_t); }
+
+static inline const void *element_ptr(const void *array, Dtype dtype, size_t i) {
+    return (const char *)array + i * size_of(dtype);
+}
+
+static inline float load_number(const void *array, Dtype dtype, size_t i) {
+    if (dtype == F32)
+        return ((const float *)array)[i];
+    uint16_t h = ((const uint16_t *)array)[i];
+    if (dtype == F16)
+        return f16_to_f32(h);
+    return bf16_to_f32(h);
+}
+
+static void convert_f32(void *out, Dtype dtype, const float *values, size_t n) {
+    uint16_t *halves = out;
+    if (dtype == F32)
+        memcpy(out, values, n * sizeof *values);
+    else if (dtype == F16)
+        for (size_t i = 0; i < n; i++)
+            halves[i] = f32_to_f16(values[i]);
+    else
+        for (size_t i = 0; i < n; i++)
+            halves[i] = f32_to_bf16(values[i]);
+}
+
+// a * b + c, in one instruction if the CPU has one
+static inline float fma_f32(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// e^x within 3 units in the last place; 0 below -87, and e^88 above 88. Compilers make vector code of this function,
+// which they cannot do with libm's: x = n ln 2 + r, e^r is a polynomial, and 2^n goes straight into the exponent bits.
+static inline float exp_f32(float x) {
+    const float round = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, left in the low bits of the mantissa
+    float y = x > 88.0f ? 88.0f : x;
+    float shifted = fma_f32(y, 1.44269504f, round);
+    float n = shifted - round;
+    float r =
+        fma_f32(n, -1.42860677e-6f, fma_f32(n, -0.693145752f, y)); // ln 2 in two parts: n times the first is exact
+    float p = 1.0f / 720;
+    p = fma_f32(p, r, 1.0f / 120);
+    p = fma_f32(p, r, 1.0f / 24);
+    p = fma_f32(p, r, 1.0f / 6);
+    p = fma_f32(p, r, 0.5f);
+    p = fma_f32(p, r, 1.0f);
+    p = fma_f32(p, r, 1.0f);
+    return y < -87.0f ? 0.0f : p * float_from_bits((float_bits(shifted) + 127) << 23);
+}
+
+// logits (n, V) of the positions from pos on
+static void check_finite(const Model *m, const float *logits, size_t n, size_t pos) {
+    for (size_t t = 0; t < n; t++) {
+        size_t bad = 0;
+        for (size_t i = 0; i < m->h.vocab_size; i++)
+            bad += !(fabsf(logits[t * m->h.vocab_size + i]) <= FLT_MAX);
+        expect(bad == 0, "%s: %zu logits after position %zu are not finite: the weights contain NaN or are too large",
+               m->file.path, bad, pos + t);
+    }
+}
+
+// ---- The process
+
+#ifdef __x86_64__
+// Runs before main, so that no instruction that the CPU lacks is used before this check.
+__attribute__((constructor)) static void check_cpu(void) {
+    const char *missing = NULL;
+    __builtin_cpu_init();
+#ifdef __AVX512BF16__
+    if (!__builtin_cpu_supports("avx512bf16"))
+        missing = "AVX-512 BF16";
+#endif
+#ifdef __AVX512F__
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        missing = "AVX-512";
+#endif
+#ifdef __AVX2__
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+        missing = "AVX2";
+#endif
+    if (missing) {
+        fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
+                missing);
+        _exit(EXIT_ERROR);
+    }
+}
+#endif
+
+#ifdef __linux__
+// Reads one or two numbers from a file of the system. Where there is no number, `a` or `b` stays as it is.
+__attribute__((format(printf, 3, 4))) static void read_numbers(double *a, double *b, const char *format, ...) {
+    char path[2 * PATH_MAX];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(path, sizeof path, format, args);
+    va_end(args);
+    FILE *file = fopen(path, "r");
+    if (!file)
+        return;
+    (void)!fscanf(file, "%lf %lf", a, b);
+    fclose(file);
+}
+
+// Hyper-threads of a core share its arithmetic and its path to memory, so one thread per core is best.
+static size_t physical_cores(void) {
+    cpu_set_t allowed, cores; // a core is known by the number of its first hyper-thread
+    CPU_ZERO(&cores);
+    if (sched_getaffinity(0, sizeof allowed, &allowed))
+        return 1;
+    for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        double first = (double)cpu, last;
+        if (!CPU_ISSET(cpu, &allowed))
+            continue;
+        read_numbers(&first, &last, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", cpu);
+        CPU_SET((size_t)first, &cores);
+    }
+    return (size_t)CPU_COUNT(&cores);
+}
+
+// The CPUs that a quota of CPU time amounts to, rounded up, at most 1024. Containers are often limited in this way. A
+// quota is a part of a period, in microseconds, and that of any control group above counts, too.
+static size_t cpu_quota(void) {
+    char line[PATH_MAX];
+    double cpus = 1024;
+    FILE *file = fopen("/proc/self/cgroup", "r");
+    while (file && fgets(line, sizeof line, file)) {
+        // version 2: "0::/group"; version 1: "4:cpu,cpuacct:/group"
+        char *rest = line;
+        strsep(&rest, ":");
+        const char *controllers = strsep(&rest, ":");
+        char *group = strsep(&rest, "\n");
+        if (!group || (*controllers && strcmp(controllers, "cpu") && strncmp(controllers, "cpu,", 4)))
+            continue;
+        for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
+            *end = 0; // the group, then those above it
+            double quota = 0, period = 0, none;
+            if (*controllers) {
+                read_numbers(&quota, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group); // -1: no limit
+                read_numbers(&period, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_period_us", group);
+            } else {
+                read_numbers(&quota, &period, "/sys/fs/cgroup%s/cpu.max", group); // "max 100000": no limit
+            }
+            if (quota > 0 && period > 0)
+                cpus = fmin(cpus, ceil(quota / period));
+        }
+    }
+    if (file)
+        fclose(file);
+    return (size_t)cpus;
+}
+
+static size_t default_threads(void) { return min(physical_cores(), cpu_quota()); }
+#else
+static size_t default_threads(void) {
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    return cores > 0 ? (size_t)cores : 1;
+}
+#endif
+
+// A page of the mapped file cannot be read: its disk failed, or another program has made the file shorter.
+static void on_sigbus(int signal) {
+    (void)signal;
+    exit_from_signal(EXIT_ERROR, "run: the weights: expected the bytes that were there when the file was opened, found "
+                                 "none: it was made shorter, or its disk fails\n");
+}
+
+static void prepare_process(char **argv) {
+    // Occupies standard descriptors that are closed, in the wrong direction, so that to use them still fails. Otherwise
+    // the next file that is opened would get such a number.
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+        if (fcntl(fd, F_GETFD) < 0)
+            open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+    sigaction(SIGBUS, &(struct sigaction){.sa_handler = on_sigbus}, NULL);
+#if defined(_OPENMP) && defined(__linux__)
+    // OpenMP's threads wait by spinning, for milliseconds. If another program has one of the cores, that keeps the
+    // thread that is waited for from running. OpenMP reads this setting when the program starts, so it starts again.
+    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "3000", 1))
+        execv("/proc/self/exe", argv);
+#endif
+    (void)argv;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 10 Fast kernels
 //
-// An instruction set is a handful of inlines over vectors of W floats. The inner loops are written once, over them.
+// The loops of section 2 on vectors of W floats. Each instruction set supplies a few functions on vectors, and the
+// kernels are written once, on these functions.
+//
 // A sum is made by CHAINS accumulators of W lanes: number j takes the vectors j, j + CHAINS, ... of the operands. A
-// chain of dependent additions is slow, so a tile of few sums works on all of them at a time; one of many sums takes
-// the accumulators one after the other. The sums are the same, bit for bit.
+// chain of dependent additions is slow. So a kernel with few sums works on all accumulators at the same time; one
+// with many sums takes the accumulators one after the other. The sums are the same, bit for bit.
+
+enum {
+    MR = 4,             // rows of weights that the micro-kernel multiplies at a time
+    MC = 128,           // rows of weights that stay in L2 while all tokens are multiplied with them
+    KC_BYTES = 4096,    // of each token's row, multiplied at a time
+    TOKENS_IN_L1 = 6,   // tokens that stay in L1 while the rows of a block stream past
+    AMX_BLOCK = 32,     // AMX: rows and tokens that are multiplied at a time, and columns that an instruction takes
+    AMX_TOKENS = 256,   // AMX: tokens, and
+    AMX_COLUMNS = 2048, // AMX: columns of them, that stay in L2 while all rows are multiplied with them
+    KV_BLOCK = 64,      // keys and values that attention handles at a time
+    Q_BLOCK = 64,       // queries that are multiplied with a block of keys while it is in cache
+    Q_TILE = 4          // queries that share each key and value that is loaded
+};
+
+static void page_weights(Paging *p, Tensor w); // section 11
+static Paging *open_paging(const Model *m);
+
+#ifdef PLAIN
+enum { FAST = 0 }; // `make plain`: the plain loops of section 2
+#else
+enum { FAST = 1 }; // the kernels of section 10
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(PLAIN)
+#define ISA "plain C"
+#define PORTABLE_VECTORS
+
+#elif defined(__AVX512F__) && defined(__AVX512DQ__)
 
 #include <immintrin.h>
 #define ISA "AVX-512"
-enum { W = 16, CHAINS = 1, PAIR_CHAINS = 1, GROUP = 6, COLUMNS = 4 };
+enum { W = 16, CHAINS = 1, PAIR_CHAINS = 1, NR = 6, NV = 4 };
 typedef __m512 vec;
 INLINE vec load_bf16(const uint16_t *p) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
 }
 INLINE vec load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vec fma_vec(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
     __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
@@ -2547,27 +2880,28 @@ INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AMX_BF16__) && defined(__linux__)
-#define TILES
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#define AMX
 #define BF16_DOT "AMX BF16"
 #elif defined(__AVX512BF16__)
 #define BF16_DOT "AVX-512 BF16"
 #endif
 #ifdef __AVX512BF16__
-INLINE vec multiply_add_pairs(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+INLINE vec bf16_dot_vec(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 #endif
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include <immintrin.h>
 #define ISA "AVX2"
-enum { W = 8, CHAINS = 4, PAIR_CHAINS = 1, GROUP = 3, COLUMNS = 2 };
+enum { W = 8, CHAINS = 4, PAIR_CHAINS = 1, NR = 3, NV = 2 };
 typedef __m256 vec;
 INLINE vec load_bf16(const uint16_t *p) {
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
 }
 INLINE vec load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-INLINE vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vec fma_vec(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
     __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
@@ -2577,23 +2911,26 @@ INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
 
 #include <arm_neon.h>
 #define ISA "NEON"
-enum { W = 4, CHAINS = 4, PAIR_CHAINS = 4, GROUP = 6, COLUMNS = 4 };
+enum { W = 4, CHAINS = 4, PAIR_CHAINS = 4, NR = 6, NV = 4 };
 typedef float32x4_t vec;
 INLINE vec load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 INLINE vec load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-INLINE vec multiply_add(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+INLINE vec fma_vec(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 INLINE vec sum4(vec a, vec b, vec c, vec d) { return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 #define BF16_DOT "NEON BF16"
-INLINE vec multiply_add_pairs(vec a, vec b, vec c) {
+INLINE vec bf16_dot_vec(vec a, vec b, vec c) {
     return vbfdotq_f32(c, vreinterpretq_bf16_f32(a), vreinterpretq_bf16_f32(b));
 }
 #endif
 
-#else // any other CPU: the compiler's own vectors
-
+#else // any other CPU
 #define ISA "portable"
-enum { W = 4, CHAINS = 4, PAIR_CHAINS = 1, GROUP = 3, COLUMNS = 2 };
+#define PORTABLE_VECTORS
+#endif
+
+#ifdef PORTABLE_VECTORS // the vectors of gcc and clang
+enum { W = 4, CHAINS = 4, PAIR_CHAINS = 1, NR = 3, NV = 2 };
 typedef float vec __attribute__((vector_size(16)));
 INLINE vec load_bf16(const uint16_t *p) {
     return (vec){bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])};
@@ -2601,38 +2938,191 @@ INLINE vec load_bf16(const uint16_t *p) {
 INLINE vec load_f16(const uint16_t *p) {
     return (vec){f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])};
 }
-INLINE vec multiply_add(vec a, vec b, vec c) { return a * b + c; }
+INLINE vec fma_vec(vec a, vec b, vec c) { return a * b + c; }
 INLINE vec sum4(vec a, vec b, vec c, vec d) {
     return (vec){a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]} +
            (vec){a[2] + a[3], b[2] + b[3], c[2] + c[3], d[2] + d[3]};
 }
-
 #endif
 
-static size_t some_tokens(void) { return TILE_ROWS * GROUP; }
-
+// W: floats of a vector. NR: tokens, and NV: vectors of columns in attention, for which sums fit in registers.
 #ifdef BF16_DOT
 static bool has_bf16_dot(void) { return true; }
 static const char *isa(void) { return BF16_DOT; }
 #else
-INLINE vec multiply_add_pairs(vec a, vec b, vec c) { return multiply_add(a, b, c); } // is never called
+INLINE vec bf16_dot_vec(vec a, vec b, vec c) { return fma_vec(a, b, c); } // is never called
 static bool has_bf16_dot(void) { return false; }
 static const char *isa(void) { return ISA; }
 #endif
 
-// How many bytes ahead one token's weights are fetched, and into which cache, 3 being the innermost: what was fastest on
-// Zen 5, which is known by its AVX-VNNI, and on Zen 4 and Xeons.
-#if defined(__AVXVNNI__) && !defined(TILES)
-enum { AHEAD = 4096, NEARNESS = 3 };
+// How many bytes ahead the weights of one token are prefetched, and how close to the CPU (3: L1, 2: L2). These were
+// fastest on Zen 5, which is known by its AVX-VNNI, and on Zen 4 and Xeons.
+#if defined(__AVXVNNI__) && !defined(AMX)
+enum { PREFETCH_BYTES = 4096, PREFETCH_LOCALITY = 3 };
 #else
-enum { AHEAD = 3072, NEARNESS = 2 };
+enum { PREFETCH_BYTES = 3072, PREFETCH_LOCALITY = 2 };
 #endif
 
-// What gcc and clang can say for vectors of any length.
+// ---- The order of numbers in memory
+
+// Returns the type of xb. The bf16 dot product takes both sides in bf16.
+static Dtype choose_xb_type(uint32_t weights) {
+    if (weights != BF16 || !has_bf16_dot())
+        return F32;
+#ifdef AMX
+    // Linux gives the tile registers only to programs that ask for them.
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+    expect(syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0,
+           "no AMX from the system: %s; make ARCH='-march=native -mno-amx-bf16' does without", strerror(errno));
+    return BF16_AMX;
+#endif
+    return BF16;
+}
+
+// The distance between rows of xb. With a power of two, all rows would compete for the same sets of the cache.
+static size_t xb_stride(Dtype dtype, size_t cols) {
+    return dtype == BF16_AMX ? round_up(cols, AMX_BLOCK) : round_up(cols, 64) + 32;
+}
+
+static Tensor xb_view(const RunState *s, size_t T, size_t cols) {
+    return (Tensor){s->xb, s->xb_type, T, cols, xb_stride(s->xb_type, cols)};
+}
+
+// Where element (r, c) of a matrix is. BF16_AMX is (T/16, cols/2, 16, 2): pairs of columns of 16 tokens stand together.
+static inline size_t element_index(Tensor a, size_t r, size_t c) {
+    if (a.dtype == BF16_AMX)
+        return r / 16 * 16 * a.stride + c / 2 * 32 + r % 16 * 2 + c % 2;
+    return r * a.stride + c;
+}
+
+static inline float element(Tensor a, size_t r, size_t c) {
+    return load_number(a.data, a.dtype, element_index(a, r, c));
+}
+
+static void store_row(Tensor a, size_t r, size_t c, const float *values, size_t n) {
+    if (a.dtype != BF16_AMX) {
+        convert_f32((char *)a.data + element_index(a, r, c) * size_of(a.dtype), a.dtype, values, n);
+        return;
+    }
+    uint16_t *to = (uint16_t *)a.data + element_index(a, r, c); // c is even, and pairs are 32 numbers apart
+    for (size_t i = 0; i < n; i += AMX_BLOCK) {
+        uint16_t some[AMX_BLOCK] = {0};
+        convert_f32(some, BF16, values + i, min(AMX_BLOCK, n - i));
+        for (size_t j = 0; j < AMX_BLOCK && i + j < n; j += 2)
+            memcpy(to + (i + j) * 16, some + j, 2 * sizeof *some);
+    }
+}
+
+// Returns `rows` rows of a matrix, from row r on, and of these `cols` columns, from column c on. With BF16_AMX, r has
+// to be a multiple of 16 and c of 2.
+static inline Tensor slice(Tensor a, size_t r, size_t rows, size_t c, size_t cols) {
+    return (Tensor){(char *)a.data + element_index(a, r, c) * size_of(a.dtype), a.dtype, rows, cols, a.stride};
+}
+
+// bf16 numbers of the KV cache are stored in pairs (P = 2), which the bf16 dot product takes together.
+static inline size_t pair_size(const RunState *s) { return s->kv_type == BF16 ? 2 : 1; }
+
+// Where the KV cache holds the KV_BLOCK keys, or values, of kv head g from position `pos` on, a multiple of KV_BLOCK.
+static inline size_t kv_offset(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos) {
+    return ((layer * m->h.n_kv_heads + g) * s->context + pos) * m->h.head_dim;
+}
+
+// Blocks of keys are transposed, (d/P, KV_BLOCK, P), so that scores are weighted sums of rows, as outputs are, see
+// attention_block. Blocks of values are (KV_BLOCK/P, d, P).
+static inline size_t k_index(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i) {
+    size_t P = pair_size(s), slot = pos % KV_BLOCK;
+    return kv_offset(m, s, layer, g, pos - slot) + (i / P * KV_BLOCK + slot) * P + i % P;
+}
+
+static inline size_t v_index(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i) {
+    size_t P = pair_size(s), slot = pos % KV_BLOCK;
+    return kv_offset(m, s, layer, g, pos - slot) + (slot / P * m->h.head_dim + i) * P + slot % P;
+}
+
+// ---- Memory of a running model
+
+enum { MAX_BATCH = 512, BATCH_BYTES = 48 << 20 }; // the largest T, and the memory that its activations may take
+
+// The bytes of the KV cache. May be more than memory can address.
+static double kv_cache_bytes(const Model *m, size_t context) {
+    return 2 * (double)m->h.n_layers * (double)m->kv_dim * (double)round_up(context, KV_BLOCK) * sizeof(uint16_t);
+}
+
+// The number of weights in the matrices of a layer.
+static size_t layer_params(const Model *m) {
+    const Layer *l = &m->layers[0];
+    return (l->wqkv.rows + l->wo.cols + l->w_gate_up.rows + l->w_down.cols) * m->h.dim;
+}
+
+static size_t n_params(const Model *m) { return (m->file.size - HEADER_SPACE) / sizeof(uint16_t); }
+
+// More threads than this do not pay: they wait for each other several times per layer, which costs microseconds, and
+// more on a busy machine. Each needs at least 768 KB of a layer's weights.
+static size_t max_useful_threads(const Model *m) {
+    return FAST ? max(1, layer_params(m) * sizeof(uint16_t) / (768 << 10)) : 1;
+}
+
+// Allocates the memory for `context` positions, and for the logits of up to n_logits tokens at a time.
+static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits, size_t threads) {
+    size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
+    size_t widest = max(max(D, Q), F), outputs = max(Q + 2 * K, 2 * F); // per token: input and output of a product
+    const char *what = "the activations";
+    RunState s = {.threads = threads, .context = round_up(context, KV_BLOCK)};
+    s.xb_type = choose_xb_type(m->h.dtype);
+    s.kv_type = s.xb_type == BF16 ? BF16 : F16; // a CPU that has AMX is slow at bf16 dot products of vectors
+    size_t per_token = (D + outputs + d) * sizeof(float) + xb_stride(s.xb_type, widest) * size_of(s.xb_type);
+    size_t room = BATCH_BYTES - min(BATCH_BYTES / 2, n_logits * m->h.vocab_size * sizeof(float));
+    s.batch = min(min(max(room / per_token, 1), MAX_BATCH), context);
+
+    // mmap gives zeroed pages when they are first touched. Zeros matter: a pair of bf16 may reach one position past the
+    // last, where it is multiplied by 0, so it must not be NaN. 64 bytes more, as kernels read past the end.
+    double bytes = kv_cache_bytes(m, context);
+    s.k = MAP_FAILED;
+    if (bytes < 0x1p62)
+        s.k = mmap(NULL, (size_t)bytes + 64, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    expect(s.k != MAP_FAILED, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer",
+           m->file.path, context, bytes / 1e6);
+    s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
+    s.x = allocate(s.batch * D, sizeof *s.x, what);
+    s.qkv = s.gate_up = allocate(s.batch * outputs, sizeof *s.qkv, what);
+    s.xb = allocate(round_up(s.batch, AMX_BLOCK) * xb_stride(s.xb_type, widest), size_of(s.xb_type), what);
+    s.logits = allocate(n_logits * m->h.vocab_size, sizeof *s.logits, "the logits");
+    s.rope_cos = allocate(s.batch * d / 2, sizeof *s.rope_cos, what);
+    s.rope_sin = allocate(s.batch * d / 2, sizeof *s.rope_sin, what);
+    s.scratch_size = max(max(widest, s.context), 2 * Q_BLOCK * d);
+    s.scratch = allocate(threads * s.scratch_size, sizeof *s.scratch, what);
+    s.paging = open_paging(m);
+    return s;
+}
+
+static float *thread_scratch(const RunState *s) { return s->scratch + (size_t)omp_get_thread_num() * s->scratch_size; }
+
+// Writes a key and a value (d each) of kv head g at position pos into the KV cache, in 16 bits.
+static void cache_kv(const Model *m, RunState *s, size_t layer, size_t g, size_t pos, const float *k, const float *v) {
+    size_t d = m->h.head_dim;
+    uint16_t k16[MAX_HEAD], v16[MAX_HEAD];
+    convert_f32(k16, s->kv_type, k, d);
+    convert_f32(v16, s->kv_type, v, d);
+    for (size_t i = 0; i < d; i++) {
+        s->k[k_index(m, s, layer, g, pos, i)] = k16[i];
+        s->v[v_index(m, s, layer, g, pos, i)] = v16[i];
+    }
+}
+
+static float cached_k(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i) {
+    return load_number(s->k, s->kv_type, k_index(m, s, layer, g, pos, i));
+}
+
+static float cached_v(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos, size_t i) {
+    return load_number(s->v, s->kv_type, v_index(m, s, layer, g, pos, i));
+}
+
+// ---- Vectors of any length, in the language of gcc and clang
+
 typedef uint32_t vec_u32 __attribute__((vector_size(4 * W)));
 typedef float float4 __attribute__((vector_size(16)));
 
-INLINE vec fill(uint32_t bits) { return (vec)(bits + (vec_u32){0}); } // with a float, or a pair
+INLINE vec splat(uint32_t bits) { return (vec)(bits + (vec_u32){0}); } // a float, or a pair of bf16, in all lanes
 
 INLINE vec load_f32(const void *p) {
     vec a;
@@ -2642,14 +3132,17 @@ INLINE vec load_f32(const void *p) {
 
 INLINE void store(float *p, vec a) { memcpy(p, &a, sizeof a); }
 
-// Elements i, i + 1, ... of an array: W of them as f32, or 2W in bf16 as they are, for an instruction that multiplies
-// and adds them in pairs.
+// Elements i, i + 1, ... of an array: W of them as f32, or with `pairs` 2W of them in bf16.
 INLINE vec load(const void *array, Dtype dtype, bool pairs, size_t i) {
-    const void *p = address(array, dtype, i);
-    return pairs || dtype == F32 ? load_f32(p) : dtype == BF16 ? load_bf16(p) : load_f16(p);
+    const void *p = element_ptr(array, dtype, i);
+    if (pairs || dtype == F32)
+        return load_f32(p);
+    if (dtype == BF16)
+        return load_bf16(p);
+    return load_f16(p);
 }
 
-// gcc would rather load an operand anew for each multiplication, from memory, than once into a register. That is slow.
+// Forces a value into a register: gcc otherwise repeats the load in every multiplication, which is slow.
 INLINE vec in_register(vec a) {
 #if defined(__x86_64__)
     __asm__("" : "+v"(a));
@@ -2657,58 +3150,67 @@ INLINE vec in_register(vec a) {
     return a;
 }
 
-INLINE vec accumulate(vec a, vec b, vec sum, bool pairs) {
-    return pairs ? multiply_add_pairs(a, b, sum) : multiply_add(a, b, sum);
+INLINE vec fma_or_bf16_dot(vec a, vec b, vec sum, bool pairs) {
+    return pairs ? bf16_dot_vec(a, b, sum) : fma_vec(a, b, sum);
 }
 
-_Static_assert(TILE_ROWS == 4, "sum4 adds up the four rows of a tile");
+_Static_assert(MR == 4, "sum4 adds up four rows");
 _Static_assert(CHAINS >= PAIR_CHAINS, "an array of CHAINS has room for either");
 
 // out[0 to 3] = the sums over the lanes of four vectors, or += them
-INLINE void put4(float *out, vec a, vec b, vec c, vec d, bool add) {
+INLINE void store_sums4(float *out, vec a, vec b, vec c, vec d, Update update) {
     float4 sums = (float4)sum4(a, b, c, d), before = {0};
-    if (add)
+    if (update == ADD)
         memcpy(&before, out, sizeof before);
     sums += before;
     memcpy(out, &sums, sizeof sums);
 }
 
-// What is fetched from memory while a tile is in work.
+// ---- The matrix product                                       (blocking as in BLIS: Van Zee and van de Geijn 2015)
+
+// The cache lines that are prefetched while the micro-kernel works.
 typedef struct {
     const char *next, *end;
-    size_t lines; // of the cache, at a time
-} Fetch;
+    size_t lines; // at a time
+} Prefetch;
 
-// Part of multiply for one chunk of columns: `rows` rows of w, which are `apart` from each other, and `group` of x. Of
-// the latter, `tokens` are kept, and the last of those stands in for the rest. The types and numbers, but for `tokens`,
-// are known when it is compiled, so that all sums are registers; gcc sees them in parameters, not in a Tensor. So are the
-// tokens, and of the rows one: as AVX2 has it, 4 x 3 sums, 3 tokens and a row, which may have to be converted, are 16.
-INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows, size_t apart, Tensor x, Dtype x_type,
-                 size_t group, size_t tokens, bool add, Fetch *fetch) {
+INLINE void prefetch_lines(Prefetch *p) {
+    for (size_t i = 0; i < p->lines && p->next < p->end; i++) {
+        __builtin_prefetch(p->next, 0, 2); // 2: into L2, as L1 is full
+        p->next += 64;
+    }
+}
+
+// Multiplies `rows` rows of w, which are `apart` from each other, by `group` rows of x, over all columns of x, a
+// multiple of the vector's. Of the latter, `tokens` are stored: if there are fewer than `group`, the last one is
+// computed repeatedly. All arguments but `tokens` are compile-time constants, so that all sums stay in registers; gcc
+// needs the types as arguments for that. AVX2 has 16 registers: 4 x 3 sums, 3 tokens, and a row.
+INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows, size_t apart, Tensor x,
+                         Dtype x_type, size_t group, size_t tokens, Update update, Prefetch *prefetch) {
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     const size_t n = group == 1 ? chains : 1; // chains at a time
-    vec sums[GROUP][TILE_ROWS], chain[GROUP][TILE_ROWS][CHAINS];
+    vec sums[NR][MR], chain[NR][MR][CHAINS];
     for (size_t first = 0; first < chains; first += n) {
         for (size_t t = 0; t < group; t++)
             for (size_t r = 0; r < rows; r++)
                 for (size_t j = 0; j < n; j++)
-                    chain[t][r][j] = fill(0);
+                    chain[t][r][j] = splat(0);
         for (size_t i = first * step; i < x.cols; i += chains * step)
             for (size_t j = 0; j < n && i + j * step < x.cols; j++) {
-                vec token[GROUP];
+                vec token[NR];
                 for (size_t t = 0; t < group; t++)
-                    token[t] =
-                        in_register(load(x.data, x_type, pairs, smaller(t, tokens - 1) * x.stride + i + j * step));
-                for (size_t l = 0; fetch && l < fetch->lines && fetch->next < fetch->end; l++, fetch->next += 64)
-                    __builtin_prefetch(fetch->next, 0, 2); // 2: not into the innermost cache, which is full
+                    token[t] = in_register(load(x.data, x_type, pairs, min(t, tokens - 1) * x.stride + i + j * step));
+                if (prefetch)
+                    prefetch_lines(prefetch);
                 for (size_t r = 0; r < rows; r++) {
                     size_t at = r * apart * w.stride + i + j * step;
-                    if (group == 1 && (W < 16 || !pairs)) // else the processor looks far enough ahead
-                        __builtin_prefetch((const char *)address(w.data, w_type, at) + AHEAD, 0, NEARNESS);
+                    if (group == 1 && (W < 16 || !pairs)) // otherwise the CPU looks far enough ahead
+                        __builtin_prefetch((const char *)element_ptr(w.data, w_type, at) + PREFETCH_BYTES, 0,
+                                           PREFETCH_LOCALITY);
                     vec row = load(w.data, w_type, pairs, at);
                     for (size_t t = 0; t < group; t++)
-                        chain[t][r][j] = accumulate(row, token[t], chain[t][r][j], pairs);
+                        chain[t][r][j] = fma_or_bf16_dot(row, token[t], chain[t][r][j], pairs);
                 }
             }
         for (size_t t = 0; t < group; t++)
@@ -2717,444 +3219,470 @@ INLINE void tile(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows,
                     sums[t][r] = first + j == 0 ? chain[t][r][0] : (vec)(sums[t][r] + chain[t][r][j]);
     }
     for (size_t t = 0; t < tokens; t++)
-        if (rows == TILE_ROWS) {
-            put4(out + t * stride, sums[t][0], sums[t][1], sums[t][2], sums[t][3], add);
+        if (rows == MR) {
+            store_sums4(out + t * stride, sums[t][0], sums[t][1], sums[t][2], sums[t][3], update);
         } else {
-            float sum[TILE_ROWS];
-            put4(sum, sums[t][0], rows > 1 ? sums[t][1] : fill(0), fill(0), fill(0), false);
+            float sum[MR];
+            store_sums4(sum, sums[t][0], rows > 1 ? sums[t][1] : splat(0), splat(0), splat(0), SET);
             for (size_t r = 0; r < rows; r++)
-                out[t * stride + r * apart] = (add ? out[t * stride + r * apart] : 0) + sum[r];
+                out[t * stride + r * apart] = (update == ADD ? out[t * stride + r * apart] : 0) + sum[r];
         }
 }
 
-// Part of multiply for whole tiles and vectors, so that each weight loaded is used several times. The tokens' part of one
-// chunk and TILE_TOKENS stays in the innermost cache while the rows of w pass. Meanwhile, the rows that follow in memory
-// are fetched, which are likely to be multiplied next: for many tokens, some lines of the cache before each tile; for up to
-// some_tokens, where memory is the limit, with each vector of a tile: to ask for all at once was slower by a quarter.
-INLINE void multiply_tiles(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, bool add,
-                           bool many) {
-    const size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, chunk = CHUNK_BYTES / size_of(x_type);
-    size_t lines = TILE_ROWS * w.stride * size_of(w_type) / 64; // of the cache, in a tile's rows
-    size_t tiles = (x.rows + TILE_TOKENS - 1) / TILE_TOKENS * ((x.cols + chunk - 1) / chunk), n; // of those rows
-    size_t steps = (x.rows + GROUP - 1) / GROUP * (x.cols / step);
-    Fetch fetch = {address(w.data, w_type, w.rows * w.stride), address(w.data, w_type, 2 * w.rows * w.stride),
-                   many ? lines / tiles + 1 : (lines + steps - 1) / steps};
-    for (size_t c = 0; c < x.cols; c += n) {
-        n = smaller(chunk, x.cols - c);
-        for (size_t first = 0; first < x.rows; first += TILE_TOKENS)
-            for (size_t r = 0; r < w.rows; r += TILE_ROWS) {
-                size_t end = smaller(first + TILE_TOKENS, x.rows), tokens;
-                for (size_t i = 0; many && i < fetch.lines; i++, fetch.next += 64)
-                    __builtin_prefetch(fetch.next, 0, 2);
-                for (size_t t = first; t < end; t += tokens) {
-                    tokens = smaller(GROUP, end - t);
-                    tile(out + t * stride + r, stride, part(w, r, TILE_ROWS, c, n), w_type, TILE_ROWS, 1,
-                         part(x, t, tokens, c, n), x_type, GROUP, tokens, add || c, many ? NULL : &fetch);
+// Up to this many tokens, the matrix product is limited by memory: each few rows are used for all tokens as they
+// arrive.
+enum { SMALL_BATCH = MR * NR };
+
+// Multiplies whole groups of MR rows and whole vectors of columns by several tokens. A chunk of TOKENS_IN_L1 tokens
+// stays in L1 while the rows of w stream past. Meanwhile it prefetches the rows that follow in memory, which are likely
+// to be next: for a large batch some lines before each group of rows; for a small one with each vector of the group, as
+// asking for all lines at once was slower by a quarter.
+INLINE void gemm_blocked(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, Update update,
+                         bool large) {
+    const size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, chunk = KC_BYTES / size_of(x_type);
+    size_t lines = MR * w.stride * size_of(w_type) / 64;                                         // in a group of rows
+    size_t passes = (x.rows + TOKENS_IN_L1 - 1) / TOKENS_IN_L1 * ((x.cols + chunk - 1) / chunk); // of these rows
+    size_t steps = (x.rows + NR - 1) / NR * (x.cols / step);
+    Prefetch prefetch = {element_ptr(w.data, w_type, w.rows * w.stride),
+                         element_ptr(w.data, w_type, 2 * w.rows * w.stride),
+                         large ? lines / passes + 1 : (lines + steps - 1) / steps};
+    for (size_t c = 0, n; c < x.cols; c += n) {
+        n = min(chunk, x.cols - c);
+        for (size_t first = 0; first < x.rows; first += TOKENS_IN_L1)
+            for (size_t r = 0; r < w.rows; r += MR) {
+                size_t end = min(first + TOKENS_IN_L1, x.rows);
+                if (large)
+                    prefetch_lines(&prefetch);
+                for (size_t t = first, tokens; t < end; t += tokens) {
+                    tokens = min(NR, end - t);
+                    micro_kernel(out + t * stride + r, stride, slice(w, r, MR, c, n), w_type, MR, 1,
+                                 slice(x, t, tokens, c, n), x_type, NR, tokens, c ? ADD : update,
+                                 large ? NULL : &prefetch);
                 }
             }
     }
 }
 
-INLINE void multiply_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, bool add) {
+// Adds what whole vectors, or tiles, leave of a product: the columns from `cols` on, and the rows from `rows` on.
+static void gemm_rest(float *out, size_t stride, Tensor w, Tensor x, size_t rows, size_t cols, Update update) {
+    for (size_t r = 0; r < w.rows; r++) {
+        size_t c = r < rows ? cols : 0;
+        Tensor row = slice(w, r, 1, c, w.cols - c), tokens = slice(x, 0, x.rows, c, w.cols - c);
+        for (size_t t = 0; t < x.rows && row.cols; t++) {
+            float *at = out + t * stride + r;
+            *at = (update == ADD || c ? *at : 0) + dot_ref(row, 0, tokens, t);
+        }
+    }
+}
+
+INLINE void gemm_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, Update update) {
     w.dtype = w_type;
     x.dtype = x_type;
-    size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, cols = x.cols / step * step;
-    size_t chunk = CHUNK_BYTES / size_of(x_type), n;
-    size_t whole = x.rows > 1 && cols ? w.rows / TILE_ROWS * TILE_ROWS : 0;
-    Tensor rows = part(w, 0, whole, 0, cols), tokens = part(x, 0, x.rows, 0, cols);
-    if (whole && x.rows > some_tokens())
-        multiply_tiles(out, stride, rows, w_type, tokens, x_type, add, true);
+    size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, cols = x.cols / step * step; // in whole vectors
+    size_t chunk = KC_BYTES / size_of(x_type);
+    size_t whole = x.rows > 1 && cols ? w.rows / MR * MR : 0; // rows in whole groups
+    Tensor rows = slice(w, 0, whole, 0, cols), tokens = slice(x, 0, x.rows, 0, cols);
+    if (whole && x.rows > SMALL_BATCH)
+        gemm_blocked(out, stride, rows, w_type, tokens, x_type, update, true);
     else if (whole)
-        multiply_tiles(out, stride, rows, w_type, tokens, x_type, add, false);
-    // One token, or what is left of the rows: two rows at a time, the one from the first half and the other from the
-    // second. Memory delivers more to two runs far apart than to one run, and less to two neighbours.
+        gemm_blocked(out, stride, rows, w_type, tokens, x_type, update, false);
+    // One token, or the last rows: two rows at a time, one from the first half and one from the second. Memory delivers
+    // more to two streams that are far apart than to one, and less to two neighbours.
     size_t half = (w.rows - whole) / 2;
     for (size_t t = 0; t < x.rows; t++)
         for (size_t i = 0; i < w.rows - whole - half; i++) {
             size_t r = whole + (i < half ? i : 2 * half);
-            for (size_t c = 0; c < cols; c += n) {
-                n = smaller(chunk, cols - c);
-                Tensor row = part(w, r, 1, c, n), token = part(x, t, 1, c, n);
+            for (size_t c = 0, n; c < cols; c += n) {
+                n = min(chunk, cols - c);
+                Tensor row = slice(w, r, 1, c, n), token = slice(x, t, 1, c, n);
+                float *at = out + t * stride + r;
                 if (i < half)
-                    tile(out + t * stride + r, stride, row, w_type, 2, half, token, x_type, 1, 1, add || c, NULL);
+                    micro_kernel(at, stride, row, w_type, 2, half, token, x_type, 1, 1, c ? ADD : update, NULL);
                 else
-                    tile(out + t * stride + r, stride, row, w_type, 1, 1, token, x_type, 1, 1, add || c, NULL);
+                    micro_kernel(at, stride, row, w_type, 1, 1, token, x_type, 1, 1, c ? ADD : update, NULL);
             }
         }
-    // the last columns, which are less than a vector
-    for (size_t t = 0; t < x.rows && cols < x.cols; t++)
-        for (size_t r = 0; r < w.rows; r++)
-            out[t * stride + r] = (add || cols ? out[t * stride + r] : 0) +
-                                  dot_ref(address(w.data, w_type, r * w.stride + cols), w_type,
-                                          address(x.data, x_type, t * x.stride + cols), x_type, x.cols - cols);
+    gemm_rest(out, stride, w, x, w.rows, cols, update);
 }
 
-static void multiply(float *out, size_t stride, Tensor w, Tensor x, bool add) {
+// out[t][r] = sum_c w[r][c] x[t][c], or += it; rows of out are `stride` apart
+static void gemm(float *out, size_t stride, Tensor w, Tensor x, Update update) {
     if (x.dtype == BF16)
-        multiply_typed(out, stride, w, BF16, x, BF16, add);
-    else if (w.dtype == F32)
-        multiply_typed(out, stride, w, F32, x, F32, add);
+        gemm_typed(out, stride, w, BF16, x, BF16, update);
     else if (w.dtype == BF16)
-        multiply_typed(out, stride, w, BF16, x, F32, add);
+        gemm_typed(out, stride, w, BF16, x, F32, update);
     else
-        multiply_typed(out, stride, w, F16, x, F32, add);
+        gemm_typed(out, stride, w, F16, x, F32, update);
 }
 
-// weigh for `columns` vectors of columns from column `first` on; the numbers of both are known when it is compiled
-INLINE void weigh_fixed(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
-                        bool pairs, size_t m, size_t n, size_t first, size_t columns) {
-    const size_t P = pairs ? 2 : 1;
-    vec sums[QUERY_TILE][COLUMNS];
-    for (size_t q = 0; q < queries; q++)
-        for (size_t c = 0; c < columns; c++)
-            sums[q][c] = load_f32(y + q * y_stride + first + c * W);
-    for (size_t j = 0; j < m; j++) {
-        vec row[COLUMNS];
-        for (size_t c = 0; c < columns; c++) {
-            const uint16_t *at = x + (j * n + first + c * W) * P;
-            row[c] = pairs ? load_f32(at) : load_f16(at);
-            if (c * W * P % 32 == 0) // a line of the block of keys or values that follows
-                __builtin_prefetch(at + m * n * P, 0, 2);
+#ifdef AMX
+
+// AMX has eight tile registers of 16 rows of 64 bytes, and an instruction that multiplies two of them: A, 16 rows and
+// 32 columns of weights, as they are in the file, and B, 16 pairs of columns of 16 tokens, as store_row has written
+// them. It adds the products to a third tile of 16 x 16 sums, in the same order for each sum. A batch is padded to
+// whole tiles; the sums of the padding are not used. So a token has the same bits alone as in a batch.
+
+// Multiplies 32 rows of w, from row r on, by up to 32 tokens, from token t on, over the columns from c to end. Each
+// pass over these rows prefetches: a single pass two tiles ahead in these rows, and then in the next 32; pass number
+// `pass` of several `passes` its share of the next 32 rows.
+static void amx_micro_kernel(float *out, size_t stride, Tensor w, size_t r, size_t c, size_t end, Tensor x, size_t t,
+                             Update update, size_t pass, size_t passes) {
+    const size_t tokens = min(AMX_BLOCK, x.rows - t), share = (AMX_BLOCK + passes - 1) / passes;
+    const size_t distance = passes == 1 ? 2 * AMX_BLOCK : w.cols;
+    const uint16_t *weights = (const uint16_t *)w.data + r * w.stride;
+    const uint16_t *left = (const uint16_t *)x.data + t * x.stride, *right = left + 16 * x.stride; // 16 tokens each
+    const long row = (long)(w.stride * sizeof *weights), sums_row = AMX_BLOCK * sizeof(float);
+    float sums[AMX_BLOCK][AMX_BLOCK];
+    __asm__ volatile("" : : : "memory"); // gcc does not know that tiles are loaded from memory
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (; c < end; c += AMX_BLOCK) {
+        _tile_loadd(4, weights + c, row);
+        _tile_loadd(5, weights + 16 * w.stride + c, row);
+        _tile_loadd(6, left + c * 16, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (tokens > 16) {
+            _tile_loadd(7, right + c * 16, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
         }
-        for (size_t q = 0; q < queries; q++) {
-            uint32_t bits;
-            memcpy(&bits, a + q * a_stride + j, sizeof bits);
-            vec weight = fill(bits);
-            for (size_t c = 0; c < columns; c++)
-                sums[q][c] = accumulate(weight, row[c], sums[q][c], pairs);
-        }
+        size_t ahead = pass * share * w.stride + c + distance;
+        if (c + distance >= w.cols) // goes on in the next 32 rows
+            ahead += AMX_BLOCK * w.stride - w.cols;
+        for (size_t i = 0; i < share; i++)
+            __builtin_prefetch(weights + ahead + i * w.stride, 0, 3);
     }
-    for (size_t q = 0; q < queries; q++)
-        for (size_t c = 0; c < columns; c++)
-            store(y + q * y_stride + first + c * W, sums[q][c]);
-}
-
-INLINE void weigh_typed(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
-                        bool pairs, size_t m, size_t n) {
-    size_t c = 0;
-    for (; c + COLUMNS * W <= n; c += COLUMNS * W)
-        if (queries == QUERY_TILE)
-            weigh_fixed(y, y_stride, a, a_stride, QUERY_TILE, x, pairs, m, n, c, COLUMNS);
-        else
-            weigh_fixed(y, y_stride, a, a_stride, 1, x, pairs, m, n, c, COLUMNS);
-    for (; c < n; c += W) // what is left, a vector at a time, of which the last one may be used in part only
-        for (size_t q = 0; q < queries; q++) {
-            size_t size = smaller(W, n - c) * sizeof(float);
-            float part[W] = {0};
-            memcpy(part, y + q * y_stride + c, size);
-            weigh_fixed(part, W, a + q * a_stride, a_stride, 1, x + c * (pairs ? 2 : 1), pairs, m, n, 0, 1);
-            memcpy(y + q * y_stride + c, part, size);
+    _tile_stored(0, sums[0], sums_row);
+    _tile_stored(1, sums[16], sums_row);
+    _tile_stored(2, sums[0] + 16, sums_row);
+    _tile_stored(3, sums[16] + 16, sums_row);
+    for (size_t j = 0; j < tokens; j++)
+        for (size_t i = 0; i < AMX_BLOCK; i++) {
+            float *at = out + (t + j) * stride + r + i;
+            *at = (update == ADD ? *at : 0) + sums[i][j];
         }
 }
 
-static void weigh(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
-                  bool pairs, size_t m, size_t n) {
-    if (pairs)
-        weigh_typed(y, y_stride, a, a_stride, queries, x, true, m, n);
-    else
-        weigh_typed(y, y_stride, a, a_stride, queries, x, false, m, n);
-}
-
-INLINE double multiply_only_typed(bool pairs, size_t rounds) {
-    vec sums[GROUP][TILE_ROWS], factor = in_register(fill(0)); // as many sums as tile has
-    for (size_t t = 0; t < GROUP; t++)
-        for (size_t r = 0; r < TILE_ROWS; r++)
-            sums[t][r] = in_register(fill(0));
-    for (size_t i = 0; i < rounds; i++)
-        for (size_t t = 0; t < GROUP; t++)
-            for (size_t r = 0; r < TILE_ROWS; r++)
-                sums[t][r] = accumulate(factor, factor, sums[t][r], pairs);
-    volatile vec used; // or the compiler would leave out the loop
-    for (size_t t = 0; t < GROUP; t++)
-        for (size_t r = 0; r < TILE_ROWS; r++)
-            used = sums[t][r];
-    (void)used;
-    return (double)rounds * GROUP * TILE_ROWS * W * (pairs ? 4 : 2);
-}
-
-#ifdef TILES
-
-#include <sys/syscall.h>
-
-// AMX has registers for tiles of 16 rows of 64 bytes. One instruction takes 16 pairs of columns, of 16 tokens and of 16
-// rows of weights, and adds to 16 x 16 sums: it adds up the products of the pairs' first elements, one after the other,
-// those of the second elements apart from them, and both to the sum. Vectors can do just that for one token, a PANEL of 16
-// vectors of 16 pairs at a time, if the tiles share the panel as the lanes do: tile i takes the pairs that are number i of
-// their vectors. So prompts go by tiles, single tokens by vectors, which read memory faster, and the bits are the same.
-
-// Linux gives the registers for tiles only to programs that ask for them.
-static bool ask_for_tiles(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
-    expect(
-        syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0,
-        "the system does not let this program use AMX: %s; make ARCH='-march=native -mno-amx-bf16' builds one without",
-        strerror(errno));
-    return true;
-}
-
-// All eight tiles of this thread are 16 rows of 64 bytes, and 0.
-static void shape_tiles(void) {
+// Up to 32 tokens: each few rows are read once, from end to end. More: a part of x stays in L2 while a thread's rows
+// pass.
+static void matmul_amx(RunState *s, float *out, Tensor w, Tensor x, Update update) {
+    size_t share = AMX_BLOCK, cols = w.cols / AMX_BLOCK * AMX_BLOCK, end, passes;
+    if (x.rows > AMX_BLOCK)
+        share = round_up((w.rows + s->threads - 1) / s->threads, AMX_BLOCK);
+    // All eight tiles of this thread are 16 rows of 64 bytes.
     static const struct {
         uint8_t palette, reserved[15];
         uint16_t row_bytes[16];
         uint8_t rows[16];
-    } shapes = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {W, W, W, W, W, W, W, W}};
-    _tile_loadconfig(&shapes);
-}
-
-// Rows of 16 floats, or pairs, become columns: in four steps, each of which swaps blocks of `size` x `size`.
-INLINE void transpose(vec rows[W]) {
-#pragma GCC unroll 4
-    for (uint32_t size = 1; size < W; size *= 2) {
-        vec_u32 low, high;
-        for (uint32_t i = 0; i < W; i++) {
-            low[i] = i & size ? W + i - size : i;
-            high[i] = i & size ? W + i : i + size;
-        }
-#pragma GCC unroll 16
-        for (uint32_t i = 0; i < W; i++)
-            if (!(i & size)) {
-                vec a = rows[i], b = rows[i + size];
-                rows[i] = _mm512_permutex2var_ps(a, (__m512i)low, b);
-                rows[i + size] = _mm512_permutex2var_ps(a, (__m512i)high, b);
-            }
-    }
-}
-
-// 16 pairs of bf16, of which `left` elements, or all, are there; the others are 0.
-INLINE vec load_pairs(const uint16_t *p, size_t left) {
-    return left >= 2 * W ? load_f32(p) : (vec)_mm512_maskz_loadu_epi16((1u << left) - 1, p);
-}
-
-// x (cols), then 0 up to a whole panel: within each, the 16 pairs that go into one tile come to stand together.
-static void deal_out(uint16_t *x, size_t cols) {
-    for (size_t c = 0; c < cols; c += PANEL) {
-        vec pairs[W];
-        for (size_t j = 0; j < W; j++) {
-            size_t at = smaller(c + j * 2 * W, cols);
-            pairs[j] = load_pairs(x + at, cols - at);
-        }
-        transpose(pairs);
-        memcpy(x + c, pairs, sizeof pairs);
-    }
-}
-
-// out: for each 16 rows of w, for each 16 pairs of their columns, a tile (pairs, rows). To whole panels, and SQUARE rows:
-// columns that are missing are 0, and the last row stands in for others.
-static void pack(uint16_t *out, Tensor w) {
-    const uint16_t *weights = w.data;
-    for (size_t r = 0; r < multiple_of(SQUARE, w.rows); r += W)
-        for (size_t c = 0; c < w.cols; c += PANEL, out += W * PANEL)
-            for (size_t j = 0; j < W; j++) {
-                vec pairs[W];
-                size_t at = smaller(c + j * 2 * W, w.cols);
-                for (size_t i = 0; i < W; i++)
-                    pairs[i] = load_pairs(weights + smaller(r + i, w.rows - 1) * w.stride + at, w.cols - at);
-                transpose(pairs);
-                for (size_t i = 0; i < W; i++) // row j of tile i
-                    memcpy(out + (i * W + j) * 2 * W, &pairs[i], sizeof pairs[i]);
-            }
-}
-
-// out[t][r] = sum_c w[r][c] x[t][c], or += it, for w (rows, cols) from `pack` and x (T, cols) from `deal_out`
-static void multiply_packed(float *out, size_t stride, const uint16_t *w, size_t rows, Tensor x, bool add) {
-    const long x_stride = (long)(x.stride * sizeof(uint16_t)), row = SQUARE * sizeof(float);
-    // gcc does not know that tiles are loaded from memory: what is to be loaded has to be written before this.
-    __asm__ volatile("" : : : "memory");
-    for (size_t t = 0; t < x.rows; t += SQUARE)
-        for (size_t r = 0; r < rows; r += SQUARE) {
-            const uint16_t *upper = address(x.data, BF16, t * x.stride), *lower = upper + W * x.stride;
-            const uint16_t *left = w + r * x.cols, *right = left + W * x.cols;
-            float sums[SQUARE][SQUARE];
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (size_t c = 0; c < x.cols; c += 2 * W) {
-                _tile_loadd(4, upper + c, x_stride);
-                _tile_loadd(6, left + c * W, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, right + c * W, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_loadd(5, lower + c, x_stride);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_stored(0, sums[0], row);
-            _tile_stored(1, sums[0] + W, row);
-            _tile_stored(2, sums[W], row);
-            _tile_stored(3, sums[W] + W, row);
-            for (size_t i = 0; i < smaller(SQUARE, x.rows - t); i++)
-                for (size_t j = 0; j < smaller(SQUARE, rows - r); j++)
-                    out[(t + i) * stride + r + j] = (add ? out[(t + i) * stride + r + j] : 0) + sums[i][j];
-        }
-}
-
-// The first, or the second, of each pair of bf16, as f32.
-INLINE vec first_of(vec pairs) { return (vec)((vec_u32)pairs << 16); }
-INLINE vec second_of(vec pairs) { return (vec)((vec_u32)pairs & 0xffff0000); }
-
-// y + sum_c w[c] x[c] for one row of weights and one token, as they are: the same additions
-static float multiply_row(float y, const uint16_t *w, const uint16_t *x, size_t cols) {
-    float sum = 0, lanes[W];
-    for (size_t c = 0; c < cols; c += PANEL) {
-        vec first = fill(0), second = fill(0);
-        for (size_t i = c; i < smaller(c + PANEL, cols); i += 2 * W) {
-            vec weights = load_pairs(w + i, cols - i), token = load_pairs(x + i, cols - i);
-            __builtin_prefetch((const char *)(w + i) + 4096, 0, 2);
-            first = multiply_add(first_of(weights), first_of(token), first);
-            second = multiply_add(second_of(weights), second_of(token), second);
-        }
-        store(lanes, first + second); // what 16 tiles add
-        for (size_t i = 0; i < W; i++)
-            sum += lanes[i];
-        if ((c + PANEL) % TILE_COLUMNS == 0 || c + PANEL >= cols) { // where a product by tiles ends, too
-            y += sum;
-            sum = 0;
-        }
-    }
-    return y;
-}
-
-static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s) {
-    if (w.dtype != BF16 || w.cols < PANEL / 2) // narrower panels would be mostly padding
-        return false;
-    uint16_t *input = s->input, *packed = (uint16_t *)scratch_of(s);
-    size_t stride = input_stride(w.cols), n;
-    unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040); // what is below 2^-126 counts as 0, read (0x40) or made (0x8000), as with tiles
-    if (T > 1) {               // one token goes by vectors, which take it as it is
-#pragma omp for
-        for (size_t t = 0; t < T; t++)
-            deal_out(input + t * stride, w.cols);
-    }
-    shape_tiles();
-    // As many blocks for each thread, of rows that stay in the second-level cache, packed, while all tokens pass.
-    size_t share = (w.rows + s->threads - 1) / s->threads, blocks = (share + TILE_BLOCK - 1) / TILE_BLOCK;
-    size_t block = multiple_of(SQUARE, (share + blocks - 1) / blocks);
+    } tiles = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&tiles);
 #pragma omp for schedule(static)
-    for (size_t r = 0; r < w.rows; r += block) {
-        size_t rows = smaller(block, w.rows - r);
-        if (T == 1)
-            for (size_t i = r; i < r + rows; i++)
-                out[i] = multiply_row(add ? out[i] : 0, address(w.data, BF16, i * w.stride), input, w.cols);
-        else
-            for (size_t c = 0; c < w.cols; c += n) {
-                n = smaller(TILE_COLUMNS, w.cols - c);
-                pack(packed, part(w, r, rows, c, n));
-                Tensor in = {input + c, BF16, T, multiple_of(PANEL, n), stride};
-                multiply_packed(out + r, w.rows, packed, rows, in, add || c);
-            }
+    for (size_t first = 0; first < w.rows; first += share) {
+        Tensor part = slice(w, first, min(share, w.rows - first), 0, w.cols);
+        size_t rows = part.rows / AMX_BLOCK * AMX_BLOCK;
+        for (size_t start = 0; start < x.rows; start = end) {
+            end = min(start + AMX_TOKENS, x.rows);
+            passes = (end - start + AMX_BLOCK - 1) / AMX_BLOCK;
+            for (size_t c = 0; c < cols; c += AMX_COLUMNS)
+                for (size_t r = 0; r < rows; r += AMX_BLOCK)
+                    for (size_t t = start; t < end; t += AMX_BLOCK)
+                        amx_micro_kernel(out + first, w.rows, part, r, c, min(c + AMX_COLUMNS, cols), x, t,
+                                         c ? ADD : update, (t - start) / AMX_BLOCK, passes);
+        }
+        gemm_rest(out + first, w.rows, part, x, rows, cols, update);
     }
     _tile_release();
-    _mm_setcsr(mode);
-    return true;
-}
-
-static double multiply_only(bool pairs, size_t rounds) {
-    if (!pairs)
-        return multiply_only_typed(false, rounds);
-    shape_tiles();
-    for (size_t i = 0; i < rounds; i++) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_release();
-    return (double)rounds * 4 * W * W * 4 * W; // four tiles of 16 x 16 sums, each of 16 pairs of products
-}
-
-#else
-static bool ask_for_tiles(void) { return false; }
-
-static bool matmul_by_tiles(float *out, Tensor w, size_t T, bool add, State *s) {
-    (void)out, (void)w, (void)T, (void)add, (void)s;
-    return false;
-}
-
-static double multiply_only(bool pairs, size_t rounds) {
-    return pairs ? multiply_only_typed(true, rounds) : multiply_only_typed(false, rounds);
 }
 #endif
 
+// Splits the rows of w among the threads. One token: each thread has a range of rows to stream. A small batch: each
+// few rows are used for all tokens as they arrive. A large batch: a block of rows stays in L2.
+static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update) {
+    if (!FAST) {
+        matmul_ref(out, w, x, update);
+        return;
+    }
+#pragma omp master
+    page_weights(s->paging, w);
+#ifdef AMX
+    if (x.dtype == BF16_AMX) {
+        matmul_amx(s, out, w, x, update);
+        return;
+    }
+#endif
+    size_t block = MC;
+    if (x.rows == 1)
+        block = (w.rows + s->threads - 1) / s->threads;
+    else if (x.rows <= SMALL_BATCH)
+        block = MR;
+#pragma omp for schedule(static)
+    for (size_t r = 0; r < w.rows; r += block)
+        gemm(out + r, w.rows, slice(w, r, min(block, w.rows - r), 0, w.cols), x, update);
+}
+
+// ---- Attention
+
+// y[c] += sum_j a[j] x[j][c] for a (m) f32 and x (m, n) f16; or for pairs of bf16 in both,
+// y[c] += sum_j a[j][0] x[j][c][0] + a[j][1] x[j][c][1]. Handles `queries` vectors y and a, which are y_stride and
+// a_stride floats, or pairs, apart, and columns of x: `vectors` vectors of them, from column `first` on. Both numbers
+// are compile-time constants.
+INLINE void weighted_sum_fixed(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries,
+                               const uint16_t *x, bool pairs, size_t m, size_t n, size_t first, size_t vectors) {
+    const size_t P = pairs ? 2 : 1;
+    vec sums[Q_TILE][NV];
+    for (size_t q = 0; q < queries; q++)
+        for (size_t c = 0; c < vectors; c++)
+            sums[q][c] = load_f32(y + q * y_stride + first + c * W);
+    for (size_t j = 0; j < m; j++) {
+        vec row[NV];
+        for (size_t c = 0; c < vectors; c++) {
+            const uint16_t *at = x + (j * n + first + c * W) * P;
+            row[c] = pairs ? load_f32(at) : load_f16(at);
+            if (c * W * P % 32 == 0) // a cache line of the next block of keys or values
+                __builtin_prefetch(at + m * n * P, 0, 2);
+        }
+        for (size_t q = 0; q < queries; q++) {
+            vec weight = splat(float_bits(a[q * a_stride + j]));
+            for (size_t c = 0; c < vectors; c++)
+                sums[q][c] = fma_or_bf16_dot(weight, row[c], sums[q][c], pairs);
+        }
+    }
+    for (size_t q = 0; q < queries; q++)
+        for (size_t c = 0; c < vectors; c++)
+            store(y + q * y_stride + first + c * W, sums[q][c]);
+}
+
+INLINE void weighted_sum_typed(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries,
+                               const uint16_t *x, bool pairs, size_t m, size_t n) {
+    size_t c = 0;
+    for (; c + NV * W <= n; c += NV * W)
+        if (queries == Q_TILE)
+            weighted_sum_fixed(y, y_stride, a, a_stride, Q_TILE, x, pairs, m, n, c, NV);
+        else
+            weighted_sum_fixed(y, y_stride, a, a_stride, 1, x, pairs, m, n, c, NV);
+    for (; c < n; c += W) // the last columns, a vector at a time, of which the last one may be used in part
+        for (size_t q = 0; q < queries; q++) {
+            size_t size = min(W, n - c) * sizeof(float);
+            float part[W] = {0};
+            memcpy(part, y + q * y_stride + c, size);
+            weighted_sum_fixed(part, W, a + q * a_stride, a_stride, 1, x + c * (pairs ? 2 : 1), pairs, m, n, 0, 1);
+            memcpy(y + q * y_stride + c, part, size);
+        }
+}
+
+// The weighted sums of rows that attention is made of, for 1 or Q_TILE queries. May read a vector past the end of x.
+static void weighted_sum(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
+                         bool pairs, size_t m, size_t n) {
+    if (pairs)
+        weighted_sum_typed(y, y_stride, a, a_stride, queries, x, true, m, n);
+    else
+        weighted_sum_typed(y, y_stride, a, a_stride, queries, x, false, m, n);
+}
+
+// One step of the online softmax: the scores of a block of keys become exp(score - max), and the running maximum and
+// sum are updated. Returns the factor by which earlier partial results must be rescaled. Keys from n_visible on get no
+// weight.                                                                          (Milakov and Gimelshein 2018)
+static float online_softmax(float score[KV_BLOCK], size_t n_visible, float scale, float *largest, float *sum) {
+    // Tree reductions, which the compiler can vectorise; a sequential maximum or sum it cannot. They are unrolled,
+    // because a loop of unknown length would pass each half through memory.
+    float fold[KV_BLOCK];
+    for (size_t j = 0; j < KV_BLOCK; j++)
+        fold[j] = score[j] = j < n_visible ? score[j] * scale : -INFINITY;
+#pragma GCC unroll 6
+    for (size_t half = KV_BLOCK / 2; half; half /= 2)
+        for (size_t j = 0; j < half; j++)
+            fold[j] = fold[j] > fold[j + half] ? fold[j] : fold[j + half];
+    float new_largest = *largest > fold[0] ? *largest : fold[0];
+    for (size_t j = 0; j < KV_BLOCK; j++)
+        fold[j] = score[j] = exp_f32(score[j] - new_largest);
+#pragma GCC unroll 6
+    for (size_t half = KV_BLOCK / 2; half; half /= 2)
+        for (size_t j = 0; j < half; j++)
+            fold[j] += fold[j + half];
+    float rescale = new_largest > *largest ? exp_f32(*largest - new_largest) : 1;
+    *sum = *sum * rescale + fold[0];
+    *largest = new_largest;
+    return rescale;
+}
+
+// Attention for `count` queries that share kv head g, one block of keys and values after the other. Query `first` + i
+// is that of head (first + i) % (H/G) of the group, of token (first + i) / (H/G) of the batch.
+//                                                                                            (FlashAttention: Dao 2022)
+static void attention_block(const Model *m, RunState *s, Tensor result, size_t layer, size_t pos, size_t g,
+                            size_t first, size_t count) {
+    const size_t d = m->h.head_dim, group = m->h.n_heads / m->h.n_kv_heads, P = pair_size(s);
+    const bool pairs = P == 2; // then queries and weights are rounded to bf16, too
+    const float scale = 1.0f / sqrtf((float)d);
+    float *q = thread_scratch(s), *out = q + count * d; // (count, d) each: queries and output accumulators
+    size_t kv_len[Q_BLOCK];                             // the positions that each query may look at
+    float largest[Q_BLOCK], sum[Q_BLOCK];
+    memset(out, 0, count * d * sizeof *out);
+    for (size_t i = 0; i < count; i++) {
+        size_t t = (first + i) / group, head = g * group + (first + i) % group;
+        const float *query = s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d;
+        convert_f32(q + i * d, pairs ? BF16 : F32, query, d);
+        kv_len[i] = pos + t + 1;
+        largest[i] = -INFINITY;
+        sum[i] = 0;
+    }
+    size_t end = pos + (first + count - 1) / group + 1; // the last query looks at the most positions
+    for (size_t start = 0; start < end; start += KV_BLOCK) {
+        size_t block = kv_offset(m, s, layer, g, start);
+        for (size_t i = 0, queries; i < count; i += queries) {
+            queries = count - i >= Q_TILE ? Q_TILE : 1;
+            float scores[Q_TILE][KV_BLOCK] = {0};
+            uint16_t rounded[Q_TILE][KV_BLOCK]; // the same in bf16
+            const void *weights = scores;
+            // scores[j] = sum_c q[c] k[c][j]; slots past the last position hold garbage, which the softmax masks
+            weighted_sum(scores[0], KV_BLOCK, q + i * d, d, queries, s->k + block, pairs, d / P, KV_BLOCK);
+            size_t n_visible = 0; // grows from query to query, so that the last one's counts for all
+            for (size_t j = 0; j < queries; j++) {
+                n_visible = kv_len[i + j] > start ? min(KV_BLOCK, kv_len[i + j] - start) : 0;
+                float rescale = online_softmax(scores[j], n_visible, scale, &largest[i + j], &sum[i + j]);
+                for (size_t c = 0; c < d && rescale != 1; c++)
+                    out[(i + j) * d + c] *= rescale;
+                if (pairs) {
+                    convert_f32(rounded[j], BF16, scores[j], KV_BLOCK);
+                    weights = rounded;
+                }
+            }
+            weighted_sum(out + i * d, d, weights, KV_BLOCK / P, queries, s->v + block, pairs, (n_visible + P - 1) / P,
+                         d);
+        }
+    }
+    for (size_t i = 0; i < count; i++) {
+        for (size_t c = 0; c < d; c++)
+            out[i * d + c] /= sum[i];
+        store_row(result, (first + i) / group, (g * group + (first + i) % group) * d, out + i * d, d);
+    }
+}
+
+static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
+    if (!FAST) {
+        attention_ref(m, s, out, layer, pos);
+        return;
+    }
+    size_t queries = out.rows * (m->h.n_heads / m->h.n_kv_heads); // that share a kv head
+#pragma omp for collapse(2) schedule(dynamic)
+    for (size_t g = 0; g < m->h.n_kv_heads; g++)
+        for (size_t first = 0; first < queries; first += Q_BLOCK)
+            attention_block(m, s, out, layer, pos, g, first, min(Q_BLOCK, queries - first));
+}
+
+// ---- Guesses
+
+// Prompt lookup: finds the latest earlier occurrence of the last 4 tokens, or else of the last 3 or 2, and returns the
+// index of the token after it; n if there is none.
+static size_t find_ngram(const uint32_t *tokens, size_t n) {
+    size_t place = n, longest = 1;
+    for (size_t i = n - 1; i > 0 && longest < 4; i--) {
+        size_t same = 0;
+        while (same < min(i, 4) && tokens[i - 1 - same] == tokens[n - 1 - same])
+            same++;
+        if (same > longest) {
+            longest = same;
+            place = i;
+        }
+    }
+    return place;
+}
+
+static size_t draft(Session *s) {
+    Context *c = &s->context;
+    size_t n = c->tokens.n, n_draft = min(min(s->options->draft, c->max_tokens - n), s->run.batch - 1);
+    if (n_draft == 0 || c->n_past + 1 < n)
+        return 0;
+    size_t place = find_ngram(c->tokens.data, n);
+    if (place == n)
+        return 0;
+    reserve(&c->tokens, n_draft);
+    for (size_t i = 0; i < n_draft; i++)
+        c->tokens.data[n + i] = c->tokens.data[place + i]; // the last of these may be guesses themselves
+    return n_draft;
+}
+
 // ------------------------------------------------------------------------------------------------
-// 9 Appendix: paging
+// 11 Larger than memory
 //
-// A model larger than memory. Each pass reads the file in its order, and a system that makes room by letting go what was not
-// used for longest always lets go what is needed next. So a piece of the file that has to be read again, pass after pass, is
-// let go as soon as the product with it is done, and what else is in memory stays there.
+// Each pass reads the file from front to back. Where it does not fit in memory, the system evicts the pages that have
+// not been used for longest, which are always those that are needed next, so that all of it is read in every pass. To
+// avoid that, pieces of the file that were missing in two passes in a row are evicted right after use, and the rest of
+// the file stays in memory.
 
 enum { PIECE_BYTES = 16 << 20, PIECES_AHEAD = 2, MIN_PAGE = 4096 };
 
 struct Paging {
     const Model *m;
-    size_t at;        // where in the file this pass is
-    long waits;       // the process's page faults, those that had to read, when it began; before the first LONG_MAX
-    bool active;      // there were some in the pass before
-    size_t looked_at; // the pieces before this one have been looked for in memory in this pass,
-    size_t used;      // and those before this one have been used
-    uint8_t *missing; // (pieces) in how many passes in a row it was not there, 2 at most
-    size_t spared;    // the first one missing in this pass, which stays after use: there may be room for it by now
+    size_t at;         // where in the file this pass is
+    long major_faults; // the process's page faults that had to read, when this pass began; LONG_MAX before the first
+    bool active;       // there were such page faults in the pass before
+    size_t n_checked;  // pieces that have been checked for being in memory in this pass
+    size_t n_used;     // pieces that have been used in this pass
+    uint8_t *misses;   // (pieces)  the number of passes in a row in which a piece was missing, at most 2
+    size_t keep;       // the first piece that was missing in this pass; it stays, to find out if there is room again
 };
 
 #ifdef __linux__
-// Finds out if a piece is in memory, half of its pages at least.
-static void look_at(Paging *p, size_t piece) {
+// Finds out whether at least half of a piece is in memory.
+static void check_resident(Paging *p, size_t piece) {
     unsigned char pages[PIECE_BYTES / MIN_PAGE];
-    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->file.n - start);
+    size_t start = piece * PIECE_BYTES, size = min(PIECE_BYTES, p->m->file.size - start);
     size_t n = size / (size_t)sysconf(_SC_PAGESIZE), found = 0;
-    bool known = !mincore((unsigned char *)p->m->file.bytes + start, size, pages);
+    bool known = !mincore(p->m->file.bytes + start, size, pages);
     for (size_t i = 0; i < n && known; i++)
         found += pages[i] & 1;
-    bool gone = known && found < n / 2;
-    p->missing[piece] = gone ? p->missing[piece] ? 2 : 1 : 0;
-    if (gone && p->spared == SIZE_MAX)
-        p->spared = piece;
+    bool missing = known && found < n / 2;
+    p->misses[piece] = missing ? (uint8_t)min(2, p->misses[piece] + 1u) : 0;
+    if (missing && p->keep == SIZE_MAX)
+        p->keep = piece;
 }
 
-static void let_go(const Paging *p, size_t piece) {
-    size_t start = piece * PIECE_BYTES, size = smaller(PIECE_BYTES, p->m->file.n - start);
-    if (p->missing[piece] == 2 && piece != p->spared) {
-        madvise((unsigned char *)p->m->file.bytes + start, size, MADV_DONTNEED);      // this process needs it no more,
-        posix_fadvise(p->m->file.fd, (off_t)start, (off_t)size, POSIX_FADV_DONTNEED); // nor does the system
+static void evict(const Paging *p, size_t piece) {
+    size_t start = piece * PIECE_BYTES, size = min(PIECE_BYTES, p->m->file.size - start);
+    if (p->misses[piece] == 2 && piece != p->keep) {
+        madvise(p->m->file.bytes + start, size, MADV_DONTNEED);                       // from this process,
+        posix_fadvise(p->m->file.fd, (off_t)start, (off_t)size, POSIX_FADV_DONTNEED); // and from the system's cache
     }
 }
 
-static void turn_pages(Paging *p, Tensor w) {
+// Called before the matrix w is used.
+static void page_weights(Paging *p, Tensor w) {
     if (!p)
         return;
     const unsigned char *data = w.data;
     size_t start = (size_t)(data - p->m->file.bytes), size = w.rows * w.cols * sizeof(uint16_t);
     if (start < p->at) { // another pass begins
-        while (p->used < p->looked_at)
-            let_go(p, p->used++);
+        while (p->n_used < p->n_checked)
+            evict(p, p->n_used++);
         struct rusage usage;
         getrusage(RUSAGE_SELF, &usage);
-        p->active = usage.ru_majflt > p->waits;
-        p->waits = usage.ru_majflt;
-        p->used = p->looked_at = start / PIECE_BYTES;
-        p->spared = SIZE_MAX;
+        p->active = usage.ru_majflt > p->major_faults;
+        p->major_faults = usage.ru_majflt;
+        p->n_used = p->n_checked = start / PIECE_BYTES;
+        p->keep = SIZE_MAX;
     }
     p->at = start;
-    // Looks at pieces before the system does, which reads ahead, too.
-    size_t end = smaller(start + size + PIECES_AHEAD * PIECE_BYTES, p->m->file.n);
-    while (p->active && p->looked_at * PIECE_BYTES < end)
-        look_at(p, p->looked_at++);
-    while (p->active && (p->used + 1) * PIECE_BYTES <= start)
-        let_go(p, p->used++);
+    // Checks pieces before the system reads them ahead.
+    size_t end = min(start + size + PIECES_AHEAD * PIECE_BYTES, p->m->file.size);
+    while (p->active && p->n_checked * PIECE_BYTES < end)
+        check_resident(p, p->n_checked++);
+    while (p->active && (p->n_used + 1) * PIECE_BYTES <= start)
+        evict(p, p->n_used++);
 }
 
 static Paging *open_paging(const Model *m) {
-    if (m->file.n <= PIECE_BYTES)
+    if (m->file.size <= PIECE_BYTES)
         return NULL;
-    size_t pieces = m->file.n / PIECE_BYTES + 1;
+    size_t pieces = m->file.size / PIECE_BYTES + 1;
     Paging *p = allocate(1, sizeof *p, "paging");
-    *p = (Paging){.m = m, .at = m->file.n, .waits = LONG_MAX, .missing = allocate(pieces, 1, "paging")};
-    memset(p->missing, 0, pieces);
+    *p = (Paging){.m = m, .at = m->file.size, .major_faults = LONG_MAX, .misses = allocate(pieces, 1, "paging")};
+    memset(p->misses, 0, pieces);
     return p;
 }
 #else
-static void turn_pages(Paging *p, Tensor w) { (void)p, (void)w; }
+static void page_weights(Paging *p, Tensor w) { (void)p, (void)w; }
 static Paging *open_paging(const Model *m) { return (void)m, NULL; }
 #endif

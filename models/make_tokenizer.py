@@ -30,8 +30,8 @@ from export import (
     Token,
     Tokenizer,
     atomic,
-    machines,
     token_text,
+    word_tables,
     words_at_spaces,
 )
 
@@ -78,8 +78,8 @@ def main() -> None:
     parser.add_argument("-o", dest="output", type=Path, default=TOP / "tokenizer.bin")
     args = parser.parse_args()
     tokens = [token(id, piece) for id, piece in enumerate(pieces(javascript(args.package)))]
-    words = machines(words_at_spaces(tokens))
-    tokenizer = Tokenizer(tokens, 1, 0, (2,), add_bos=True, add_space=True, machines=words)
+    words = word_tables(words_at_spaces(tokens))
+    tokenizer = Tokenizer(tokens, 1, 0, (2,), add_bos=True, add_dummy_prefix=True, words=words)
     with atomic(args.output) as file:
         file.write(tokenizer.to_bytes())
 

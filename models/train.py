@@ -37,7 +37,7 @@ from torch import Tensor, nn
 TOP = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
 
-from export import ArraySource, Config, Tokenizer, write_model
+from export import Config, Model, in_memory, tokenizer_of_model, write_model
 from models.stories import read_stories, split
 
 CONFIG = Config(
@@ -440,9 +440,9 @@ class Run:
 
 
 def export(model: Llama, tokenizer: Path, path: Path) -> None:
-    arrays = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    source = ArraySource(CONFIG, arrays)
-    write_model(path, source, Tokenizer.from_sentencepiece(tokenizer.read_bytes()))
+    tensors = {name: in_memory(value.detach().numpy()) for name, value in model.state_dict().items()}
+    source = Model(path, CONFIG, tensors)
+    write_model(path, source, tokenizer_of_model(tokenizer.read_bytes()))
 
 
 def work(rank: int, args: argparse.Namespace) -> None:

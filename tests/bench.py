@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Measures models of six sizes with `run -m bench`, random weights in the shapes of real ones, and prints a table.
+"""Measures models of six sizes, random weights in the shapes of real ones, beside the limits of the machine
+(tests/roofline.c), and prints a table.
 
     make bench                      # or: python3 tests/bench.py --help
 
@@ -20,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOFLINE = ROOT / "build" / "roofline-native"  # `run -m bench`, and the limits
+sys.path[:0] = [str(ROOT), str(ROOT / "models")]
 
-from export import SHAPES, Config, RandomSource, file_size, read_tokenizer, write_model
+from random_weights import SHAPES, random_model
+
+from export import Config, file_size, read_tokenizer, write_model
 
 HEAD = [
     "| model | file GB | prompt tok/s | GFLOPS | of peak | tok/s | GB/s | of a plain read | times 7b |",
@@ -54,11 +58,11 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
     config = that_fits(whole, args.room or room)
     path = args.folder / f"{shape}-{config.n_layers}.bin"
     if not path.exists():
-        write_model(path, RandomSource(config, dtype=args.dtype), read_tokenizer(ROOT / "tokenizer.bin"))
+        write_model(path, random_model(config, dtype=args.dtype), read_tokenizer(ROOT / "tokenizer.bin"))
     prefill = min(args.prefill, config.max_seq_len)
     sizes = ["--prefill", prefill, "--decode", args.decode, "--repeat", args.repeat]
     threads = ["-j", args.threads] if args.threads else []
-    command = [ROOT / "run", path, "-m", "bench", "--json", *sizes, *threads]
+    command = [ROOFLINE, path, "--json", *sizes, *threads]
     found = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if not args.keep:
         path.unlink()

@@ -19,6 +19,7 @@ CPU = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists(
 NEEDS: dict[str, list[str]] = {
     "native": [],
     "portable": [],
+    "plain": [],  # the plain loops of run.c alone, as `make plain`
     "sanitized": [],
     "v3": ["avx2", "fma", "f16c"],
     "v4": ["avx512f", "avx512bw", "avx512dq", "avx512vl"],

@@ -7,6 +7,7 @@ opinion is `reference_logits`, the Transformer in numpy.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import pty
 import signal
@@ -17,7 +18,7 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,39 +33,64 @@ ROOT = Path(__file__).resolve().parent.parent
 # The tokenizer file
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE, LATE = 1, 2, 3, 4, 5, 6, 7
-ADD_BOS, ADD_SPACE, SPACE_ANEW, NO_SECOND_SPACE, BY_MERGES, WHOLE_WORDS, NFC = 1, 2, 4, 8, 16, 32, 64
+ADD_BOS, ADD_DUMMY_PREFIX, PREFIX_AFTER_SPECIAL, NO_PREFIX_BEFORE_SPACE = 1, 2, 4, 8
+MERGES_BY_RANK, IGNORE_MERGES, REMOVE_EXTRA_SPACES = 16, 32, 64
 SENTENCEPIECE_BPE, BYTE_LEVEL_BPE = 1, 2
 
-TOKENIZER_HEADER = "<8s4I2iI7i2Q6IQ"
-TOKENS_START = 112
+TOKENIZER_HEADER = "<8s2I3Q2I2iI7i8I10I"
+TOKENS_START = 160  # the first byte that is not of the header
 TOKENIZER_FIELDS = {  # name: (offset, struct format)
     "magic": (0, "8s"),
     "version": (8, "I"),
     "kind": (12, "I"),
-    "flags": (16, "I"),
-    "vocab_size": (20, "I"),
-    "bos_id": (24, "i"),
-    "unk_id": (28, "i"),
-    "n_stop_ids": (32, "I"),
-    "stop_ids": (36, "i"),  # the first of seven
-    "file_size": (64, "Q"),
-    "vocab_hash": (72, "Q"),
-    "n_merges": (80, "I"),
-    "n_ranges": (84, "I"),
-    "n_classes": (88, "I"),
-    "n_states": (92, "I"),
-    "n_machines": (96, "I"),
-    "template_flags": (100, "I"),
-    "rest_hash": (104, "Q"),
+    "hash": (16, "Q"),
+    "file_size": (24, "Q"),
+    "vocab_hash": (32, "Q"),
+    "flags": (40, "I"),
+    "vocab_size": (44, "I"),
+    "bos_id": (48, "i"),
+    "unk_id": (52, "i"),
+    "n_stops": (56, "I"),
+    "stop_ids": (60, "i"),  # the first of seven
+    "n_by_text": (88, "I"),
+    "n_merges": (92, "I"),
+    "n_dfas": (96, "I"),
+    "n_classes": (100, "I"),
+    "n_states": (104, "I"),
+    "template_flags": (108, "I"),
+    "n_class_blocks": (112, "I"),
+    "n_text": (116, "I"),
+    "template_ends": (120, "I"),  # the first of ten
 }
 assert struct.calcsize(TOKENIZER_HEADER) == TOKENS_START
+NONE = 0xFFFFFFFF  # no token
+CHARACTERS = 0x110000
+TEMPLATES = 10
 
 
-def fnv1a(data: bytes) -> int:
+def fnv1a(numbers: Iterable[int]) -> int:
+    """Of bytes, or of numbers of 32 bits."""
     value = 0xCBF29CE484222325
-    for byte in data:
-        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    for number in numbers:
+        value = (value ^ number) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
     return value
+
+
+def file_hash(data: bytes) -> int:
+    """Of a tokenizer file: all words of 32 bits from byte 24 on."""
+    return fnv1a(np.frombuffer(data[24 : len(data) // 4 * 4], "<u4").tolist())
+
+
+def u32(numbers: Iterable[int]) -> bytes:
+    numbers = list(numbers)
+    return struct.pack(f"<{len(numbers)}I", *numbers)
+
+
+def class_blocks(classes: bytes) -> dict[str, bytes]:
+    """The class of each character, as the file has it: a block for each 256 characters, equal blocks once."""
+    pages = [classes[at : at + 256] for at in range(0, len(classes), 256)]
+    blocks = sorted(set(pages))
+    return {"class_block": u32(map(blocks.index, pages)), "classes": b"".join(blocks)}
 
 
 @dataclass(frozen=True)
@@ -83,24 +109,20 @@ class Vocabulary:
     bos_id: int = 1
     unk_id: int = 0
     stop_ids: tuple[int, ...] = (2,)
-    flags: int = ADD_BOS | ADD_SPACE
+    flags: int = ADD_BOS | ADD_DUMMY_PREFIX
     kind: int = SENTENCEPIECE_BPE
     merges: tuple[tuple[int, int, int], ...] = ()  # left, right, made
     ranges: tuple[tuple[int, int, int], ...] = ()  # first, last, class
     steps: tuple[tuple[int, ...], ...] = ()  # (states, classes)
     n_machines: int = 0
-    nfc: tuple[
-        tuple[tuple[int, ...], ...], ...
-    ] = ()  # rows of decompositions, compositions, combining classes
-    templates: tuple[bytes, ...] = (b"",) * 7
+    templates: tuple[tuple[int | str, ...], ...] = (
+        (),
+    ) * TEMPLATES  # tokens and texts; what is left out is empty
     template_flags: int = 0
-
-    def body(self) -> bytes:
-        return b"".join(piece.pack() for piece in self.pieces)
 
     @property
     def hash(self) -> int:
-        return fnv1a(self.body())
+        return fnv1a(b"".join(piece.pack() for piece in self.pieces))
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -108,32 +130,95 @@ class Vocabulary:
     def id(self, text: bytes, type: int = NORMAL) -> int:
         return next(i for i, p in enumerate(self.pieces) if p.text == text and p.type == type)
 
-    def rest(self) -> bytes:
-        """What follows the vocabulary."""
-        rows: list[tuple[int, ...]] = [*self.merges, *self.ranges, *self.steps]
-        if self.nfc:
-            rows += [tuple(map(len, self.nfc)), *(row for kind in self.nfc for row in kind)]
-        parts = [bytes(-len(self.body()) % 4), *(struct.pack(f"<{len(row)}I", *row) for row in rows)]
-        return b"".join([*parts, *(struct.pack("<I", len(text)) + text for text in self.templates)])
+    def items(self) -> list[int | str]:
+        """Of all templates."""
+        return [item for template in self.templates for item in template]
 
-    def to_bytes(self) -> bytes:
-        body, rest = self.body(), self.rest()
-        stops = [*self.stop_ids, *[-1] * (7 - len(self.stop_ids))]
+    def by_text(self) -> list[int]:
+        """Tokens that text can become, sorted by their bytes: the last user-defined one, else the first normal."""
+        best: dict[bytes, int] = {}
+        for id, piece in enumerate(self.pieces):
+            wanted = piece.type in (USER_DEFINED, LATE)
+            if wanted or (piece.type == NORMAL and piece.text not in best):
+                best[piece.text] = id
+        return [best[text] for text in sorted(best)]
+
+    def char_class(self) -> bytes:
+        """The class of each character: 1, but for those in `ranges`; then U+FFFD's, for stray bytes."""
+        if not self.steps:
+            return b""
+        classes = np.ones(CHARACTERS, np.uint8)
+        for first, last, kind in self.ranges:
+            classes[first : last + 1] = kind
+        return classes.tobytes() + bytes([classes[0xFFFD]]) * 256
+
+    def arrays(self) -> dict[str, bytes]:
+        """What follows the header, in the order of the file."""
+        byte_id, longest = [self.unk_id & NONE] * 256, [0] * 256
+        texts: list[bytes] = []
+        places: list[int] = [0]
+
+        def place(text: bytes) -> tuple[int, int]:
+            texts.append(text)
+            places.append(places[-1] + len(text))
+            return places[-2], len(text)
+
+        rows: list[bytes] = []
+        for id, piece in enumerate(self.pieces):
+            rows.append(struct.pack("<3If", *place(piece.text), piece.type, piece.score))
+            if piece.text and piece.type == BYTE:
+                byte_id[piece.text[0]] = id
+            if piece.text and piece.type in (USER_DEFINED, LATE):
+                longest[piece.text[0]] = max(longest[piece.text[0]], len(piece.text))
+        last = {(left, right): (made, rank) for rank, (left, right, made) in enumerate(self.merges)}
+        merges = [(*pair, *last[pair]) for pair in sorted(last)]
+        items = [(NONE, *place(i.encode())) if isinstance(i, str) else (i, 0, 0) for i in self.items()]
+        text = b"".join(texts)
+        return {
+            "byte_id": u32(byte_id),
+            "longest": u32(longest),
+            "pieces": b"".join(rows),
+            "by_text": u32(self.by_text()),
+            "merges": u32(number for row in merges for number in row),
+            "transitions": u32(number for row in self.steps for number in row),
+            "template_items": u32(number for row in items for number in row),
+            **class_blocks(self.char_class()),
+            "text": text + bytes(-len(text) % 4),
+        }
+
+    def to_bytes(self, **changed: bytes) -> bytes:
+        """The file, with some of its arrays replaced; then counts may have to be patched."""
+        arrays = self.arrays()
+        templates = [*self.templates, *[()] * (TEMPLATES - len(self.templates))]
         head = struct.pack(
             TOKENIZER_HEADER,
-            *(b"twotoken", 2, self.kind, self.flags, len(self.pieces), self.bos_id, self.unk_id),
-            *(len(self.stop_ids), *stops, TOKENS_START + len(body) + len(rest), fnv1a(body)),
-            *(len(self.merges), len(self.ranges), len(self.steps[0]) if self.steps else 0, len(self.steps)),
-            *(self.n_machines, self.template_flags, fnv1a(rest)),
+            *(b"twotoken", 3, self.kind, 0, 0, self.hash, self.flags, len(self.pieces)),
+            *(self.bos_id, self.unk_id, len(self.stop_ids), *self.stop_ids),
+            *([-1] * (7 - len(self.stop_ids))),
+            *(len(arrays["by_text"]) // 4, len(arrays["merges"]) // 16, self.n_machines),
+            *(len(self.steps[0]) if self.steps else 0, len(self.steps), self.template_flags),
+            *(len(arrays["classes"]) // 256, sum(self.text_lengths())),
+            *np.cumsum([len(template) for template in templates]).tolist(),
         )
-        return head + body + rest
+        return fix(head + b"".join((arrays | changed).values()))
+
+    def text_lengths(self) -> list[int]:
+        return [len(p.text) for p in self.pieces] + [
+            len(i.encode()) for i in self.items() if isinstance(i, str)
+        ]
+
+    def offsets(self) -> dict[str, int]:
+        """Where in the file each array starts; "end": where the last one ends."""
+        found, at = {}, TOKENS_START
+        for name, array in self.arrays().items():
+            found[name] = at
+            at += len(array)
+        return found | {"end": at}
 
     def entry_offsets(self) -> list[int]:
-        """Where in the file each piece's entry starts, and the end."""
-        offsets = [TOKENS_START]
-        for piece in self.pieces:
-            offsets.append(offsets[-1] + 12 + len(piece.text))
-        return offsets
+        """Where in the file each piece's 16 bytes start (offset, length, type, score), and the end."""
+        start = self.offsets()["pieces"]
+        return [start + 16 * i for i in range(len(self.pieces) + 1)]
 
 
 def default_vocabulary(extra: Sequence[bytes] = (), **changes: Any) -> Vocabulary:
@@ -179,21 +264,12 @@ def byte_level_vocabulary(**changes: Any) -> Vocabulary:
     start, end = len(pieces) - 2, len(pieces) - 1
     # state 1 is the start, 2 within spaces, 3 within letters; an odd step says that a word ends before the character
     steps = ((0, 0, 0), (0, 6, 4), (1, 6, 4), (1, 6, 1))
-    text = struct.pack("<I", 0x80000000 | 5) + b"user\n"
-    templates = (
-        struct.pack("<I", start) + text,
-        b"",
-        b"",
-        struct.pack("<I", end),
-        b"",
-        struct.pack("<I", end),
-        text,
-    )
+    templates = ((start, "user\n"), (), (), (end,), (), (end,), ("user\n",), (), (), ())
     fields: dict[str, Any] = {
         "bos_id": start,
         "unk_id": -1,
         "stop_ids": (end,),
-        "flags": ADD_BOS | BY_MERGES | WHOLE_WORDS,
+        "flags": ADD_BOS | MERGES_BY_RANK | IGNORE_MERGES,
         "kind": BYTE_LEVEL_BPE,
         "merges": tuple(merges),
         "ranges": ((0x20, 0x20, 2), (0x3000, 0x3000, 2)),
@@ -205,17 +281,6 @@ def byte_level_vocabulary(**changes: Any) -> Vocabulary:
     return Vocabulary(tuple(pieces), **fields | changes)
 
 
-def nfc_vocabulary(**changes: Any) -> Vocabulary:
-    """The same with a little of NFC: e and an acute accent, the Angstrom sign, classes of two marks."""
-    nfc = (
-        ((0xE9, 0x65, 0x301, 0, 0), (0x212B, 0x41, 0x30A, 0, 0)),
-        ((0x65, 0x301, 0xE9),),
-        ((0x301, 0x301, 230), (0x323, 0x323, 220)),
-    )
-    base = byte_level_vocabulary()
-    return replace(base, flags=base.flags | NFC, **{"nfc": nfc, **changes})
-
-
 def write_tokenizer(path: Path, vocabulary: Vocabulary | None = None) -> Vocabulary:
     vocabulary = vocabulary or default_vocabulary()
     path.write_bytes(vocabulary.to_bytes())
@@ -223,37 +288,46 @@ def write_tokenizer(path: Path, vocabulary: Vocabulary | None = None) -> Vocabul
 
 
 def read_tokenizer(data: bytes) -> Vocabulary:
+    """Of a file that to_bytes() makes again, to the byte."""
     head = struct.unpack_from(TOKENIZER_HEADER, data)
-    assert head[:2] == (b"twotoken", 2) and head[15] == len(data)
-    at = TOKENS_START
+    magic, version, kind, hash, file_size, vocab_hash, flags, vocab_size, bos_id, unk_id, n_stops = head[:11]
+    n_by_text, n_merges, n_dfas, n_classes, n_states, template_flags, n_blocks, n_text = head[18:26]
+    assert (magic, version, file_size, hash) == (b"twotoken", 3, len(data), file_hash(data))
+    at = TOKENS_START + 8 * 256
 
-    def rows(count: int, width: int) -> tuple[tuple[int, ...], ...]:
+    def rows(count: int, form: str) -> list[tuple[Any, ...]]:
         nonlocal at
-        at += 4 * count * width
-        return tuple(
-            struct.unpack_from(f"<{width}I", data, at - 4 * width * (count - i)) for i in range(count)
-        )
+        size = struct.calcsize("<" + form)
+        found = [struct.unpack_from("<" + form, data, at + i * size) for i in range(count)]
+        at += count * size
+        return found
 
-    pieces: list[Piece] = []
-    for _ in range(head[4]):
-        length, type, score = struct.unpack_from("<IIf", data, at)
-        pieces.append(Piece(data[at + 12 : at + 12 + length], type, score))
-        at += 12 + length
-    assert head[16] == fnv1a(data[TOKENS_START:at]) and head[23] == fnv1a(data[at:])
-    at += -at % 4
-    merges, ranges, steps = rows(head[17], 3), rows(head[18], 3), rows(head[20], head[19])
-    counts = rows(1, 3)[0] if head[3] & NFC else ()
-    nfc = tuple(rows(count, width) for count, width in zip(counts, (5, 3, 3), strict=False))
-    templates = []
-    for _ in range(7):
-        ((length,),) = rows(1, 1)
-        templates.append(data[at : at + length])
-        at += length
-    assert at == len(data)
-    return Vocabulary(
-        *(tuple(pieces), head[5], head[6], tuple(head[8 : 8 + head[7]]), head[3], head[2]),
-        *(merges, ranges, steps, head[21], nfc, tuple(templates), head[22]),  # type: ignore[arg-type]
+    entries = rows(vocab_size, "3If")
+    rows(n_by_text, "I")
+    merges = rows(n_merges, "4I")
+    steps = rows(n_states, f"{n_classes}I")
+    items = rows(head[-1], "3I")
+    class_block = [block for (block,) in rows(CHARACTERS // 256 + 1 if n_classes else 0, "I")]
+    blocks = np.frombuffer(data, np.uint8, 256 * n_blocks, at).reshape(-1, 256)
+    at += 256 * n_blocks
+    classes = blocks[class_block].reshape(-1)[:CHARACTERS]
+    text = data[at : at + n_text]
+    edges = [0, *(np.flatnonzero(np.diff(classes)) + 1).tolist(), len(classes)] if n_classes else [0]
+    ranges = [(a, b - 1, int(classes[a])) for a, b in itertools.pairwise(edges) if classes[a] != 1]
+    script = [text[start : start + n].decode() if token == NONE else token for token, start, n in items]
+    ends = [0, *head[26:]]
+    found = Vocabulary(
+        tuple(Piece(text[start : start + n], type, score) for start, n, type, score in entries),
+        *(bos_id, unk_id, tuple(head[11 : 11 + n_stops]), flags, kind),
+        tuple((left, right, made) for left, right, made, _ in sorted(merges, key=lambda row: row[3])),
+        tuple(ranges),
+        tuple(steps),
+        n_dfas,
+        tuple(tuple(script[start:end]) for start, end in itertools.pairwise(ends)),
+        template_flags,
     )
+    assert found.to_bytes() == data and found.hash == vocab_hash
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -436,27 +510,12 @@ def patch(data: bytes, **fields: Any) -> bytes:
     return bytes(out)
 
 
-def end_of_tokens(data: bytes) -> int:
-    """Where the vocabulary of a tokenizer file ends, as far as one can tell of a damaged one."""
-    if len(data) < TOKENS_START:
-        return len(data)
-    at = TOKENS_START
-    for _ in range(min(struct.unpack_from("<I", data, 20)[0], len(data))):
-        if at + 12 > len(data):
-            break
-        at += 12 + struct.unpack_from("<I", data, at)[0]
-    return min(at, len(data))
-
-
 def fix(data: bytes) -> bytes:
-    """The file with the size, and a tokenizer's hashes, that belong to what it now holds."""
-    if len(data) < TOKENS_START:
+    """The file with the size, and a tokenizer's hash, that belong to what it now holds."""
+    if len(data) < (TOKENS_START if data[:8] == b"twotoken" else 96):
         return data
-    if data[:8] == b"twotoken":
-        at = end_of_tokens(data)
-        hashes = {"vocab_hash": fnv1a(data[TOKENS_START:at]), "rest_hash": fnv1a(data[at:])}
-        return patch(data, file_size=len(data), **hashes)
-    return patch(data, file_size=len(data))
+    data = patch(data, file_size=len(data))
+    return patch(data, hash=file_hash(data)) if data[:8] == b"twotoken" else data
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -656,9 +715,11 @@ def on_terminal(run: Program, *args: object, columns: int = 0, stderr_too: bool 
     return output.decode(), stderr
 
 
-def interrupt_export(folder: Path, *args: str | Path, number: int = signal.SIGINT) -> None:
+def interrupt_export(
+    folder: Path, *args: str | Path, number: int = signal.SIGINT, program: Path = ROOT / "export.py"
+) -> None:
     """A signal in the middle of writing `folder`/out.bin: silent, its status, and nothing is left behind."""
-    command = [sys.executable, ROOT / "export.py", *args, "-o", folder / "out.bin"]
+    command = [sys.executable, program, *args, "-o", folder / "out.bin"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 30

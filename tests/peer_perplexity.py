@@ -34,24 +34,24 @@ from numpy.typing import NDArray
 from scaling import config_of
 from speed import LlamaCpp, write_gguf
 
-from export import DTYPES, HEADER, ArraySource, Tokenizer, layout, tokenizer_path
+from export import DTYPES, HEADER, Model, Tokenizer, in_memory, layout, tokenizer_path
 
 Window = tuple[list[int], list[int]]  # tokens, and the positions that are scored
 
 
-def open_model(path: Path) -> ArraySource:
+def open_model(path: Path) -> Model:
     """A weights file's tensors, mapped."""
     config = config_of(path)
     if config.qkv_bias or config.qk_norm or config.rope_scaling:
         raise SystemExit(f"{path}: expected a plain Llama model")
     code = HEADER.unpack(path.read_bytes()[: HEADER.size])[2]
-    kind = next(dtype.array for dtype in DTYPES.values() if dtype.code == code)
+    kind = list(DTYPES.values())[code - 1]
     arrays: dict[str, NDArray[Any]] = {}
-    for offset, parts in layout(config):
-        for part in parts:
-            arrays[part.name] = np.memmap(path, kind, "r", offset, part.shape)
-            offset += 2 * part.size
-    return ArraySource(config, arrays)
+    for offset, specs in layout(config):
+        for spec in specs:
+            arrays[spec.name] = np.memmap(path, kind, "r", offset, spec.shape)
+            offset += 2 * spec.size
+    return Model(path, config, {name: in_memory(array) for name, array in arrays.items()})
 
 
 def logits_of(peer: LlamaCpp, tokens: list[int], vocab_size: int) -> Floats:

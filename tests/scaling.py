@@ -27,7 +27,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from export import HEADER, Config, tensors
+from export import HEADER, Config, specs_of
 
 SHARED = ROOT.parent / "shared" / "models"
 KINDS = {
@@ -69,7 +69,7 @@ def evaluate(run: Path, name: str, path: Path, passages: list[tuple[str, str]]) 
         cost = found["nll"] * found["tokens"] / math.log(2)
         bits[kind] += cost
         scored[kind] += cost / found["bits_per_byte"]
-    parameters = sum(part.size for parts in tensors(config_of(path)) for part in parts)
+    parameters = sum(spec.size for spec in specs_of(config_of(path)))
     return Result(name, parameters, {kind: round(bits[kind] / scored[kind], 2) for kind in bits})
 
 

@@ -24,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "models")]
 
 import gguf
 import llama_cpp
+from random_weights import SHAPES, random_model
 
-from export import SHAPES, Config, RandomSource, Source, fnv1a, tensors, widened, write_model
+from export import Config, Model, fnv1a, specs_of, widened, write_model
 from export import Tokenizer as Tokens
 
 MOST, DECODE, CONTEXT = 512, 32, 1024  # tokens of a prompt, and of what follows
@@ -62,8 +63,8 @@ def interleaved(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def write_gguf(path: Path, config: Config, source: Source) -> None:
-    kind = gguf.GGMLQuantizationType[source.dtype.upper()]
+def write_gguf(path: Path, config: Config, source: Model) -> None:
+    kind = gguf.GGMLQuantizationType[source.dtype()]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
@@ -77,8 +78,10 @@ def write_gguf(path: Path, config: Config, source: Source) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
     writer.add_tokenizer_model("none")
-    for part in (part for parts in tensors(config) for part in parts):
-        values = np.concatenate([np.ravel(piece) for piece in source.pieces(part)]).reshape(part.shape)
+    for part in specs_of(config):
+        values = np.concatenate([np.ravel(piece) for piece in source.tensors[part.name].pieces()]).reshape(
+            part.shape
+        )
         if len(part.shape) == 1:  # llama.cpp wants norms in f32
             writer.add_tensor(gguf_name(part.name), widened(values))
             continue
@@ -157,7 +160,7 @@ def repeats(prompt: int) -> int:
 def make(shape: str, folder: Path) -> tuple[Path, Path]:
     """The same random weights in both formats."""
     ours, theirs = folder / f"{shape}.bin", folder / f"{shape}.gguf"
-    source = RandomSource(SHAPES[shape])
+    source = random_model(SHAPES[shape])
     if not ours.exists():
         write_model(ours, source, Tokens.from_bytes((ROOT / "tokenizer.bin").read_bytes()))
     if not theirs.exists():
@@ -218,7 +221,7 @@ def print_row(shape: str, threads: int, work: str, pairs: list[tuple[float, floa
 def generate_ours(program: Path, path: Path, threads: int) -> float:
     flags = f"-i Hello -t 0 -n {FEW + 2} -j {threads} -c {CONTEXT}"  # the prompt is two tokens, the first comes with it
     made = subprocess.run([program, path, *flags.split()], capture_output=True, text=True, check=True)
-    found = re.search(r"then: (\d+) tokens, ([0-9.]+) tok/s", made.stderr)
+    found = re.search(r"decode: (\d+) tokens, ([0-9.]+) tok/s", made.stderr)
     assert found and int(found[1]) == FEW + 1, made.stderr
     return float(found[2])
 

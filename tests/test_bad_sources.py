@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -26,6 +27,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
+import random_weights
 import test_reference
 from files import interrupt_export
 from test_reference import VOCAB, random_model
@@ -96,27 +98,21 @@ def refused(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"hidden_size": None}, ["lacks hidden_size"]),
-        ({"intermediate_size": None}, ["lacks intermediate_size"]),
         ({"num_hidden_layers": None}, ["lacks num_hidden_layers"]),
         ({"num_attention_heads": None}, ["lacks num_attention_heads"]),
-        ({"vocab_size": None}, ["lacks vocab_size"]),
-        ({"max_position_embeddings": None}, ["lacks max_position_embeddings"]),
-        ({"rms_norm_eps": None}, ["lacks rms_norm_eps"]),
         ({"model_type": None}, ["lacks model_type"]),
         ({"hidden_size": "64"}, ["hidden_size", "expected a whole number", "'64'"]),
         ({"hidden_size": 64.0}, ["hidden_size", "expected a whole number", "64.0"]),
         ({"hidden_size": True}, ["hidden_size", "expected a whole number", "True"]),
         ({"rms_norm_eps": [1]}, ["rms_norm_eps", "expected a number"]),
-        ({"rms_norm_eps": -1}, ["norm_eps"]),
         ({"rms_norm_eps": 10**400}, ["norm_eps"]),
         ({"max_position_embeddings": 10**9}, ["max_seq_len is 1000000000, expected 1 to 268435456"]),
-        ({"head_dim": 2048}, ["head_dim is 2048"]),
+        ({"head_dim": 2048}, ["q_proj", "expected the shape (16384, 64)"]),
         ({"hidden_size": 0}, ["dim is 0"]),
         ({"hidden_size": -64}, ["dim is -64"]),
-        ({"num_hidden_layers": 10**30}, ["n_layers"]),
+        ({"num_hidden_layers": 10**30}, ["n_layers is 1000000"]),
         ({"num_hidden_layers": 4096}, ["lacks the tensor model.layers.3"]),
-        ({"num_hidden_layers": 4097}, ["n_layers is 4097"]),
+        ({"num_hidden_layers": 4097}, ["lacks the tensor model.layers.3"]),
         ({"num_hidden_layers": 2}, ["not supported: model.layers.2."]),
         ({"num_attention_heads": 0}, ["n_heads"]),
         ({"num_attention_heads": 7, "head_dim": None}, ["64 is not a multiple of n_heads 7"]),
@@ -139,35 +135,8 @@ def refused(
         ({"rope_theta": 5.0}, ["contradicts itself", "rope_theta", "5.0"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["contradicts itself", "linear", "default"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["lacks factor"]),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ["rope_factor is 0"]),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, ["rope_factor is 0.5"]),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, ["lacks low_freq_factor"]),
-        (
-            {
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "factor": 8,
-                    "low_freq_factor": 4,
-                    "high_freq_factor": 1,
-                },
-                "original_max_position_embeddings": 8192,
-            },
-            ["low_freq_factor"],
-        ),
-        (
-            {
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "factor": 8,
-                    "low_freq_factor": 4,
-                    "high_freq_factor": 4.002,
-                    "original_max_position_embeddings": 8192,
-                },
-            },
-            ["rope_high_freq_factor is 4.002"],
-        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
-        ({"rope_parameters": {"rope_theta": 0.5}}, ["rope_theta is 0.5"]),
         ({"rope_parameters": {"rope_type": 3}}, ["rope_type", "expected a text"]),
         ({"rope_parameters": [1]}, ["rope_parameters", "expected an object"]),
         ({"layer_types": ["chunked_attention"] * 3}, ["chunked_attention"]),
@@ -188,15 +157,18 @@ def test_biases_of_llama(bad: Path, refused: Refused, o_bias: bool) -> None:
     shape = test_reference.SHAPE | {"attention_bias": True}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(torch.bfloat16)
     save_bin(model, bad / "bin")
-    if o_bias:
-        refused(bad / "bin", bad / "bin", "not supported: model.layers.0.self_attn.o_proj.bias")
-        return
     path = bad / "bin" / "pytorch_model.bin"
+    if o_bias:
+        assert export.open_source(bad / "bin").config.qkv_bias  # a bias of zeros changes nothing
+        name = "model.layers.0.self_attn.o_proj.bias"
+        torch.save(model.state_dict() | {name: torch.full((64,), 0.5)}, path)
+        refused(bad / "bin", bad / "bin", f"not supported: {name}")
+        return
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("o_proj.bias")}
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # harmless, and often there
     torch.save(state, path)
-    assert export.open_source(str(bad / "bin")).config.qkv_bias
-    torch.save(state | {"model.layers.0.mlp.down_proj.bias": torch.zeros(64)}, path)
+    assert export.open_source(bad / "bin").config.qkv_bias
+    torch.save(state | {"model.layers.0.mlp.down_proj.bias": torch.ones(64)}, path)
     refused(bad / "bin", path, "not supported: model.layers.0.mlp.down_proj.bias")
 
 
@@ -299,9 +271,9 @@ NORM = "model.norm.weight"
         (lambda h: h.update({"x": {}}), ["damaged"]),
         (
             lambda h: h.update(
-                {"model.layers.0.mlp.up_proj.bias": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+                {"model.layers.0.mlp.extra": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
             ),
-            ["not supported: model.layers.0.mlp.up_proj.bias"],
+            ["not supported: model.layers.0.mlp.extra"],
         ),
         (lambda h: b"{}", ["not fully covered"]),
         (lambda h: b"[]", ["damaged"]),
@@ -339,35 +311,11 @@ def test_safetensors_with_a_header_of_any_length(bad: Path, refused: Refused, le
 
 
 def test_missing_shard(bad: Path, refused: Refused) -> None:
-    name = "model-00002-of-00006.safetensors"
-    (bad / "shards" / name).unlink()
-    refused(bad / "shards", bad / "shards" / "model.safetensors.index.json", name, "missing")
-
-
-def test_shard_without_one_of_its_tensors(bad: Path, refused: Refused) -> None:
-    index = bad / "shards" / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"]
-    wrong = "model-00001-of-00006.safetensors"
-    assert weight_map[NORM] != wrong
-    changed(index, weight_map=weight_map | {NORM: wrong})
-    refused(bad / "shards", bad / "shards" / wrong, f"lacks the tensor {NORM}")
-    weight_map.pop(NORM)
-    changed(index, weight_map=weight_map)
-    refused(bad / "shards", bad / "shards", f"lacks the tensor {NORM} of the shape (64,)")
-
-
-@pytest.mark.parametrize("name", ["../hf/model.safetensors", "/etc/passwd", "", 7, None, ".."])
-def test_shards_stay_in_the_directory(bad: Path, refused: Refused, name: Any) -> None:
-    index = bad / "shards" / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": weight_map | {NORM: name}}))
-    refused(bad / "shards", bad / "shards", "missing")
-
-
-@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}])
-def test_index_without_shards(bad: Path, refused: Refused, index: Any) -> None:
-    (bad / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(bad / "shards", bad / "shards")
+    (bad / "shards" / "model-00002-of-00006.safetensors").unlink()
+    refused(bad / "shards", bad / "shards", "lacks the tensor model.layers.")
+    for path in (bad / "shards").glob("*.safetensors"):
+        path.unlink()
+    refused(bad / "shards", bad / "shards", "model.safetensors", "shards, found none")
 
 
 @pytest.mark.parametrize("dtype", ["auto", "f16"])
@@ -410,9 +358,6 @@ def test_a_pickle_that_runs_code(
         ([1, 2], ["expected a dictionary of tensors"]),
         ({"a": 3}, ["expected a dictionary of tensors"]),
         ({"model": {"a": torch.zeros(3)}}, ["expected a dictionary of tensors"]),
-        ({"a": torch.zeros(3, dtype=torch.int64)}, ["torch.LongStorage", "expected tensors of float32"]),
-        ({"a": torch.zeros(3, dtype=torch.float64)}, ["torch.DoubleStorage"]),
-        ({"a": torch.zeros(3, 4).T}, ["strides"]),
         ({"a": torch.zeros(3).to_sparse()}, ["torch"]),
         ({"a": torch.nn.Linear(3, 3)}, ["torch.nn.modules.linear.Linear", "could run code"]),
         ({"a": torch.zeros(3)}, ["lacks the tensor model.embed_tokens.weight"]),
@@ -426,12 +371,9 @@ def test_pytorch_files_of_something_else(bad: Path, refused: Refused, saved: Any
 
 def test_pytorch_files_of_other_kinds(bad: Path, refused: Refused) -> None:
     path = bad / "bin" / "pytorch_model.bin"
-    state = {"a": torch.zeros(3)}
-    torch.save(state, path, _use_new_zipfile_serialization=False)
-    refused(bad / "bin", path, "since 1.6")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/b.txt", "text")
-    refused(bad / "bin", path, "another zip archive")
+    refused(bad / "bin", path, "damaged")
     torch.jit.save(torch.jit.script(torch.nn.Linear(3, 3)), path)
     refused(bad / "bin", path)
 
@@ -455,12 +397,11 @@ def rewritten(path: Path, change: Callable[[str, bytes], bytes], method: int = z
 def test_damaged_archive(bad: Path, refused: Refused, originals: Path) -> None:
     path = bad / "bin" / "pytorch_model.bin"
     changes: dict[str, tuple[Callable[[str, bytes], bytes], int]] = {
-        "storage 0": (lambda name, data: data[:-1] if name.endswith("data/0") else data, zipfile.ZIP_STORED),
-        "storage": (lambda name, data: data, zipfile.ZIP_DEFLATED),
-        "little-endian": (
-            lambda name, data: b"big" if name.endswith("byteorder") else data,
+        "not as long as its tensors": (
+            lambda name, data: data[:-1] if name.endswith("data/0") else data,
             zipfile.ZIP_STORED,
         ),
+        "unknown form": (lambda name, data: data, zipfile.ZIP_DEFLATED),
         "damaged": (lambda name, data: data[:-9] if name.endswith(".pkl") else data, zipfile.ZIP_STORED),
     }
     for word, (change, method) in changes.items():
@@ -495,12 +436,14 @@ def test_a_pickle_with_wrong_bytes(tmp_path: Path, originals: Path, wrong: list[
 
 @pytest.mark.parametrize("put", [b"r" + (1 << 26).to_bytes(4, "little"), b"p67108864\n"])
 def test_a_pickle_that_would_take_all_memory(tmp_path: Path, originals: Path, put: bytes) -> None:
-    """It keeps its one object under a number of which Python takes memory for all below."""
+    """It keeps its one object under a number of which Python's own unpickler takes memory for all below."""
     path = tmp_path / "m.bin"
     shutil.copy(originals / "bin" / "pytorch_model.bin", path)
     rewritten(path, lambda name, data: b"\x80\x02}" + put + b"." if name.endswith("data.pkl") else data)
-    with pytest.raises(export.ExportError, match="object number 67108864"):
-        export.read_torch(path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(export.ExportError):
+        assert export.read_torch(path) == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -510,7 +453,6 @@ def test_a_pickle_that_would_take_all_memory(tmp_path: Path, originals: Path, pu
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"dim": None}, ["lacks dim"]),
         ({"n_heads": None}, ["lacks n_heads"]),
         ({"n_layers": None}, ["lacks n_layers"]),
         ({"norm_eps": None}, ["lacks norm_eps"]),
@@ -563,10 +505,10 @@ def test_meta_shards_that_do_not_fit(tmp_path: Path, refused: Refused) -> None:
         ({"llama__rope__scaling__type": "yarn"}, ["'yarn' is not supported"]),
         ({"llama__expert_count": 8}, ["expert_count 8"]),
         ({"llama__logit_scale": 0.5}, ["logit_scale"]),
-        ({"llama__attention__head_count": [8, 8, 8]}, ["attention.head_count", "expected a whole number"]),
+        ({"llama__attention__head_count": [8, 8, 4]}, ["attention.head_count", "expected a whole number"]),
         ({"llama__rope__dimension_count": 4}, ["rope.dimension_count is 4, expected 8"]),
         ({"llama__block_count": 4}, ["lacks the tensor model.layers.3"]),
-        ({"llama__block_count": 2}, ["not supported: model.layers.2"]),
+        ({"llama__block_count": 2}, ["not supported: blk.2."]),
         ({"llama__embedding_length": 32}, ["expected the shape"]),
         ({"llama__context_length": "long"}, ["context_length", "expected a whole number"]),
         ({"split__count": 2}, ["one of 2 files", "-00001-of-00002.gguf"]),
@@ -629,40 +571,176 @@ def test_gguf_that_ends_anywhere(bad: Path, refused: Refused) -> None:
         refused(path, path)
 
 
+def test_names_cannot_write_to_the_terminal(bad: Path, refused: Refused) -> None:
+    path = bad / "hf" / "model.safetensors"
+    extra = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    edit_header(path, lambda header: header.update({"out\x1b\n\u2581": extra}))
+    assert r"not supported: out\x1b\n" + "\u2581" in refused(bad / "hf")
+    (bad / "hf" / "config.json").write_text('{"model_type": "\\u001b[31m\\n▁"}')
+    assert r"\x1b[31m\n▁" in refused(bad / "hf")
+    (bad / "hf" / "config.json").write_text(json.dumps({"model_type": "long" * 1000}))
+    assert len(refused(bad / "hf")) < 1100
+
+
 # ---------------------------------------------------------------------------------------------------------
-# llama2.c
+# What looks wrong and is not
+
+
+def same_result(tmp_path: Path, source: Path, expected: Path) -> None:
+    tokenizer = test_reference.some_tokenizer()
+    files = []
+    for path in (source, expected):
+        export.write_model(tmp_path / "x.bin", export.open_source(path), tokenizer)
+        files.append((tmp_path / "x.bin").read_bytes())
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(
-    ("start", "words"),
-    [
-        (struct.pack("<2i", 0x616B3432, 2), ["version 2", "quantised to 8 bits"]),
-        (struct.pack("<2i", 0x616B3432, 99), ["version 99", "expected 0 or 1"]),
-        (
-            struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2, 2, 1, 131, 16, 1),
-            ["bytes by its header", "found 256"],
-        ),
-        (struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 4096, 2, 1, 131, 16, 1), ["bytes by its header"]),
-        (struct.pack("<2i7iB", 0x616B3432, 1, 16, 12, 2, 0, 1, 131, 16, 1), ["n_heads 0"]),
-    ],
+    "field", ["hidden_size", "intermediate_size", "vocab_size", "num_key_value_heads", "architectures"]
 )
-def test_llama2c_version_1(tmp_path: Path, refused: Refused, start: bytes, words: list[str]) -> None:
-    path = tmp_path / "m.bin"
-    path.write_bytes(start.ljust(256, b"\0"))
-    refused(path, path, *words)
-    path.write_bytes(start)
-    refused(path, path)
+def test_what_the_shapes_say_may_be_left_out(bad: Path, originals: Path, tmp_path: Path, field: str) -> None:
+    changed(bad / "hf" / "config.json", **{field: None})
+    same_result(tmp_path, bad / "hf", originals / "hf")
 
 
-def test_names_cannot_write_to_the_terminal(bad: Path, refused: Refused) -> None:
-    path = bad / "m.gguf"
-    path.write_bytes(path.read_bytes().replace(b"output_norm.weight", b"output\x1b\n\xff__.weight"))
-    assert r"not supported: output\x1b\n\udcff__.weight" in refused(path)
-    (bad / "hf" / "config.json").write_text('{"model_type": "\\u001b[31m\\n▁"}')
-    assert r"\x1b[31m\n▁" in refused(bad / "hf")
-    index = bad / "shards" / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "long" * 1000}}))
-    assert len(refused(bad / "shards")) < 1100
+def test_defaults_of_transformers(bad: Path) -> None:
+    changed(bad / "hf" / "config.json", max_position_embeddings=None, rms_norm_eps=None)
+    config = export.open_source(bad / "hf").config
+    defaults = transformers.LlamaConfig()
+    assert config.max_seq_len == defaults.max_position_embeddings
+    assert config.norm_eps == defaults.rms_norm_eps
+    for name, family in export.FAMILIES.items():
+        defaults = transformers.AutoConfig.for_model(name)
+        assert family.max_seq_len == defaults.max_position_embeddings
+        assert family.head_dim is None or family.head_dim == defaults.head_dim
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bool, torch.bfloat16])
+def test_buffers_of_any_type(bad: Path, originals: Path, tmp_path: Path, dtype: Any) -> None:
+    """inv_freq and its like are computed anew, whatever they were stored as."""
+    from safetensors.torch import load_file, save_file
+
+    path = bad / "hf" / "model.safetensors"
+    state = load_file(path)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4, dtype=dtype)
+    state["model.rotary_emb.inv_freq"] = torch.ones(4, dtype=dtype)
+    save_file(state, path)
+    same_result(tmp_path, bad / "hf", originals / "hf")
+    torch.save(state, bad / "bin" / "pytorch_model.bin")
+    same_result(tmp_path, bad / "bin", originals / "hf")
+
+
+def test_numbers_of_other_types(bad: Path, refused: Refused) -> None:
+    path = bad / "bin" / "pytorch_model.bin"
+    state = torch.load(path)
+    torch.save(state | {NORM: state[NORM].long()}, path)
+    refused(bad / "bin", path, NORM, "expected the type F32, F16 or BF16, found int64")
+    torch.save({name: tensor.double() for name, tensor in state.items()}, path)
+    assert export.choose_dtype(export.open_source(bad / "bin")) == "bf16"
+
+
+def test_tensors_of_any_strides(bad: Path, originals: Path, tmp_path: Path) -> None:
+    """Stored transposed, or as a part of a larger one."""
+    path = bad / "bin" / "pytorch_model.bin"
+    state = torch.load(path)
+    for i, name in enumerate(name for name in list(state) if state[name].dim() == 2):
+        tensor = state[name]
+        state[name] = tensor.T.contiguous().T if i % 2 else torch.cat([tensor, tensor])[: len(tensor)]
+    torch.save(state, path)
+    same_result(tmp_path, bad / "bin", originals / "hf")
+
+
+def test_pytorch_files_from_before_1_6(bad: Path, originals: Path, tmp_path: Path) -> None:
+    path = bad / "bin" / "pytorch_model.bin"
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    same_result(tmp_path, bad / "bin", originals / "hf")
+
+
+def test_a_checkpoint_of_the_bare_model(bad: Path, originals: Path, tmp_path: Path) -> None:
+    path = bad / "bin" / "pytorch_model.bin"
+    torch.save({name.removeprefix("model."): tensor for name, tensor in torch.load(path).items()}, path)
+    same_result(tmp_path, bad / "bin", originals / "hf")
+
+
+@pytest.mark.parametrize("stored", ["embedding", "classifier", "both"])
+def test_a_tied_tensor_under_either_name(tmp_path: Path, stored: str) -> None:
+    model, config, arrays = random_model("tied", "bf16")
+    (tmp_path / "hf").mkdir()
+    model = half(model, "bf16")
+    model.config.save_pretrained(tmp_path / "hf")
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    if stored != "embedding":
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    if stored == "classifier":
+        state.pop("model.embed_tokens.weight")
+    torch.save(state, tmp_path / "hf" / "pytorch_model.bin")
+    model = test_reference.in_memory(config, arrays)
+    export.write_model(tmp_path / "direct.bin", model, test_reference.some_tokenizer())
+    found = export.open_source(tmp_path / "hf")
+    export.write_model(tmp_path / "out.bin", found, test_reference.some_tokenizer())
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "direct.bin").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files of other kinds
+
+FOREIGN: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "an empty file"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
+    "page": (b"\n<!DOCTYPE html>\n<html><body>Not found</body></html>", "web page"),
+    "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "web page"),
+    "denied": (b"Access to model x is restricted. Please log in.", "a text file: 'Access to model"),
+    "onnx": (b"\x08\x07\x12\x07pytorch\x1a\x051.9.0", "ONNX"),
+    "keras": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
+    "numpy": (b"\x93NUMPY\x01\x00" + bytes(50), "NumPy"),
+    "gzip": (b"\x1f\x8b\x08\x00" + bytes(50), "compressed archive"),
+    "ggml": (b"tjgg\3\0\0\0" + bytes(50), "from before GGUF"),
+    "big-endian": (b"GGUF\0\0\0\3" + bytes(50), "big-endian"),
+    "llama2c": (b"24ka\2\0\0\0" + bytes(300), "llama2.c model of version 1 or later"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_kinds_are_named(bad: Path, refused: Refused, name: str) -> None:
+    data, words = FOREIGN[name]
+    for file, source in {
+        "m.gguf": "m.gguf",
+        "hf/model.safetensors": "hf",
+        "hf/config.json": "hf",
+        "bin/pytorch_model.bin": "bin",
+        "meta/consolidated.00.pth": "meta",
+        "meta/params.json": "meta",
+    }.items():
+        before = (bad / file).read_bytes()
+        (bad / file).write_bytes(data)
+        refused(bad / source, bad / file, words)
+        (bad / file).write_bytes(before)
+    (bad / "tokenizer").write_bytes(data)
+    refused(bad / "hf", bad / "tokenizer", words, options=("--tokenizer", bad / "tokenizer"))
+
+
+@pytest.mark.parametrize("name", ["lfs", "xml"])
+def test_run_names_them_too(bad: Path, run: Any, name: str) -> None:
+    (bad / "m.gguf").write_bytes(FOREIGN[name][0])
+    run.fails(1, bad / "m.gguf", says=[bad / "m.gguf", FOREIGN[name][1]])
+
+
+def test_mistrals_own_form(bad: Path, originals: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = torch.load(bad / "meta" / "consolidated.00.pth")
+    (bad / "meta" / "consolidated.00.pth").unlink()
+    save_file(state, bad / "meta" / "consolidated.safetensors")
+    same_result(tmp_path, bad / "meta", originals / "meta")
+    refused_file = bad / "meta" / "consolidated.safetensors"
+    with pytest.raises(export.ExportError, match="expected the directory that it belongs to"):
+        export.open_source(refused_file)
+
+
+def test_pytorch_files_take_torch(bad: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused(bad / "bin", bad / "bin" / "pytorch_model.bin", "torch", "safetensors")
+    assert export.open_source(bad / "hf").tensors
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -679,9 +757,9 @@ def test_wrong_bytes(bad: Path, originals: Path, name: str, at: int, wrong: byte
     data[at : at + len(wrong)] = wrong
     (bad / name).write_bytes(data)
     try:
-        source = export.open_source(str(bad / Path(name).parts[0]))
-        for part in (part for parts in export.tensors(source.config) for part in parts):
-            assert sum(piece.size for piece in source.pieces(part)) == part.size
+        source = export.open_source(bad / Path(name).parts[0])
+        for spec in export.specs_of(source.config):
+            assert sum(piece.size for piece in source.tensors[spec.name].pieces()) == spec.size
     except export.ExportError:
         pass
 
@@ -794,17 +872,6 @@ def test_output_in_a_file(tmp_path: Path, originals: Path, refused: Refused) -> 
     refused(originals / "hf", "cannot write: Not a directory", options=("-o", out))
 
 
-def test_adapter_of_random_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = ["export.py", "random:15m", "-o", str(tmp_path / "out.bin"), "--lora", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", args)
-    with pytest.raises(SystemExit) as ended:
-        export.main()
-    assert ended.value.code == 2
-    assert "--lora is for checkpoints" in capsys.readouterr().err
-
-
 def test_output_must_not_be_one_of_the_inputs(bad: Path, refused: Refused) -> None:
     for source, file in (("hf", "model.safetensors"), ("shards", "model-00003-of-00006.safetensors")):
         path = bad / source / file
@@ -814,7 +881,7 @@ def test_output_must_not_be_one_of_the_inputs(bad: Path, refused: Refused) -> No
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path, originals: Path) -> None:
-    folder = zeros(tmp_path / "model", export.replace(export.SHAPES["7b"], n_layers=8, tied=True))
+    folder = zeros(tmp_path / "model", export.replace(random_weights.SHAPES["7b"], n_layers=8, tied=True))
     (tmp_path / "out").mkdir()
     interrupt_export(tmp_path / "out", folder, "--tokenizer", EXPORT.with_name("tokenizer.bin"))
 
@@ -826,7 +893,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, originals: Path) -> None:
 def test_many_states_of_no_classes(bad: Path) -> None:
     """Of a tokenizer file: refused at once, though there would be 4 billion of what takes no bytes."""
     data = bytearray(EXPORT.with_name("tokenizer.bin").read_bytes())
-    n_classes = export.TOKENIZER_HEADER.size - struct.calcsize("<4IQ")
+    n_classes = 100
     struct.pack_into("<2I", data, n_classes, 0, 0xFFFFFFFF)
     (bad / "t.bin").write_bytes(data)
     with pytest.raises(export.ExportError):

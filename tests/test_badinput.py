@@ -20,6 +20,7 @@ from files import (
     CONTROL,
     MODEL_FIELDS,
     NORMAL,
+    TOKENIZER_FIELDS,
     TOKENS_START,
     UNKNOWN,
     UNUSED,
@@ -30,10 +31,12 @@ from files import (
     Vocabulary,
     byte_level_vocabulary,
     chain_model,
+    class_blocks,
     default_vocabulary,
+    file_hash,
     fix,
-    nfc_vocabulary,
     patch,
+    u32,
 )
 
 HUGE = 0xFFFFFFFF
@@ -154,12 +157,14 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_formats(victim: Victim, name: str) -> None:
-    victim.bad_model(FOREIGN[name], "expected", "a weights file", '"twofiles"', "found")
+    known = "a Git LFS pointer" if name == "Git LFS" else '"twofiles"'
+    victim.bad_model(FOREIGN[name], "expected", "a weights file", known, "found")
 
 
 @pytest.mark.parametrize("name", [n for n in FOREIGN if n != "ours, swapped"])
 def test_foreign_tokenizers(victim: Victim, name: str) -> None:
-    victim.bad_tokenizer(FOREIGN[name], "expected", "a tokenizer file", '"twotoken"', "found")
+    known = "a Git LFS pointer" if name == "Git LFS" else '"twotoken"'
+    victim.bad_tokenizer(FOREIGN[name], "expected", "a tokenizer file", known, "found")
 
 
 def test_a_tokenizer_in_place_of_the_model_and_the_reverse(victim: Victim) -> None:
@@ -190,11 +195,6 @@ def test_weights_that_are_too_long(victim: Victim) -> None:
         longer = victim.data + bytes(extra)
         victim.bad_model(longer, "expected", "found", n, n + extra)
         victim.bad_model(fix(longer), "expected", "found", n, n + extra)
-
-
-@pytest.mark.parametrize("size", [0, 1, 4096, 2**31, 2**32, 2**63, 2**64 - 1])
-def test_a_wrong_size_in_the_header(victim: Victim, size: int) -> None:
-    victim.bad_model(patch(victim.data, file_size=size), "size", "expected", "found", size, len(victim.data))
 
 
 SIZES = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len"]
@@ -328,38 +328,26 @@ def test_sums_that_overflow(run: Program, tmp_path: Path) -> None:
 # The tokenizer file
 
 
+def ends_of(vocabulary: Vocabulary, size: int) -> list[int]:
+    """Where a file may be cut: in the header, at and near the ends of all arrays, and in the last bytes."""
+    ends = {*range(TOKENS_START + 5), *range(size - 20, size)}
+    places = [*vocabulary.offsets().values(), *vocabulary.entry_offsets()[:3]]
+    ends |= {place + change for place in places for change in (-5, -4, -1, 0, 1, 4)}
+    return sorted(end for end in ends if 0 <= end < size)
+
+
 @pytest.mark.parametrize("fixed", [False, True], ids=["as it was", "with its size and hash"])
 def test_truncated_tokenizers(victim: Victim, fixed: bool) -> None:
-    offsets = victim.model.vocabulary.entry_offsets()
-    ends = {*range(116), *range(offsets[-1], len(victim.tokens))}
-    for start in [*offsets[:5], *offsets[256:262], *offsets[-4:]]:
-        ends |= {start - 1, start, start + 1, start + 4, start + 11, start + 12, start + 13}
     args = ["-m", "tokenize", "-z", victim.tokenizer_path]
-    for end in sorted(e for e in ends if e < len(victim.tokens)):
+    for end in ends_of(victim.model.vocabulary, len(victim.tokens)):
         data = victim.tokens[:end]
         victim.tokenizer_path.write_bytes(fix(data) if fixed else data)
-        victim.run.fails(1, *args, says=[victim.tokenizer_path, "expected", "found"])
-
-
-def test_an_entry_across_the_last_page(victim: Victim) -> None:
-    """What is mapped ends with a page: to read on is to crash."""
-    for at in range(4085, 4096):  # where the second entry starts, whose 12 bytes end beyond 4096
-        pieces = (Piece(b"x" * (at - TOKENS_START - 12)), *victim.model.vocabulary.pieces)
-        victim.bad_tokenizer(
-            fix(Vocabulary(pieces).to_bytes()[:4096]), "a token:", "expected 12 bytes", "found"
-        )
-    pieces = (
-        Piece(b"x" * (4080 - TOKENS_START - 12)),
-        Piece(b"more than four"),
-        *victim.model.vocabulary.pieces,
-    )
-    victim.bad_tokenizer(
-        fix(Vocabulary(pieces).to_bytes()[:4096]), "a token's text:", "expected 14 bytes", "found 4"
-    )
+        says = ["file size", len(victim.tokens), f"found {end}"] if end >= TOKENS_START else ["found"]
+        victim.run.fails(1, *args, says=[victim.tokenizer_path, "expected", *says])
 
 
 def test_a_tokenizer_that_is_too_long(victim: Victim) -> None:
-    for extra in [1, 12, 13]:
+    for extra in [1, 4, 12, 13]:
         longer = victim.tokens + bytes(extra)
         victim.bad_tokenizer(longer, "expected", "found", len(victim.tokens), len(longer))
         victim.bad_tokenizer(fix(longer), "expected", "found", len(victim.tokens), len(longer))
@@ -368,20 +356,50 @@ def test_a_tokenizer_that_is_too_long(victim: Victim) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "found"),
     [
-        *[("version", v, f"found {v}") for v in (0, 1, 3, HUGE)],
-        *[("kind", v, "found") for v in (0, 3, HUGE)],
-        *[("flags", v, "found") for v in (128, 1 << 31, HUGE)],
-        *[("vocab_size", v, "found") for v in (0, 1, 10**6, 1 << 24, (1 << 24) + 1, 1 << 31, HUGE)],
-        *[("bos_id", v, f"found {v}") for v in (-1, -2, 10**6, 0x7FFFFFFF, -0x80000000)],
-        *[("unk_id", v, f"found {v}") for v in (-2, 10**6, 0x7FFFFFFF, -0x80000000)],
-        *[("n_stop_ids", v, "found") for v in (8, 1 << 31, HUGE)],
-        *[("stop_ids", v, f"found {v}") for v in (-1, -2, 10**6, 0x7FFFFFFF)],
-        *[("file_size", v, "found") for v in (0, 80, 112, 2**32, 2**64 - 1)],
-        *[("vocab_hash", v, "found") for v in (0, 1, 2**64 - 1)],
+        *[("version", v, f"version: expected 3, found {v}") for v in (0, 1, 4, 0x03000000, HUGE)],
+        *[("kind", v, f"kind: expected 1 to 2, found {v}") for v in (0, 3, HUGE)],
+        *[("flags", v, f"flags: expected 0 to 127, found {v}") for v in (128, 1 << 31, HUGE)],
+        *[("vocab_size", v, f"found {v}") for v in (0, (1 << 24) + 1, 1 << 31, HUGE)],
+        *[("vocab_size", v, "found") for v in (1, 10**6, 1 << 24)],
+        *[("bos_id", v, f"bos_id: expected 0 to 311, found {v}") for v in (-1, -2, 0x7FFFFFFF, -0x80000000)],
+        *[("unk_id", v, f"unk_id: expected -1 to 311, found {v}") for v in (-2, 0x7FFFFFFF, -0x80000000)],
+        *[("n_stops", v, f"n_stops: expected 0 to 7, found {v}") for v in (8, 1 << 31, HUGE)],
+        *[("stop_ids", v, f"stop id: expected 0 to 311, found {v}") for v in (-1, -2, 10**6, 0x7FFFFFFF)],
+        *[("n_by_text", v, f"n_by_text: expected 0 to 312, found {v}") for v in (313, 1 << 31, HUGE)],
+        *[("n_by_text", v, "file size") for v in (0, 1, 312)],
+        *[("n_merges", v, "n_merges: expected 0 to 16777216, found") for v in ((1 << 24) + 1, HUGE)],
+        *[("n_merges", v, "file size") for v in (1, 1 << 24)],
+        *[("n_dfas", v, f"n_dfas: expected 0 to 16, found {v}") for v in (17, HUGE)],
+        *[("n_dfas", v, "n_classes: expected 2 to 256, found 0") for v in (1, 16)],
+        *[("n_classes", v, f"n_classes: expected 0 to 256, found {v}") for v in (257, HUGE)],
+        *[("n_classes", v, "n_class_blocks: expected 1 to 4353, found 0") for v in (1, 256)],
+        *[("n_states", v, f"n_states: expected 0 to 1048576, found {v}") for v in ((1 << 20) + 1, HUGE)],
+        *[("template_flags", v, f"template_flags: expected 0 to 8191, found {v}") for v in (8192, HUGE)],
+        *[("template_ends", v, "a template's end: expected") for v in (1, HUGE)],
+        *[("n_class_blocks", v, f"n_class_blocks: expected 0, found {v}") for v in (1, HUGE)],
+        *[("n_text", v, "found") for v in (0, 1, 10**6, HUGE)],
+        *[("file_size", v, "hash: expected") for v in (0, 80, 160, 2**32, 2**64 - 1)],
+        *[("vocab_hash", v, "hash: expected") for v in (0, 1, 2**64 - 1)],
+        *[("hash", v, "hash: expected") for v in (0, 1, 2**64 - 1)],
     ],
 )
 def test_tokenizer_header_fields(victim: Victim, name: str, value: int, found: str) -> None:
+    assert len(victim.model.vocabulary) == 312
     victim.bad_tokenizer(patch(victim.tokens, **{name: value}), "expected", found)
+
+
+def test_a_tokenizer_of_format_2(victim: Victim) -> None:
+    victim.bad_tokenizer(
+        patch(victim.tokens, version=2), "version", "expected 3", "found 2", "export.py again"
+    )
+
+
+def test_the_size_in_the_header_of_a_tokenizer(victim: Victim) -> None:
+    """It is part of what the hash covers, so with a hash of its own it may be anything: nothing depends on it."""
+    for size in (0, 2**64 - 1):
+        data = patch(victim.tokens, file_size=size)
+        victim.tokenizer_path.write_bytes(patch(data, hash=file_hash(data)))
+        victim.run.ok(victim.path, "-n", 2)
 
 
 @pytest.mark.parametrize("name", ["bos_id", "unk_id", "stop id"])
@@ -391,31 +409,94 @@ def test_ids_one_past_the_end(victim: Victim, name: str) -> None:
     victim.bad_tokenizer(patch(victim.tokens, **{field: n}), name, f"to {n - 1}", f"found {n}")
 
 
-@pytest.mark.parametrize("entry", [0, 2, 3, 130, 258, 259, -1])
-@pytest.mark.parametrize("length", [0, 9, 0x7FFFFFFF, 0x80000000, HUGE, HUGE - 11, HUGE - 12])
-def test_lengths_of_tokens(victim: Victim, entry: int, length: int) -> None:
-    at = victim.model.vocabulary.entry_offsets()[:-1][entry]
-    data = bytearray(victim.tokens)
-    struct.pack_into("<I", data, at, length)
-    victim.bad_tokenizer(fix(bytes(data)), "expected", "found")
+def spoil(vocabulary: Vocabulary, array: str, *values: tuple[int, int | float]) -> bytes:
+    """The file with other words at (index, value) in an array, and the hash that belongs to it."""
+    data, start = bytearray(vocabulary.to_bytes()), vocabulary.offsets()[array]
+    for index, value in values:
+        struct.pack_into("<f" if isinstance(value, float) else "<I", data, start + 4 * index, value)
+    return fix(bytes(data))
+
+
+OFFSET, LENGTH, TYPE, SCORE = range(4)  # the words of a piece
+
+
+@pytest.mark.parametrize("entry", [0, 2, 3, 130, 258, 259, 311])
+def test_texts_of_tokens(victim: Victim, entry: int) -> None:
+    v, n_text = victim.model.vocabulary, sum(victim.model.vocabulary.text_lengths())
+    offset = sum(len(piece.text) for piece in v.pieces[:entry])
+    for length in [0, n_text - offset + 1, 0x7FFFFFFF, 0x80000000, HUGE]:
+        data = spoil(v, "pieces", (4 * entry + LENGTH, length))
+        victim.bad_tokenizer(data, "a token's length", "expected 1", f"found {length}")
+    for offset in [n_text + 1, 0x7FFFFFFF, 0x80000000, HUGE]:
+        data = spoil(v, "pieces", (4 * entry + OFFSET, offset))
+        victim.bad_tokenizer(data, "a token's offset", f"expected 0 to {n_text}", f"found {offset}")
+    at_the_end = spoil(v, "pieces", (4 * entry + OFFSET, n_text))  # where no byte is left for it
+    victim.bad_tokenizer(at_the_end, "a token's length", "expected", "found")
+    past_it = spoil(v, "pieces", (4 * entry + OFFSET, n_text - 2), (4 * entry + LENGTH, 3))
+    victim.bad_tokenizer(past_it, "a token's length", "expected 1", "found 3")
 
 
 @pytest.mark.parametrize("type", [0, 8, 1 << 31, HUGE])
 @pytest.mark.parametrize("entry", [0, 100, 270])
 def test_types_of_tokens(victim: Victim, entry: int, type: int) -> None:
-    at = victim.model.vocabulary.entry_offsets()[entry]
-    data = bytearray(victim.tokens)
-    struct.pack_into("<I", data, at + 4, type)
-    victim.bad_tokenizer(fix(bytes(data)), "a token's type", "expected 1 to 7", f"found {type}")
+    data = spoil(victim.model.vocabulary, "pieces", (4 * entry + TYPE, type))
+    victim.bad_tokenizer(data, "a token's type", "expected 1 to 7", f"found {type}")
 
 
 def test_scores_that_are_no_numbers(victim: Victim) -> None:
     for entry in [0, 100, 270]:
         for bits in [0x7FC00000, 0xFFC00000, 0x7F800001, 0x7F800000, 0xFF800000]:
-            at = victim.model.vocabulary.entry_offsets()[entry]
-            data = bytearray(victim.tokens)
-            struct.pack_into("<I", data, at + 8, bits)
-            victim.bad_tokenizer(fix(bytes(data)), "a token's score", "expected", "found")
+            data = spoil(victim.model.vocabulary, "pieces", (4 * entry + SCORE, bits))
+            victim.bad_tokenizer(data, "a token's score", "expected", "found")
+
+
+def test_tokens_of_bytes(victim: Victim) -> None:
+    v = victim.model.vocabulary
+    for byte in (0, 97, 255):
+        for id in (len(v), 0x7FFFFFFF, HUGE - 1):
+            data = spoil(v, "byte_id", (byte, id))
+            victim.bad_tokenizer(data, "a byte's token", "expected 0 to 311", f"found {id}")
+        for id in (1, v.id(b" the")):  # a control token, a normal one
+            data = spoil(v, "byte_id", (byte, id))
+            victim.bad_tokenizer(
+                data, "the type of a byte's token", "expected 6", f"found {v.pieces[id].type}"
+            )
+        victim.bad_tokenizer(spoil(v, "byte_id", (byte, HUGE)), "a token for each byte", f"byte {byte}")
+    victim.tokenizer_path.write_bytes(spoil(v, "byte_id", (255, v.unk_id)))
+    args = ("-m", "tokenize", "-f", "-", "-z", victim.tokenizer_path)
+    assert victim.run.ok(*args, stdin=b"\xfe\xff").text.split()[-2:] == ["257", "0"]
+
+
+def test_the_order_of_texts(victim: Victim) -> None:
+    v = victim.model.vocabulary
+    ids = v.by_text()
+    n = len(ids)
+    for i in (0, 1, n // 2, n - 2):
+        swapped = spoil(v, "by_text", (i, ids[i + 1]), (i + 1, ids[i]))
+        victim.bad_tokenizer(swapped, "sorted by their bytes", f"token {ids[i]} too late")
+        twice = spoil(v, "by_text", (i + 1, ids[i]))
+        victim.bad_tokenizer(twice, "sorted by their bytes", f"token {ids[i]} too late")
+    for i in (0, n - 1):
+        for id in (len(v), 0x7FFFFFFF, HUGE):
+            data = spoil(v, "by_text", (i, id))
+            victim.bad_tokenizer(data, "a sorted token", "expected 0 to 311", f"found {id}")
+        for id in (0, 1, 3 + 97):  # unknown, control, a byte's: no text becomes one of these
+            data = spoil(v, "by_text", (i, id))
+            victim.bad_tokenizer(data, "expected", f"found type {v.pieces[id].type}")
+    unused = replace(v, pieces=(*v.pieces[:-1], Piece(b"zz", UNUSED)))
+    data = spoil(unused, "by_text", (len(unused.by_text()) - 1, len(v) - 1))
+    victim.bad_tokenizer(data, "expected", "found type 5")
+
+
+@pytest.mark.parametrize("length", [0, 1, 9, 0x7FFFFFFF, HUGE])
+def test_any_longest_token(victim: Victim, length: int) -> None:
+    """How long to look for tokens says nothing about the text: too far is only slow."""
+    base = victim.model.vocabulary
+    v = replace(base, pieces=(*base.pieces, Piece(b"<think>", USER_DEFINED)))
+    victim.tokenizer_path.write_bytes(spoil(v, "longest", *((i, length) for i in range(256))))
+    args = ("-m", "tokenize", "-z", victim.tokenizer_path, "-i", "a<think>")
+    found = victim.run.ok(*args).text.split()
+    assert (found[-1] == str(len(base))) == (length >= 7)
 
 
 def with_piece(vocabulary: Vocabulary, id: int, piece: Piece) -> bytes:
@@ -448,8 +529,11 @@ def test_unused_tokens_may_be_empty_and_only_they(victim: Victim) -> None:
     victim.run.ok("-m", "tokenize", "-i", "the cat", "-z", victim.tokenizer_path)
 
 
-def test_any_flipped_bit_of_the_vocabulary(victim: Victim) -> None:
-    for at in np.random.default_rng(1).integers(TOKENS_START, len(victim.tokens), 40):
+def test_any_flipped_bit(victim: Victim) -> None:
+    for at in [
+        *range(12, TOKENS_START, 3),
+        *np.random.default_rng(1).integers(TOKENS_START, len(victim.tokens), 40),
+    ]:
         data = bytearray(victim.tokens)
         data[at] ^= 1 << int(at) % 8
         victim.tokenizer_path.write_bytes(data)
@@ -469,8 +553,8 @@ def test_another_models_tokenizer(victim: Victim) -> None:
     )  # a model given is a model checked
     same_size = with_piece(victim.model.vocabulary, len(victim.model.vocabulary) - 1, Piece(b"\xc3\xa8"))
     victim.tokenizer_path.write_bytes(same_size)
-    hashes = [f"{v:016x}" for v in (victim.model.vocabulary.hash, struct.unpack_from("<Q", same_size, 72)[0])]
-    says = [victim.tokenizer_path, victim.path, f"hash {hashes[0]}", f"found {hashes[1]}"]
+    hashes = [f"{v:016x}" for v in (victim.model.vocabulary.hash, struct.unpack_from("<Q", same_size, 32)[0])]
+    says = [victim.tokenizer_path, victim.path, f"hash {hashes[0]}", f"with {hashes[1]}"]
     victim.run.fails(1, victim.path, says=says)
 
 
@@ -515,32 +599,38 @@ def byte_level(run: Program, tmp_path: Path) -> ByteLevelVictim:
     return ByteLevelVictim(run, tmp_path)
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["as it was", "with its size and hashes"])
+@pytest.mark.parametrize("fixed", [False, True], ids=["as it was", "with its size and hash"])
 def test_truncated_byte_level_tokenizers(byte_level: ByteLevelVictim, fixed: bool) -> None:
     data = byte_level.vocabulary.to_bytes()
-    for end in range(byte_level.vocabulary.entry_offsets()[-2], len(data)):
-        byte_level.bad(fix(data[:end]) if fixed else data[:end], "expected", "found")
+    for end in ends_of(byte_level.vocabulary, len(data)):
+        if end >= TOKENS_START:
+            byte_level.bad(fix(data[:end]) if fixed else data[:end], "expected", "found")
     byte_level.bad(fix(data + b"\0"), "expected", len(data), f"found {len(data) + 1}")
 
 
-def test_any_flipped_bit_after_the_vocabulary(byte_level: ByteLevelVictim) -> None:
+def test_any_flipped_bit_of_an_array(byte_level: ByteLevelVictim) -> None:
     data = byte_level.vocabulary.to_bytes()
-    for at in range(byte_level.vocabulary.entry_offsets()[-1], len(data)):
+    starts = [*byte_level.vocabulary.offsets().values()]
+    places = {*starts[:-1], *(start - 1 for start in starts[1:])}
+    for at in sorted(places) + np.random.default_rng(2).integers(TOKENS_START, len(data), 20).tolist():
         spoilt = bytearray(data)
         spoilt[at] ^= 1 << at % 8
-        byte_level.bad(bytes(spoilt), "hash of what follows the vocabulary", "expected", "found", "damaged")
+        byte_level.bad(bytes(spoilt), "hash: expected", "found", "damaged")
 
 
 @pytest.mark.parametrize(
     ("name", "values"),
     [
+        ("n_by_text", [0, 6, 8, 1 << 24, HUGE]),
         ("n_merges", [0, 5, 7, 1 << 24, (1 << 24) + 1, HUGE]),
-        ("n_ranges", [0, 1, 3, 0x110000, 0x110001, HUGE]),
         ("n_classes", [0, 1, 2, 4, 256, 257, HUGE]),
         ("n_states", [0, 1, 3, 5, 1 << 20, (1 << 20) + 1, HUGE]),
-        ("n_machines", [4, 16, 17, HUGE]),
-        ("template_flags", [1024, HUGE]),
-        ("rest_hash", [0, 1, 2**64 - 1]),
+        ("n_dfas", [0, 2, 3, 4, 16, 17, HUGE]),
+        ("n_class_blocks", [0, 4, 6, 4353, 4354, 1 << 30, HUGE]),
+        ("n_text", [0, 1, 1 << 20, HUGE]),
+        ("template_ends", [3, 6, HUGE]),
+        ("template_flags", [8192, HUGE]),
+        ("hash", [0, 1, 2**64 - 1]),
     ],
 )
 def test_fields_of_byte_level_tokenizers(byte_level: ByteLevelVictim, name: str, values: list[int]) -> None:
@@ -548,39 +638,67 @@ def test_fields_of_byte_level_tokenizers(byte_level: ByteLevelVictim, name: str,
         byte_level.bad(patch(byte_level.vocabulary.to_bytes(), **{name: value}), "expected", "found")
 
 
+def test_dfas_without_states_or_classes(byte_level: ByteLevelVictim) -> None:
+    """With arrays of the sizes that the header says: each field must be wrong by itself."""
+    v = byte_level.vocabulary
+    for n_dfas in (4, 16):
+        byte_level.bad(None, "n_states", f"expected {n_dfas + 1} to", "found 4", n_machines=n_dfas)
+    byte_level.bad(None, "n_classes", "expected 2 to 256", "found 1", steps=((0,), (0,), (0,)), ranges=())
+    none = patch(v.to_bytes(transitions=b"", class_block=b"", classes=b""), n_states=0, n_classes=0, n_class_blocks=0)
+    byte_level.bad(fix(none), "n_classes", "expected 2 to 256", "found 0")
+
+
 def test_bad_merges(byte_level: ByteLevelVictim) -> None:
     v = byte_level.vocabulary
     for bad in [(len(v), 0, 1), (0, len(v), 1), (0, 1, len(v)), (HUGE, 0, 1), (0, 0x7FFFFFFF, 1)]:
-        byte_level.bad(None, "a merge", "expected", "found", merges=(*v.merges[:3], bad))
+        byte_level.bad(None, "a merge", "expected 0 to", "found", merges=(*v.merges[:3], bad))
     # Odd, but harmless: a merge that makes something else, one that is there twice, none at all.
     odd = (*v.merges, (116, 256, 7), v.merges[0])
     assert byte_level.tokens("zthe", merges=odd)[1:] == [122, 7]
     assert byte_level.tokens("zthe", merges=())[1:] == list(b"zthe")
 
 
-def test_bad_ranges(byte_level: ByteLevelVictim) -> None:
-    bad = [
-        (1, 0, 2),
-        (0, 0x110000, 2),
-        (0x110000, 0x110000, 2),
-        (HUGE, HUGE, 2),
-        (0, 5, 0),
-        (0, 5, 3),
-        (0, 5, HUGE),
-    ]
-    for one in bad:
-        byte_level.bad(None, "a range", "expected", "found", ranges=(one,))
-    for second in [(0x20, 0x30, 2), (0, 0x10, 2), (0x10, 0x20, 1)]:
-        byte_level.bad(None, "a range", "expected", "found", ranges=((0x20, 0x20, 2), second))
+def test_the_order_of_merges(byte_level: ByteLevelVictim) -> None:
+    v = byte_level.vocabulary
+    rows = [v.arrays()["merges"][16 * i : 16 * i + 16] for i in range(6)]
+    for i in range(5):
+        swapped = [*rows[:i], rows[i + 1], rows[i], *rows[i + 2 :]]
+        byte_level.bad(
+            v.to_bytes(merges=b"".join(swapped)), "expected sorted merges", f"merge {i + 1} too late"
+        )
+        twice = [*rows[: i + 1], rows[i], *rows[i + 2 :]]
+        byte_level.bad(
+            v.to_bytes(merges=b"".join(twice)), "expected sorted merges", f"merge {i + 1} too late"
+        )
+
+
+def test_bad_classes_of_characters(byte_level: ByteLevelVictim) -> None:
+    v = byte_level.vocabulary
+    classes = v.char_class()
+    assert len(classes) == 0x110000 + 256
+    for at in (0, 97, 0xFFFD, 0x10FFFF, 0x110000, len(classes) - 1):
+        for bad in (3, 255):
+            spoilt = class_blocks(classes[:at] + bytes([bad]) + classes[at + 1 :])
+            data = fix(patch(v.to_bytes(**spoilt), n_class_blocks=len(spoilt["classes"]) // 256))
+            byte_level.bad(data, "a character's class", "expected 0 to 2", f"found {bad}")
+    pages = u32([*[0] * 4352, 1])
+    for at in (0, 1, 4352):
+        for page in (2, HUGE):
+            bad_pages = pages[: 4 * at] + u32([page]) + pages[4 * at + 4 :]
+            data = patch(v.to_bytes(class_block=bad_pages, classes=classes[:512]), n_class_blocks=2)
+            byte_level.bad(fix(data), "a block of classes", "expected 0 to 1", f"found {page}")
+    # Odd, but harmless: a character that counts as the end of the text; all of one class.
+    byte_level.tokens("the cat", ranges=((97, 97, 0),))
     assert byte_level.tokens("the cat", ranges=((0, 0x10FFFF, 1),))[1:] == [257, 260]
     assert byte_level.tokens("the cat", ranges=()) == byte_level.tokens("the cat", ranges=((32, 32, 1),))
 
 
-def test_bad_steps(byte_level: ByteLevelVictim) -> None:
+def test_bad_transitions(byte_level: ByteLevelVictim) -> None:
     for step in [8, 9, 0x7FFFFFFF, HUGE]:
-        byte_level.bad(
-            None, "a step", "expected 0 to 7", "found", steps=((0, 0, 0), (0, step, 4), (1, 6, 4), (1, 6, 1))
-        )
+        steps = ((0, 0, 0), (0, step, 4), (1, 6, 4), (1, 6, 1))
+        byte_level.bad(None, "a transition", "expected 0 to 7", f"found {step}", steps=steps)
+    for at in (0, 11):
+        byte_level.bad(spoil(byte_level.vocabulary, "transitions", (at, 8)), "a transition", "found 8")
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -598,50 +716,34 @@ def test_any_machines_come_to_an_end(byte_level: ByteLevelVictim, seed: int) -> 
 
 def test_bad_templates(byte_level: ByteLevelVictim) -> None:
     v = byte_level.vocabulary
-    bad = [b"a", b"\0\0\0", *(struct.pack("<I", x) for x in (len(v), 0x7FFFFFFF, 0x80000001, HUGE))]
-    bad += [struct.pack("<I", 1) + one for one in bad] + [struct.pack("<I", 0x80000000 | 5) + b"user"]
-    for i in range(7):
-        for one in bad:
-            templates = (*v.templates[:i], one, *v.templates[i + 1 :])
-            byte_level.bad(None, "a template", "expected", "found", templates=templates)
+    n_items, n_text = len(v.items()), sum(v.text_lengths())
+    assert n_items == 5
+    for item in range(n_items):
+        token, offset, length = (3 * item + word for word in range(3))
+        for bad in (len(v), 0x7FFFFFFF, HUGE - 1):
+            data = spoil(v, "template_items", (token, bad))
+            byte_level.bad(data, "a template's token", f"expected 0 to {len(v) - 1}", f"found {bad}")
+        for bad in (n_text + 1, 0x7FFFFFFF, HUGE):
+            data = spoil(v, "template_items", (offset, bad))
+            byte_level.bad(data, "a template's offset", f"expected 0 to {n_text}", f"found {bad}")
+            data = spoil(v, "template_items", (offset, n_text), (length, bad))
+            byte_level.bad(data, "a template's text", "expected 0", f"found {bad}")
+        data = spoil(v, "template_items", (token, HUGE), (offset, n_text - 4), (length, 5))
+        byte_level.bad(data, "a template's text", "expected 0 to 4", "found 5")
 
 
-def test_bad_tables_of_nfc(byte_level: ByteLevelVictim) -> None:
-    """Truncated, lying counts, numbers that are no characters; a loop or nonsense in them is harmless."""
-    v = byte_level.vocabulary = nfc_vocabulary()
-    assert byte_level.tokens("e\u0301\u0323e\u212b")[1:] == [*"\u00e9\u0323eA\u030a".encode()]
-    data = v.to_bytes()
-    for end in range(len(data) - 200, len(data)):
-        byte_level.bad(fix(data[:end]), "expected", "found")
-    at = v.entry_offsets()[-1]
-    at += -at % 4 + 4 * sum(map(len, (*v.merges, *v.ranges, *v.steps)))
-    assert struct.unpack_from("<3I", data, at) == (2, 1, 2)
-    for i in range(3):
-        for count in [0, 1, 3, 5, 0x110000, 0x110001, HUGE]:
-            if count != struct.unpack_from("<I", data, at + 4 * i)[0]:
-                spoilt = bytearray(data)
-                struct.pack_into("<I", spoilt, at + 4 * i, count)
-                byte_level.bad(fix(bytes(spoilt)), "expected", "found")
-    decompositions, compositions, marks = v.nfc
-    for kind, row in enumerate([(0xE9, 0x65, 0x301, 0, 0), (0x65, 0x301, 0xE9), (0x301, 0x301, 230)]):
-        for i in range(len(row)):
-            for bad in (0x110000, HUGE):
-                nfc = [*v.nfc]
-                nfc[kind] = ((*row[:i], bad, *row[i + 1 :]),)
-                byte_level.bad(
-                    None, "omposition" if kind < 2 else "class", "expected", "found", nfc=tuple(nfc)
-                )
-    for bad_marks in [((0x301, 0x301, 0),), ((0x301, 0x301, 256),), ((0x301, 0x300, 1),), marks[::-1]]:
-        byte_level.bad(
-            None, "a combining class", "expected", "found", nfc=(decompositions, compositions, bad_marks)
-        )
-    odd = ((0xE9, 0xE9, 0xE9, 0xE9, 0xE9), (0x41, 0, 0, 0, 0), (0x42, 0xD800, 0x10FFFF, 0, 7))
-    made = ((0x65, 0x65, 0x65), (0x65, 0x301, 0), (0x301, 0x301, 0xDFFF))
-    ids = byte_level.tokens("eeee\u00e9\u0301\u0301AB", nfc=(odd, made, marks))[1:]
-    assert bytes(ids) == b"e" + "\u00e9\u00e9\u00e9\u00e9".encode() + "\u0301\u0301".encode() + b"A" + (
-        "\ud800\U0010ffff".encode(errors="surrogatepass")
-    )
-    assert byte_level.tokens("e\u0301A", nfc=((), (), ()))[1:] == [*"e\u0301A".encode()]
+def test_ends_of_templates(byte_level: ByteLevelVictim) -> None:
+    """They are the starts of the next ones, and must not go back."""
+    data, (start, _) = byte_level.vocabulary.to_bytes(), TOKENIZER_FIELDS["template_ends"]
+    ends = list(struct.unpack_from("<10I", data, start))
+    for i in range(10):
+        bad = [6, HUGE] if i == 9 else [ends[i + 1] + 1, HUGE]
+        bad += [ends[i] - 1] if i and ends[i] == ends[i - 1] else []
+        for end in bad:
+            spoilt = bytearray(data)
+            struct.pack_into("<I", spoilt, start + 4 * i, end % (1 << 32))
+            says = "file size" if (i, end) == (9, 6) else "a template's end"  # the last is the number of items
+            byte_level.bad(fix(bytes(spoilt)), says, "expected", "found")
 
 
 def test_bytes_that_are_missing(byte_level: ByteLevelVictim) -> None:

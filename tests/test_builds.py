@@ -25,6 +25,17 @@ def test_compiles_without_a_warning(compiler: str, level: str, openmp: bool, tmp
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_the_plain_program_compiles_without_a_warning(compiler: str, tmp_path: Path) -> None:
+    if not shutil.which(compiler):
+        pytest.skip(f"{compiler} is not installed")
+    for name in ("run.c", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = make(tmp_path, "plain", f"CC={compiler} -Werror")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run-plain").exists()
+
+
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, check=False)
 

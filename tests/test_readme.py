@@ -1,22 +1,23 @@
-"""README.md: each command in it runs, what it shows is what they print, and its tables, its picture and its piece of code
-are those of the program."""
+"""README.md: each command in it runs and prints what it shows; its table of flags, its picture and its pieces of code agree
+with the program. The formats of files, models/FORMAT.md, are tested by test_format.py."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import pty
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from files import MODEL_FIELDS, ROOT, TOKENIZER_FIELDS, Model, Program
+from files import ROOT, Program
 
 README = (ROOT / "README.md").read_text()
 SOURCE = (ROOT / "run.c").read_text()
@@ -28,7 +29,11 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def is_command(line: str) -> bool:
     word = line.split()[0]
-    return word in ("make", "python3", "pip", "printf") or "/" in word or shutil.which(word) is not None
+    return (
+        word in ("make", "python3", "pip", "printf")
+        or ("/" in word and not word.endswith(":"))
+        or shutil.which(word) is not None
+    )
 
 
 @dataclass(frozen=True)
@@ -85,22 +90,20 @@ NOT_RUN = {
     "pip install -r requirements.txt": "needs the network",
     "apt-get install clang libomp-dev shellcheck qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross": "root",
     "tests/speed.py --rounds 9 --shapes 1b": "needs llama-cpp-python, which make peers builds",
-    "tests/speed.py --rounds 3": "the same",
-    "tests/speed.py --rounds 5 --prompts 8,32,128,512": "the same",
-    "tests/speed.py --few --shapes 1b --threads 2 --rounds 2": "the same",
 }
 # Commands that run are these.
-RUN = re.compile(r"make (demo|scaling)$|(printf .* \| )?\./run |python3 export\.py |python3 tests/bench\.py ")
+RUN = re.compile(
+    r"make (demo|plain|scaling|build/roofline-native)$|(printf .* \| )?\./run(-plain)? |python3 (export|tests/bench)\.py "
+)
 # What stands for something else in them, or is made smaller here so that it takes seconds.
 INSTEAD = {
     r"\[MODEL\] \[options\]": "my.bin -i a -n 5",
     "DIRECTORY_OR_FILE": "checkpoint",
-    "random:7b": "random:15m",
     "make scaling": "python3 tests/scaling.py",  # with the tests' Python environment
     "--shapes [0-9a-z,]+": "--shapes 15m --prefill 16 --folder .",
 }
 # Files that do not come with the repository, and what brings them.
-ELSEWHERE = {"models/smollm2.bin": "make smollm2", "stories260K.bin": "../shared"}
+ELSEWHERE = {"models/smollm2.bin": "make smollm2"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -120,16 +123,19 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, folder / name)
     for path in ROOT.glob("models/smollm2.*"):
         (folder / "models" / path.name).symlink_to(path.resolve())
-    for name in ("stories260K.bin", "tok512.bin"):
-        if (ROOT.parent / "shared/models" / name).exists():
-            shutil.copy(ROOT.parent / "shared/models" / name, folder)
     write_checkpoint(folder / "checkpoint")
     shell(folder, "make")
     return folder
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}{{ '\n' if m.role == 'system' else '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+)
+
+
 def write_checkpoint(folder: Path) -> None:
-    """A small model at random as Hugging Face has it, with a tokenizer that knows the README."""
+    """A small model at random as Hugging Face has it, with a tokenizer that knows the README, and a chat template."""
     import tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -141,18 +147,21 @@ def write_checkpoint(folder: Path) -> None:
         vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator([README], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
-        folder
-    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     LlamaForCausalLM(config).half().save_pretrained(folder)
 
 
-def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "COLUMNS": "80", "OMP_WAIT_POLICY": "passive"}
+    return os.environ | {"PATH": path, "COLUMNS": "80", "OMP_WAIT_POLICY": "passive"}
+
+
+def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command,
         cwd=folder,
@@ -162,16 +171,47 @@ def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         errors="replace",  # what a model at random says
-        env=environment,
+        env=environment(),
         timeout=120,
     )
     assert done.returncode == 0, f"{command}: status {done.returncode}\n{done.stdout}{done.stderr}"
     return done
 
 
+def on_terminal(folder: Path, command: str) -> str:
+    """Everything that a command shows on a terminal, if it reads no input."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        shell=True,
+        stdin=subprocess.DEVNULL,
+        stdout=slave,
+        stderr=slave,
+        env=environment(),
+    )
+    os.close(slave)
+    output = b""
+    with suppress(OSError):  # EIO: the other side is closed
+        while chunk := os.read(master, 65536):
+            output += chunk
+    os.close(master)
+    assert process.wait(timeout=120) == 0, output
+    return output.decode().replace("\r\n", "\n")
+
+
+MODEL_LINE = re.compile(
+    r"^(\S+: .* parameters, .*; context .*, KV cache .* MB; .* threads?), .*$", re.MULTILINE
+)
+STATISTICS = re.compile(
+    r"^prefill: (\d+) tokens, [\d.]+ tok/s; decode: (\d+) tokens, [\d.]+ tok/s; seed (\d+)$", re.MULTILINE
+)
+
+
 def words(text: str) -> list[str]:
-    """To compare: without figures of speed, the prompt of a terminal, and the bars of a table."""
-    lines = [line for line in text.splitlines() if not re.match(r"(prompt: .*|speed .*|>|\.\.\.)$", line)]
+    """To compare: without figures of speed, the instruction set, the prompt of a terminal, and the bars of a table."""
+    text = STATISTICS.sub(r"\1 \2 \3", MODEL_LINE.sub(r"\1", text))
+    lines = [line for line in text.splitlines() if not re.match(r"(tok_s .*|>|\.\.\.)$", line)]
     return re.sub("[\u2588-\u258f]", " ", "\n".join(lines)).split()
 
 
@@ -211,15 +251,13 @@ def test_commands(copy: Path, section: str) -> None:
             continue
         if "my.bin" in text and not (copy / "my.bin").exists():
             shell(copy, "python3 export.py checkpoint -o my.bin")
+        if MODEL_LINE.match(command.shown):
+            assert STATISTICS.search(command.shown)
+            assert_prints(command.shown, on_terminal(copy, text))
+            continue
         done = shell(copy, text)
         if command.shown:
             assert_prints(command.shown, done.stdout)
-        if "\nprompt: " in command.shown:
-            assert re.search(
-                r"^prompt: \d+ tokens, [\d.]+ tok/s; then: \d+ tokens, [\d.]+ tok/s; seed 5$",
-                done.stderr,
-                re.MULTILINE,
-            )
     if missing:
         pytest.skip("; ".join(f"{name} is not there: {source}" for name, source in missing.items()))
 
@@ -244,101 +282,68 @@ def test_commands_that_are_not_run(text: str) -> None:
 
 def test_there_are_commands_with_outputs() -> None:
     shown = [command.text for command in COMMANDS if command.shown]
-    assert len(COMMANDS) > 15 and len(shown) > 5
-    for text in ("./run -t 0.8 -s 5 -j 1", "./run stories.bin -t 0"):
-        assert text in shown
+    assert len(COMMANDS) > 15 and len(shown) >= 5
+    assert "./run -t 0.8 -s 5 -j 1" in shown
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Its tables, its picture, its code
+# Its table of flags, its picture, its code
 
 
 def flags_of(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--?[a-z]+\b", text))
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*\b", text))
 
 
 def test_flags(run: Program) -> None:
     """Those that run.c knows, those of --help, and those of the table."""
-    known = set(re.findall(r'\{"(--?[a-z]+)", (?:TEXT|NUMBER|INTEGER|SWITCH),', SOURCE))
+    known = set(re.findall(r'\{"(--?[a-z-]+)", (?:TEXT|NUMBER|INTEGER|SWITCH),', SOURCE))
     assert len(known) > 15
     assert flags_of(run.ok("--help").text) == known
-    table = re.findall(r"^\| (`-.*?) \|", sections(README)["Usage"], re.MULTILINE)
+    table = re.findall(r"^\| (`-.*?) \|", sections(README)["Every flag"], re.MULTILINE)
     assert flags_of(" ".join(table)) == known
 
 
 def test_modes(run: Program) -> None:
     modes = re.findall(r'\{"(\w+)", \1\}', SOURCE)
     assert len(modes) > 5
-    row = re.search(r"^\| `-m MODE` .*", README, re.MULTILINE)
-    assert row and set(re.findall(r"`([a-z]+)`", row[0])) == set(modes)
+    rows = re.search(r"^\| `-m MODE` .*\n(?:\| \|.*\n)*", README, re.MULTILINE)
+    assert rows and set(re.findall(r"`([a-z]+)`", rows[0])) == set(modes)
     assert set(re.findall(r"(\w+)(?: \(default\))?: ", run.ok("--help").text.split("-i TEXT")[0])) >= set(
         modes
     )
 
 
-FORMS = {"char[8]": "8s", "u32": "I", "i32": "i", "f32": "f", "u64": "Q"}
-
-
-@pytest.mark.parametrize(
-    ("section", "fields"),
-    [("The weights file", MODEL_FIELDS), ("The tokenizer file", TOKENIZER_FIELDS)],
-)
-def test_headers(section: str, fields: dict[str, tuple[int, str]]) -> None:
-    """The tables of bytes, and the fields by which the tests write files that run.c reads and read what export.py writes."""
-    found: list[tuple[int, str, str]] = []
-    for offset, kind, what in re.findall(
-        r"^\| (\d+) \| (.*?) \| (.*?) \|$", sections(README)[section], re.MULTILINE
-    ):
-        form, _, count = kind.removesuffix("[7]").partition(" x ")
-        names = what.removesuffix(", or -1").split(", ") if count else [what]
-        assert len(names) == int(count or 1), what
-        for i, name in enumerate(names):
-            found.append((int(offset) + i * struct.calcsize(FORMS[form]), FORMS[form], name))
-    expected = sorted((offset, form, name) for name, (offset, form) in fields.items())
-    assert [row[:2] for row in found] == [row[:2] for row in expected]
-    for (*_, name), (*_, field) in zip(found, expected, strict=True):
-        if re.fullmatch(r"[a-z]+_[a-z_]+", name):  # others are described in words
-            assert name == field
-
-
-def test_flags_and_types_of_a_tokenizer_file() -> None:
-    """Those that run.c knows."""
-    text = sections(README)["The tokenizer file"]
-    flags = text.split("\nFlags: ")[1].split("\n\n")[0]
-    (all_flags,) = re.findall(r"ALL_TOKENIZER_FLAGS = (\d+)", SOURCE)
-    bits = [int(bit) for bit in re.findall(r"\bbit (\d+)", flags)]
-    assert sum(1 << bit for bit in bits) == int(all_flags)
-    (types,) = re.findall(r"u32 type \((.*?)\)", text)
-    (known,) = re.findall(r"enum \{ (NORMAL = .*?) \};", SOURCE)
-    found = [f"{name.upper().replace('-', '_')} = {n}" for n, name in re.findall(r"(\d) ([a-z-]+)", types)]
-    assert found == known.split(", ")
-
-
-def test_tensors() -> None:
-    """Their order and shapes."""
-    (block,) = re.findall(r"(?:^ {4}.*\n)+", sections(README)["The weights file"], re.MULTILINE)
-    model = Model(dim=40, flags=6, n_layers=1)  # no two sizes are the same
-    sizes = vars(model) | {"q": model.n_heads * model.head_dim, "kv": model.n_kv_heads * model.head_dim}
-
-    def length(axis: str) -> int:  # such as q + 2 kv
-        return sum(int(n or 1) * sizes[name] for n, name in re.findall(r"(\d*) ?([a-z_]+)", axis))
-
-    tensors = re.findall(r"^ +(\w+) +\((.*?)\)", block, re.MULTILINE)
-    found = [(name, tuple(map(length, shape.split(", ")))) for name, shape in tensors]
-    assert found == [(name.split(".")[-1], shape) for name, shape in model.shapes()]
-
-
 def test_the_code_is_that_of_run_c() -> None:
+    """Each piece stands once in sections 2 to 4."""
     blocks = re.findall(r"^```c\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert [block.split("(")[0] for block in blocks] == ["static void forward"]
+    assert len(blocks) >= 7
+    part = SOURCE[SOURCE.index("\n// 2 The Transformer") : SOURCE.index("\n// 5 The tokenizer")]
     for block in blocks:
-        assert block in SOURCE
+        assert part.count(block) == 1, block
+
+
+def test_the_defaults_in_the_table(run: Program) -> None:
+    """--help and the table agree on the default of each flag that has a number as its default."""
+    help = re.sub(r"\n {12,}", " ", run.ok("--help").text)
+    found = re.findall(r"^  (-\S+) .*?\(default:? ([\d.]+)", help, re.MULTILINE)
+    found = [(flag, value) for flag, value in found if flag != "--probs"]  # that of -k
+    assert len(found) > 7
+    cells = [
+        line.split(" | ") for line in sections(README)["Every flag"].splitlines() if line.startswith("| `")
+    ]
+    table: dict[str, str] = {}
+    for flags, _, default, *_ in cells:
+        names = re.findall(r"`(-\S+)", flags)
+        values = default.removesuffix(" |").split(", ")
+        if len(values) == len(names):
+            table |= dict(zip(names, values, strict=True))
+    assert {flag: float(table[flag]) for flag, _ in found} == {flag: float(value) for flag, value in found}
 
 
 def test_names_in_the_tour_are_those_of_run_c() -> None:
     tour = README.split("## A tour of run.c")[1].split("\n## ")[0]
     names = set(re.findall(r"`([a-z]\w*)`", tour))
-    assert len(names) > 20
+    assert len(names) > 10
     assert [name for name in names if not re.search(rf"\b{name}\b", SOURCE)] == []
 
 
@@ -350,11 +355,28 @@ def test_picture() -> None:
     assert picture.find(f"{SVG}title") is not None and picture.find(f"{SVG}desc") is not None
     assert "prefers-color-scheme: dark" in (picture.findtext(f"{SVG}style") or "")
     names = [text.text for text in picture.iter(f"{SVG}text") if text.get("class") == "f"]
-    assert {"embed", "rmsnorm", "matmul", "prepare_qkv", "attention", "swiglu", "classify", "sample"} <= set(
-        names
-    )
+    assert {
+        "embed",
+        "rmsnorm",
+        "matmul",
+        "rope_and_cache_kv",
+        "attention",
+        "swiglu",
+        "compute_logits",
+        "sample",
+    } <= set(names)
     for name in names:
         assert re.search(rf"^static [\w ]+\*?{name}\(", SOURCE, re.MULTILINE), name
+
+
+def test_commands_of_the_log() -> None:
+    """tests/SPEED.md speaks of flags that its programs have."""
+    text = (ROOT / "tests/SPEED.md").read_text()
+    commands = re.findall(r"(?:^ {4}(?:python3 )?|`)(tests/\w+\.py) ([^`\n]+)", text, re.MULTILINE)
+    assert len(commands) > 4
+    for program, arguments in commands:
+        script = (ROOT / program).read_text()
+        assert all(f'"{flag}"' in script for flag in re.findall(r"--\w+", arguments)), arguments
 
 
 def test_links() -> None:

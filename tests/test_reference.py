@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from builds import build, variants
@@ -76,7 +77,7 @@ def random_model(name: str, dtype: str) -> tuple[Any, export.Config, dict[str, n
         value = ((1.0 if "norm" in key else 0.0) + spread * torch.randn(tensor.shape)).to(half)
         tensor.copy_(value.float())
         bits = value.view(torch.int16).numpy()
-        arrays[key] = bits.view(np.uint16) if dtype == "bf16" else bits.view(np.float16)
+        arrays[key] = bits.view(ml_dtypes.bfloat16 if dtype == "bf16" else np.float16)
     rope = settings.rope_parameters or {}
     config = export.Config(
         dim=settings.hidden_size, hidden_dim=settings.intermediate_size, n_layers=settings.num_hidden_layers,
@@ -95,7 +96,11 @@ def random_model(name: str, dtype: str) -> tuple[Any, export.Config, dict[str, n
 
 def some_tokenizer() -> export.Tokenizer:
     tokens = [export.Token(b"t%d" % i, export.NORMAL, 0.0) for i in range(VOCAB)]
-    return export.Tokenizer(tokens, bos_id=1, unk_id=0, stop_ids=(2,), add_bos=True, add_space=False)
+    return export.Tokenizer(tokens, bos_id=1, unk_id=0, stop_ids=(2,), add_bos=True, add_dummy_prefix=False)
+
+
+def in_memory(config: export.Config, arrays: dict[str, np.ndarray]) -> export.Model:
+    return export.Model(Path("memory"), config, {name: export.in_memory(a) for name, a in arrays.items()})
 
 
 def reference(model: Any, tokens: list[int]) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
@@ -187,7 +192,7 @@ def test_agrees_with_transformers(
 ) -> None:
     model, config, arrays = random_model(name, dtype)
     file = tmp_path / "m.bin"
-    assert export.write_model(file, export.ArraySource(config, arrays), some_tokenizer(), dtype) == dtype
+    assert export.write_model(file, in_memory(config, arrays), some_tokenizer(), dtype) == dtype
     layers, logits = reference(model, TOKENS)
 
     # Where the CPU multiplies bf16 by bf16, activations are rounded to bf16: one part in 256.
@@ -223,7 +228,7 @@ def test_bits_do_not_depend_on_threads_or_batches(
 ) -> None:
     _, config, arrays = random_model(name, dtype)
     file = tmp_path / "m.bin"
-    export.write_model(file, export.ArraySource(config, arrays), some_tokenizer(), dtype)
+    export.write_model(file, in_memory(config, arrays), some_tokenizer(), dtype)
     expected = run_probe(probe, file, TOKENS, config, threads=1, chunk=1)
     for threads in (1, 2, 3):
         for chunk in (1, 2, 7, 64, len(TOKENS)):
@@ -279,7 +284,7 @@ def test_a_llama2c_file_becomes_the_same_weights_file(name: str, dtype: str, tmp
     """Interleaved and halved q/k rows are one model: what transformers was compared with above."""
     _, config, arrays = random_model(name, dtype)
     direct, detour, source = tmp_path / "direct.bin", tmp_path / "detour.bin", tmp_path / "llama2c.bin"
-    export.write_model(direct, export.ArraySource(config, arrays), some_tokenizer(), dtype)
+    export.write_model(direct, in_memory(config, arrays), some_tokenizer(), dtype)
     source.write_bytes(llama2c_file(config, arrays))
-    assert export.write_model(detour, export.open_source(str(source)), some_tokenizer(), "auto") == dtype
+    assert export.write_model(detour, export.open_source(source), some_tokenizer(), "auto") == dtype
     assert detour.read_bytes() == direct.read_bytes()

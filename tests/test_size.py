@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import random_weights
 from files import ROOT, Program, default_vocabulary, write_model
 
 import export
@@ -27,11 +28,12 @@ TOKENIZER = ROOT / "tokenizer.bin"
 
 def sparse(path: Path, shape: str, layers: int | None = None) -> export.Config:
     """A weights file of the shape, as export.py would lay it out, without its weights."""
-    source = export.open_source(f"random:{shape}", layers=layers)
+    config = random_weights.SHAPES[shape]
+    config = export.replace(config, n_layers=layers or config.n_layers)
     with path.open("wb") as file:
-        file.write(export.header(source.config, "bf16", export.read_tokenizer(TOKENIZER).vocab_hash))
-        file.truncate(export.file_size(source.config))
-    return source.config
+        file.write(export.header(config, "bf16", export.read_tokenizer(TOKENIZER).vocab_hash))
+        file.truncate(export.file_size(config))
+    return config
 
 
 @pytest.mark.parametrize("shape", ["7b", "70b"])
@@ -64,7 +66,7 @@ def test_own_memory_is_the_cache_and_64_mb(
     text = " ".join(["the"] * (prompt - 1))
     args = [path, "-z", TOKENIZER, "-i", text, "-n", prompt + 2, "-t", 0, "-j", 2]
     done = run.ok(*args, preexec=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
-    assert f"prompt: {prompt} tokens" in done.stderr
+    assert f"prefill: {prompt} tokens" in done.stderr
 
 
 def test_70b_runs_whole(run: Program, tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_70b_runs_whole(run: Program, tmp_path: Path) -> None:
 
     def put(name: str, element: int, values: Any) -> None:
         file.seek(places[name] + 2 * element)
-        file.write(export.to_bf16(np.asarray(values, np.float32)).tobytes())
+        file.write(np.asarray(values, export.DTYPES["bf16"]).tobytes())
 
     with path.open("r+b") as file:
         put("model.embed_tokens.weight", 1 * config.dim, ones)
@@ -113,7 +115,7 @@ def test_a_prompt_of_100000_tokens(run: Program, tmp_path: Path) -> None:
     limit = 2 * model.n_kv_heads * model.head_dim * positions * 2 + 64 * MB
     args = [path, "-f", text, "-n", 0, "-t", 0, "-c", n + 40, "--json"]
     done = run.ok(*args, preexec=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
-    fed = re.search(r"prompt: (\d+) tokens", done.stderr)
+    fed = re.search(r"prefill: (\d+) tokens", done.stderr)
     assert fed and int(fed[1]) > 0.9 * n
     assert all(math.isfinite(json.loads(line)["logprob"]) for line in done.stdout.splitlines())
 
@@ -142,7 +144,9 @@ def test_a_model_larger_than_memory(run: Program, tmp_path: Path) -> None:
     """It says the same, and does not read the whole file for each token, as much of it stays in memory."""
     path, tokens = tmp_path / "m.bin", 20
     subprocess.run(
-        [sys.executable, ROOT / "export.py", "random:110m", "-o", path], check=True, capture_output=True
+        [sys.executable, ROOT / "models" / "random_weights.py", "110m", "-o", path],
+        check=True,
+        capture_output=True,
     )
     args = [path, "-i", "Hello", "-n", tokens, "-t", 0, "-c", 64, "--json"]
     expected = run.ok(*args).stdout

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from files import Model as FileModel
+from files import Program, chain_model, read_tokenizer
 from peers import LLAMA3, Tokens, corpus, trained
 from test_tokenizer import CASES
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -148,16 +151,16 @@ class Model:
         # Texts within a conversation are tokenized as run.c does it at the start of a text, or after a token.
         self.programs: dict[bool, Tokens] = {}
         for first in (True, False):
-            space = self.tokenizer.add_space if first else self.tokenizer.space_anew
+            space = self.tokenizer.add_dummy_prefix if first else self.tokenizer.prefix_after_special
             path = folder / f"{first}.bin"
-            path.write_bytes(replace(self.tokenizer, add_bos=False, add_space=space).to_bytes())
+            path.write_bytes(replace(self.tokenizer, add_bos=False, add_dummy_prefix=space).to_bytes())
             self.programs[first] = Tokens(path)
 
     def glued(self, turns: list[str], system: str | None) -> list[int]:
         """The ids of a conversation whose last turn is the user's, or an answer that is complete."""
         template = self.tokenizer.template
         assert template
-        pieces = dict(zip(export.PIECES, template.pieces, strict=True))
+        pieces = dict(zip(export.TEMPLATE_PARTS, template.parts, strict=True))
 
         def trimmed(text: str, kind: int) -> str:
             left, right = (template and template.flags & 4 << 2 * kind + side for side in (0, 1))
@@ -189,6 +192,8 @@ class Model:
         return ids
 
     def check(self, turns: list[str], system: str | None) -> None:
+        turns = [unicodedata.normalize("NFC", turn) for turn in turns]  # as the tokenizer wants it
+        system = unicodedata.normalize("NFC", system) if system is not None else None
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
         if len(turns) % 2 == 0 and self.theirs.chat_template == THINKING:
@@ -258,7 +263,7 @@ def test_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start, end = (found.theirs.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>"))
     template = found.tokenizer.template
     assert template
-    assert dict(zip(export.PIECES, template.pieces, strict=True)) == {
+    assert dict(zip(export.TEMPLATE_PARTS, template.parts, strict=True)) == {
         "before_user": (start, "system\nYou are kind.", end, "\n", start, "user\n"),
         "before_system": (start, "system\n"),
         "after_system": (end, "\n", start, "user\n"),
@@ -266,11 +271,14 @@ def test_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "before_answer": (),
         "after_answer": (end, "\n"),
         "next_user": (start, "user\n"),
+        "opens_answer": (),
+        "opens_answer_no_think": (),
+        "end_of_thought": (),
     }
     assert template.flags == 3
     assert found.tokenizer.stop_ids == (found.theirs.eos_token_id, end)
     assert export.Tokenizer.from_bytes(found.tokenizer.to_bytes()) == found.tokenizer
-    assert capsys.readouterr().err == ""
+    assert "chat template" not in capsys.readouterr().err
     found.close()
 
 
@@ -296,6 +304,92 @@ def test_tokens_that_take_spaces_with_them(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
     assert export.read_tokenizer(tmp_path).template is None
     assert "<|im_end|> takes spaces with it" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models that think
+
+
+def thinking(opens: str, rest: str) -> str:
+    """A template with a switch, where `opens` stands in front of a new answer, and `rest` is left of an earlier one."""
+    return (
+        "{%- for m in messages %}{%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\n' }}{%- generation %}"
+        "{%- if '</think>' in m.content %}{{- " + rest + " }}{%- else %}{{- m.content }}{%- endif %}"
+        "{%- endgeneration %}{{- '<|im_end|>\n' }}"
+        "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
+        "{%- else %}{{- '" + opens + "' }}{%- endif %}{%- endif %}"
+    )
+
+
+LAST = "m.content.split('</think>')[-1]"
+THINKERS = {
+    "drops": thinking("", LAST),
+    "drops newlines": thinking("", LAST + ".lstrip('\n')"),  # Qwen3
+    "drops spaces": thinking("", LAST + ".lstrip()"),
+    "opens": thinking("<think>\n", LAST),  # DeepSeek-R1's distillations
+    "opens, drops newlines": thinking("<think>\n", LAST + ".lstrip('\n')"),  # QwQ
+    "keeps": thinking("", "m.content"),
+    "trims": thinking("", LAST + " | trim").replace("{{- m.content }}", "{{- m.content | trim }}"),
+}
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
+@pytest.mark.parametrize("name", THINKERS)
+def test_chats_with_thoughts(tmp_path: Path, run: Program, name: str, special: bool) -> None:
+    """What the model reads in conversations of one, three and five turns is what transformers gives it."""
+    library = byte_level()
+    library.normalizer = None
+    library.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL])
+    library.add_tokens([AddedToken(t, normalized=False, special=special) for t in ("<think>", "</think>")])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "chat_template": THINKERS[name]})
+    )
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<|im_end|>")
+    theirs.chat_template = THINKERS[name]
+    vocabulary = read_tokenizer(export.read_tokenizer(tmp_path).to_bytes())
+    for says in ("<think>r</think>\n\nA", "<think>r</think> \nA", "<think>r</think>A", "A", "<think>r"):
+        for options in ({}, {"enable_thinking": False}):
+            first = theirs.apply_chat_template(
+                [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False, **options
+            )
+            said = says.removeprefix("<think>") if "opens" in name and not options else says
+            reply = theirs.encode(said, add_special_tokens=False)
+            end = theirs.convert_tokens_to_ids("<|im_end|>")
+            if first[-1] in reply:  # each token of such a model has one successor
+                continue
+            model = chain_model([first[-1], *reply, end], vocabulary=vocabulary, max_seq_len=512)
+            path = model.write(tmp_path / "m.bin")
+            args = ["-m", "chat", "--json", "-t", 0, *(["--no-think"] if options else [])]
+            lines = run.ok(path, *args, stdin=b"Hi\nyo\nand then?\n").stdout.splitlines()
+            prompts = [found["prompt_tokens"] for found in map(json.loads, lines) if "prompt_tokens" in found]
+            messages = []
+            for found, user in zip(prompts, ["Hi", "yo", "and then?"], strict=True):
+                messages.append({"role": "user", "content": user})
+                expected = theirs.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False, **options
+                )
+                assert found == expected, (says, options, messages)
+                messages.append({"role": "assistant", "content": said})
+
+
+def test_no_think_takes_a_template_that_knows_it(tmp_path: Path, run: Program) -> None:
+    found = Model(tmp_path, KINDS[0], CHATML)
+    found.close()
+    vocabulary = read_tokenizer(found.tokenizer.to_bytes())
+    path = FileModel(vocabulary=vocabulary).zero().write(tmp_path / "m.bin")
+    run.fails(1, path, "-m", "chat", "--no-think", says=["--no-think", "knows no such switch"])
+
+
+def test_what_cannot_be_done_is_said_with_the_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = (
+        "{% for m in messages %}[{% if m.role == 'assistant' and loop.index > 3 %}later {% endif %}"
+        "{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+    )
+    assert export.find_template(odd, {}, {}) is None
+    assert "turn 4 of 5, an answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -331,5 +425,5 @@ def test_templates_that_have_no_plain_pieces(
 
 def test_a_template_without_a_system_text(capsys: pytest.CaptureFixture[str]) -> None:
     template = export.find_template(MISTRAL, {"bos_token": "<s>", "eos_token": "</s>"}, {"<s>": 1, "</s>": 2})
-    assert template and template.flags == 1 and template.pieces[1:3] == ((), ())
+    assert template and template.flags == 1 and template.parts[1:3] == ((), ())
     assert "takes no system text" in capsys.readouterr().err

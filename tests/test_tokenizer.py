@@ -15,12 +15,12 @@ import pytest
 import sentencepiece
 from files import (
     ADD_BOS,
-    ADD_SPACE,
+    ADD_DUMMY_PREFIX,
     BYTE,
     CONTROL,
     LATE,
     NORMAL,
-    SPACE_ANEW,
+    PREFIX_AFTER_SPECIAL,
     USER_DEFINED,
     Piece,
     Program,
@@ -58,7 +58,7 @@ class Pair:
         peer, valid = self.peer, ""
         for c in text.decode(errors="surrogateescape"):
             if "\udc80" <= c <= "\udcff":
-                if peer is self.peer and not valid and self.vocabulary.flags & ADD_SPACE:
+                if peer is self.peer and not valid and self.vocabulary.flags & ADD_DUMMY_PREFIX:
                     ids += self.plain.encode(" ")
                 ids += peer.encode(valid) + [self.vocabulary.id(bytes([ord(c) - 0xDC00]), BYTE)]
                 peer, valid = self.plain, ""
@@ -74,7 +74,7 @@ class Pair:
     def decode(self, ids: list[int]) -> bytes:
         pieces = [self.vocabulary.pieces[i] for i in ids]
         text = b"".join(piece.text for piece in pieces if piece.type in (NORMAL, LATE, BYTE))
-        return text[1:] if self.vocabulary.flags & ADD_SPACE else text
+        return text[1:] if self.vocabulary.flags & ADD_DUMMY_PREFIX else text
 
 
 def processor(model: Any, prefix: bool) -> sentencepiece.SentencePieceProcessor:
@@ -142,7 +142,7 @@ def trained(run: Program, folder: Path, name: str, flags: int, **options: Any) -
         model_type="bpe",
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        add_dummy_prefix=bool(flags & ADD_SPACE),
+        add_dummy_prefix=bool(flags & ADD_DUMMY_PREFIX),
         minloglevel=2,
         **options,
     )
@@ -150,13 +150,15 @@ def trained(run: Program, folder: Path, name: str, flags: int, **options: Any) -
     vocabulary = from_proto(model, flags)
     path = folder / f"{name}.tokenizer.bin"
     path.write_bytes(vocabulary.to_bytes())
-    return Pair(run, path, vocabulary, processor(model, bool(flags & ADD_SPACE)), processor(model, False))
+    return Pair(
+        run, path, vocabulary, processor(model, bool(flags & ADD_DUMMY_PREFIX)), processor(model, False)
+    )
 
 
 @pytest.fixture(scope="session")
 def with_bytes(run: Program, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("with_bytes")
-    return trained(run, folder, "t", ADD_BOS | ADD_SPACE, vocab_size=600, byte_fallback=True)
+    return trained(run, folder, "t", ADD_BOS | ADD_DUMMY_PREFIX, vocab_size=600, byte_fallback=True)
 
 
 @pytest.fixture(scope="session")
@@ -170,7 +172,9 @@ def with_unknown(run: Program, tmp_path_factory: pytest.TempPathFactory) -> Pair
 def across_words(run: Program, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Pieces that go on after a space, so that words cannot be taken one by one."""
     folder = tmp_path_factory.mktemp("across_words")
-    pair = trained(run, folder, "t", ADD_SPACE, vocab_size=700, byte_fallback=True, split_by_whitespace=False)
+    pair = trained(
+        run, folder, "t", ADD_DUMMY_PREFIX, vocab_size=700, byte_fallback=True, split_by_whitespace=False
+    )
     assert any(b" " in p.text.strip(b" ") for p in pair.vocabulary.pieces if p.type == NORMAL)
     return pair
 
@@ -193,7 +197,7 @@ def user_defined(run: Program, tmp_path_factory: pytest.TempPathFactory) -> Pair
     """Tokens that are taken from the text before all else, the longest at each place."""
     folder = tmp_path_factory.mktemp("user_defined")
     options: dict[str, Any] = {"vocab_size": 600, "byte_fallback": True, "user_defined_symbols": SYMBOLS}
-    pair = trained(run, folder, "t", ADD_BOS | ADD_SPACE, **options)
+    pair = trained(run, folder, "t", ADD_BOS | ADD_DUMMY_PREFIX, **options)
     assert sum(p.type == LATE for p in pair.vocabulary.pieces) == len(SYMBOLS)
     return pair
 
@@ -510,7 +514,7 @@ def test_more_tokens_than_bytes(run: Program, tmp_path: Path) -> None:
     """A space before what follows each user-defined token makes three tokens of every two bytes."""
     base = default_vocabulary()
     pieces = (*base.pieces, Piece(b"\n", USER_DEFINED))
-    vocabulary = Vocabulary(pieces, flags=ADD_BOS | ADD_SPACE | SPACE_ANEW)
+    vocabulary = Vocabulary(pieces, flags=ADD_BOS | ADD_DUMMY_PREFIX | PREFIX_AFTER_SPECIAL)
     (tmp_path / "t.bin").write_bytes(vocabulary.to_bytes())
     ids = run.ok("-z", tmp_path / "t.bin", "-m", "tokenize", "-i", "\nZ" * 1000).text.split()
     three = [str(i) for i in (len(base), vocabulary.id(b" "), 3 + ord("Z"))]

@@ -18,7 +18,7 @@
 
 static uint64_t seed = 1; // of all random data: the tests are the same each time
 
-static float uniform(void) { return (float)(2 * random_number(&seed) - 1); }
+static float uniform(void) { return (float)(2 * random_f64(&seed) - 1); }
 
 static uint16_t narrowed(Dtype dtype, float value) { return dtype == BF16 ? f32_to_bf16(value) : f32_to_f16(value); }
 
@@ -37,11 +37,11 @@ static void *random_array(Dtype dtype, size_t n, size_t shift) {
 static double exact_dot(const void *a, Dtype a_type, const void *b, Dtype b_type, size_t n) {
     double sum = 0;
     for (size_t i = 0; i < n; i++)
-        sum += (double)element(a, a_type, i) * (double)element(b, b_type, i);
+        sum += (double)load_number(a, a_type, i) * (double)load_number(b, b_type, i);
     return sum;
 }
 
-// The pairs of types that dot and tile take, the last one where the CPU has an instruction for it.
+// The pairs of types that gemm takes, the last one where the CPU has an instruction for it.
 static const Dtype PAIRS[][2] = {{F32, F32}, {BF16, F32}, {F16, F32}, {BF16, BF16}};
 
 static size_t n_pairs(void) { return has_bf16_dot() ? 4 : 3; }
@@ -84,32 +84,45 @@ static void test_f16_rounding(void) {
 static void test_bf16(void) {
     for (uint32_t h = 0; h < 65536; h++) {
         float value = bf16_to_f32((uint16_t)h);
-        CHECK(bits_of(value) == h << 16, "%04x", h);
+        CHECK(float_bits(value) == h << 16, "%04x", h);
         CHECK(isnan(value) ? (f32_to_bf16(value) & 0x7fff) > 0x7f80 : f32_to_bf16(value) == h, "%04x and back", h);
         if ((h & 0x7f80) != 0x7f80) {
-            CHECK(f32_to_bf16(float_of(h << 16 | 0x8000)) == h + h % 2, "the middle above %04x", h);
-            CHECK(f32_to_bf16(float_of(h << 16 | 0x7fff)) == h, "below the middle above %04x", h);
-            CHECK(f32_to_bf16(float_of(h << 16 | 0x8001)) == h + 1, "above the middle above %04x", h);
+            CHECK(f32_to_bf16(float_from_bits(h << 16 | 0x8000)) == h + h % 2, "the middle above %04x", h);
+            CHECK(f32_to_bf16(float_from_bits(h << 16 | 0x7fff)) == h, "below the middle above %04x", h);
+            CHECK(f32_to_bf16(float_from_bits(h << 16 | 0x8001)) == h + 1, "above the middle above %04x", h);
         }
     }
-    CHECK(isnan(bf16_to_f32(f32_to_bf16(float_of(0x7f800001)))), "a NaN whose fraction has low bits only");
+    CHECK(isnan(bf16_to_f32(f32_to_bf16(float_from_bits(0x7f800001)))), "a NaN whose fraction has low bits only");
 }
 
 static void test_exp(void) {
-    for (double x = 0; x > -87; x -= 0.00037) {
-        double expected = exp((double)(float)x), found = (double)exp_negative((float)x);
-        double ulp = (double)nextafterf((float)expected, 2) - (double)(float)expected;
+    for (double x = 88; x > -87; x -= 0.00037) {
+        double expected = exp((double)(float)x), found = (double)exp_f32((float)x);
+        double ulp = (double)nextafterf((float)expected, INFINITY) - (double)(float)expected;
         CHECK(fabs(found - expected) <= 3 * ulp, "e^%g is %.9g, not %.9g", x, expected, found);
     }
-    CHECK(exp_negative(0) == 1 && exp_negative(-INFINITY) == 0 && exp_negative(-88) == 0, "the ends");
-    CHECK(isnan(exp_negative(NAN)), "NaN");
+    CHECK(exp_f32(0) == 1 && exp_f32(-INFINITY) == 0 && exp_f32(-88) == 0, "the ends");
+    CHECK(exp_f32(89) == exp_f32(88) && exp_f32(INFINITY) == exp_f32(88), "above 88");
+    CHECK(isnan(exp_f32(NAN)), "NaN");
 }
 
 // ---- kernels against their plain forms
 
-// start + a . b
-static float dot(float start, const void *a, Dtype ta, const void *b, Dtype tb, size_t n) {
-    multiply(&start, 1, (Tensor){a, ta, 1, n, n}, (Tensor){b, tb, 1, n, n}, true);
+static Tensor random_matrix(Dtype dtype, size_t rows, size_t cols, size_t stride, size_t shift) {
+    return (Tensor){random_array(dtype, rows * stride, shift), dtype, rows, cols, stride};
+}
+
+// gemm, which in the program has no weights in f32
+static void multiply(float *out, size_t stride, Tensor w, Tensor x, Update update) {
+    if (w.dtype == F32)
+        gemm_typed(out, stride, w, F32, x, F32, update);
+    else
+        gemm(out, stride, w, x, update);
+}
+
+// start + the product of row r of w and row t of x
+static float dot(float start, Tensor w, size_t r, Tensor x, size_t t) {
+    multiply(&start, 1, slice(w, r, 1, 0, w.cols), slice(x, t, 1, 0, x.cols), ADD);
     return start;
 }
 
@@ -117,39 +130,37 @@ static void test_dot(void) {
     for (size_t n = 0; n < 300; n++)
         for (size_t p = 0; p < n_pairs(); p++)
             for (size_t shift = 0; shift < 3; shift++) {
-                Dtype ta = PAIRS[p][0], tb = PAIRS[p][1];
-                const void *a = random_array(ta, n, shift), *b = random_array(tb, n, 2 * shift);
-                double expected = exact_dot(a, ta, b, tb, n), found = (double)dot(0, a, ta, b, tb, n);
-                double plain = (double)dot_ref(a, ta, b, tb, n), bound = 1e-6 * (double)(n + 1);
+                Tensor a = random_matrix(PAIRS[p][0], 1, n, n, shift),
+                       b = random_matrix(PAIRS[p][1], 1, n, n, 2 * shift);
+                double expected = exact_dot(a.data, a.dtype, b.data, b.dtype, n), found = (double)dot(0, a, 0, b, 0);
+                double plain = (double)dot_ref(a, 0, b, 0), bound = 1e-6 * (double)(n + 1);
                 CHECK(fabs(found - expected) <= bound, "types %zu, n %zu: %g, not %g", p, n, found, expected);
                 CHECK(fabs(plain - expected) <= bound, "dot_ref, types %zu, n %zu", p, n);
             }
 }
 
-// Tiles and pairs of rows give the same bits as dot: this is why neither a batch's size nor the threads matter.
-static void test_multiply_has_the_bits_of_dot(void) {
-    enum { MOST = TILE_ROWS * GROUP + 1 }; // the first number that counts as many, see multiply
+// Groups of tokens and pairs of rows give the same bits as dot: this is why neither a batch's size nor the threads matter.
+static void test_gemm_has_the_bits_of_dot(void) {
+    enum { MOST = SMALL_BATCH + 1 }; // the first number that is a large batch, see gemm_typed
     for (size_t n = 1; n < 3100; n += n < 140 ? 1 : 977)
         for (size_t p = 0; p < n_pairs(); p++)
-            for (size_t tokens = 1; tokens <= MOST; tokens += tokens <= TILE_TOKENS ? 1 : MOST - TILE_TOKENS - 1) {
-                Dtype w_type = PAIRS[p][0], x_type = PAIRS[p][1];
-                enum { STRIDE = 2 * TILE_ROWS };
+            for (size_t tokens = 1; tokens <= MOST; tokens += tokens <= TOKENS_IN_L1 ? 1 : MOST - TOKENS_IN_L1 - 1) {
+                enum { STRIDE = 2 * MR };
                 size_t rows = 1 + n % (STRIDE - 1);
-                Tensor w = {random_array(w_type, rows * (n + 1), 0), w_type, rows, n, n + 1};
-                Tensor x = {random_array(x_type, tokens * (n + 2), n % 3), x_type, tokens, n, n + 2};
+                Tensor w = random_matrix(PAIRS[p][0], rows, n, n + 1, 0);
+                Tensor x = random_matrix(PAIRS[p][1], tokens, n, n + 2, n % 3);
                 float out[MOST + 1][STRIDE];
                 for (size_t i = 0; i < sizeof out / sizeof out[0][0]; i++)
                     out[i / STRIDE][i % STRIDE] = 0.75f;
                 bool add = n % 2;
-                multiply(out[0], STRIDE, w, x, add);
+                multiply(out[0], STRIDE, w, x, add ? ADD : SET);
                 for (size_t t = 0; t < MOST + 1; t++)
                     for (size_t r = 0; r < STRIDE; r++) {
                         float expected = 0.75f;
                         if (t < tokens && r < rows)
-                            expected = dot(add ? 0.75f : 0, part(w, r, 1, 0, n).data, w_type, part(x, t, 1, 0, n).data,
-                                           x_type, n);
-                        CHECK(bits_of(out[t][r]) == bits_of(expected), "n %zu, row %zu, token %zu: %g, not %g", n, r, t,
-                              (double)out[t][r], (double)expected);
+                            expected = dot(add ? 0.75f : 0, w, r, x, t);
+                        CHECK(float_bits(out[t][r]) == float_bits(expected), "n %zu, row %zu, token %zu: %g, not %g", n,
+                              r, t, (double)out[t][r], (double)expected);
                     }
             }
 }
@@ -170,53 +181,63 @@ static void test_load(void) {
         }
 }
 
-static void test_weigh(void) {
+static void test_weighted_sum(void) {
     for (size_t n = 1; n < 150; n += n < 70 ? 1 : 13)
         for (size_t m = 0; m < 70; m += 1 + m / 3)
             for (size_t P = 1; P <= (has_bf16_dot() ? 2 : 1); P++) { // numbers of a pair
                 const Dtype a_type = P == 2 ? BF16 : F32, x_type = P == 2 ? BF16 : F16;
-                float y[QUERY_TILE][152], alone[152];
+                float y[Q_TILE][152], alone[152];
                 const size_t stride = m + 1; // of a
-                float *a = random_array(a_type, P * QUERY_TILE * stride, 0);
-                const uint16_t *x = random_array(x_type, P * (m * n + 16), 1); // the most that weigh reads beyond
-                for (size_t q = 0; q < QUERY_TILE; q++)
+                float *a = random_array(a_type, P * Q_TILE * stride, 0);
+                const uint16_t *x = random_array(x_type, P * (m * n + 16), 1); // the most that it reads beyond
+                for (size_t q = 0; q < Q_TILE; q++)
                     for (size_t c = 0; c < 152; c++)
                         y[q][c] = (float)c;
-                weigh(y[0], 152, a, stride, QUERY_TILE, x, P == 2, m, n);
-                for (size_t q = 0; q < QUERY_TILE; q++) {
+                weighted_sum(y[0], 152, a, stride, Q_TILE, x, P == 2, m, n);
+                for (size_t q = 0; q < Q_TILE; q++) {
                     float plain[152];
                     for (size_t c = 0; c < 152; c++)
                         plain[c] = alone[c] = (float)c;
                     for (size_t j = 0; j < m * P; j++)
                         for (size_t c = 0; c < n; c++)
-                            plain[c] +=
-                                element(a + q * stride, a_type, j) * element(x, x_type, (j / P * n + c) * P + j % P);
-                    weigh(alone, 152, a + q * stride, stride, 1, x, P == 2, m, n);
+                            plain[c] += load_number(a + q * stride, a_type, j) *
+                                        load_number(x, x_type, (j / P * n + c) * P + j % P);
+                    weighted_sum(alone, 152, a + q * stride, stride, 1, x, P == 2, m, n);
                     for (size_t c = 0; c < 152; c++) {
                         CHECK(fabsf(y[q][c] - plain[c]) <= 3e-5f * (float)(P * m + 1), "m %zu, n %zu, column %zu", m, n,
                               c);
-                        CHECK(bits_of(y[q][c]) == bits_of(alone[c]), "the bits of a query alone: m %zu, n %zu", m, n);
+                        CHECK(float_bits(y[q][c]) == float_bits(alone[c]), "the bits of a query alone: m %zu, n %zu", m,
+                              n);
                     }
                 }
             }
 }
 
 // What matmul needs for T tokens and such weights.
-static State workspace(Dtype dtype, size_t T, size_t cols) {
-    State s = {.threads = 1, .input_type = dtype == BF16 && has_bf16_dot() ? BF16 : F32};
-    s.scratch_size = TILE_BLOCK * TILE_COLUMNS / 2;
-    size_t room = multiple_of(SQUARE, T) * input_stride(cols);
-    s.input = allocate(room, sizeof(float), "a test");
-    memset(s.input, 0xff, room * sizeof(float)); // NaN, which nobody shall use
+static RunState workspace(Dtype dtype, size_t T, size_t cols) {
+    RunState s = {.threads = 1, .xb_type = choose_xb_type(dtype), .scratch_size = cols};
+    size_t room = round_up(T, 64) * xb_stride(s.xb_type, cols);
+    s.xb = allocate(room, sizeof(float), "a test");
+    memset(s.xb, 0xff, room * sizeof(float)); // NaN, which nobody shall use
     s.scratch = allocate(s.scratch_size, sizeof *s.scratch, "a test");
     return s;
 }
 
-// out (T, rows) = w . x, or += it, for x (T, cols)
-static void product(float *out, const float *x, Tensor w, size_t T, bool add, State *s) {
+// The input of a product: x (T, cols), rounded to what the product reads.
+static Tensor input_of(const RunState *s, const float *x, size_t T, size_t cols) {
+    Tensor view = xb_view(s, T, cols);
     for (size_t t = 0; t < T; t++)
-        put_input(s, w.cols, t, 0, x + t * w.cols, w.cols);
-    matmul(out, w, T, add, s);
+        store_row(view, t, 0, x + t * cols, cols);
+    return view;
+}
+
+// out (T, rows) = x . w^T, or += it, for x (T, cols)
+static void product(RunState *s, float *out, Tensor w, const float *x, size_t T, bool add) {
+    Tensor input = input_of(s, x, T, w.cols);
+    if (add)
+        matmul_add(s, out, w, input);
+    else
+        matmul(s, out, w, input);
 }
 
 static void test_matmul(void) {
@@ -225,16 +246,16 @@ static void test_matmul(void) {
             for (size_t rows = 1; rows < 150; rows += 1 + rows / 2)
                 for (size_t T = 1; T < 30; T += T < 8 ? 1 : 5) {
                     Dtype dtype = PAIRS[p][0];
-                    Tensor w = {random_array(dtype, rows * cols, 0), dtype, rows, cols, cols};
+                    Tensor w = random_matrix(dtype, rows, cols, cols, 0);
                     float *x = random_array(F32, T * cols, 0), *out = random_array(F32, T * rows + 1, 0);
                     float *before = allocate(T * rows + 1, sizeof *out, "a test");
                     memcpy(before, out, (T * rows + 1) * sizeof *out);
-                    State s = workspace(PAIRS[p][0], T, cols);
+                    RunState s = workspace(dtype, T, cols);
                     bool add = T % 2;
-                    product(out, x, w, T, add, &s);
+                    product(&s, out, w, x, T, add);
                     for (size_t t = 0; t < T; t++)
                         for (size_t r = 0; r < rows; r++) {
-                            const void *row = address(w.data, dtype, r * cols);
+                            const void *row = element_ptr(w.data, dtype, r * cols);
                             double expected = exact_dot(row, dtype, x + t * cols, F32, cols);
                             expected += add ? (double)before[t * rows + r] : 0;
                             double rounding = dtype == BF16 && has_bf16_dot() ? 0.004 : 1e-6;
@@ -242,38 +263,155 @@ static void test_matmul(void) {
                                   "%zu x %zu, token %zu of %zu, row %zu", rows, cols, t, T, r);
                         }
                     CHECK(out[T * rows] == before[T * rows], "wrote behind the end");
-                    free(s.input);
+                    free(s.xb);
                     free(s.scratch);
                     free(before);
                 }
 }
 
+// matmul and matmul_add against the plain loops that they stand for, on the same input, so that only the order of the
+// sums differs: in groups of rows and tokens and parts of them, and in rows that are longer than a chunk.
+static void test_matmul_agrees_with_matmul_ref(void) {
+    const size_t shapes[][2] = {{1, 1}, {3, 7}, {4, 64}, {5, 65}, {37, 96}, {131, 176}, {70, 520}, {33, 4133}};
+    const size_t batches[] = {1, 2, 3, 7, SMALL_BATCH, SMALL_BATCH + 1, 65};
+    for (Dtype dtype = BF16; dtype <= F16; dtype++)
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+            for (size_t j = 0; j < sizeof batches / sizeof *batches; j++) {
+                const size_t rows = shapes[i][0], cols = shapes[i][1], T = batches[j], n = T * rows;
+                Tensor w = random_matrix(dtype, rows, cols, cols, 0);
+                RunState s = workspace(dtype, T, cols);
+                Tensor x = input_of(&s, random_array(F32, T * cols, 0), T, cols);
+                float *out = random_array(F32, n, 0), *plain = random_array(F32, n, 0);
+                for (Update update = SET; update <= ADD; update++) {
+                    if (update == SET)
+                        matmul(&s, out, w, x);
+                    else
+                        matmul_add(&s, out, w, x); // to the sums of the first time
+                    matmul_ref(plain, w, x, update);
+                    for (size_t k = 0; k < n; k++)
+                        CHECK(fabsf(out[k] - plain[k]) <= 1e-6f * (float)(cols + 1),
+                              "type %d, update %d, %zu x %zu, token %zu of %zu, row %zu: %g, not %g", dtype, update,
+                              rows, cols, k / rows, T, k % rows, (double)out[k], (double)plain[k]);
+                }
+                free(s.xb);
+                free(s.scratch);
+            }
+}
+
 // Rows longer than a chunk, too, and products below the least normal number: one token's are the same bits in every batch.
 static void test_matmul_has_the_same_bits_in_any_batch(void) {
-    const size_t batches[] = {2, TILE_TOKENS - 1, TILE_TOKENS, TILE_TOKENS + 1, 20, SQUARE + 1, 70};
+    const size_t batches[] = {2, TOKENS_IN_L1 - 1, TOKENS_IN_L1, TOKENS_IN_L1 + 1, 20, 33, 70};
     for (size_t p = 1; p < 3; p++) // weights in bf16, f16
         for (size_t cols = 1000; cols < 5500; cols += 743)
             for (size_t i = 0; i < sizeof batches / sizeof *batches; i++) {
                 enum { ROWS = 70 };
                 size_t T = batches[i];
-                Tensor w = {random_array(PAIRS[p][0], ROWS * cols, 0), PAIRS[p][0], ROWS, cols, cols};
+                Tensor w = random_matrix(PAIRS[p][0], ROWS, cols, cols, 0);
                 float *x = random_array(F32, T * cols, 0), *out = random_array(F32, T * ROWS, 0), one[ROWS];
                 for (size_t j = 0; j < T * cols && i % 4 == 2; j++)
                     x[j] *= 0x1p-124f;
-                State s = workspace(PAIRS[p][0], T, cols);
+                RunState s = workspace(PAIRS[p][0], T, cols);
                 bool add = T % 2;
                 float *before = allocate(T * ROWS, sizeof *out, "a test");
                 memcpy(before, out, T * ROWS * sizeof *out);
-                product(out, x, w, T, add, &s);
+                product(&s, out, w, x, T, add);
                 for (size_t t = 0; t < T; t++) {
                     memcpy(one, before + t * ROWS, sizeof one);
-                    product(one, x + t * cols, w, 1, add, &s);
+                    product(&s, one, w, x + t * cols, 1, add);
                     CHECK(!memcmp(one, out + t * ROWS, sizeof one), "%zu columns, token %zu of %zu", cols, t, T);
                 }
-                free(s.input);
+                free(s.xb);
                 free(s.scratch);
                 free(before);
             }
+}
+
+static void free_run_state(const Model *m, RunState *s, size_t context) {
+    munmap(s->k, (size_t)kv_cache_bytes(m, context) + 64);
+    void *const memory[] = {s->x, s->qkv, s->xb, s->logits, s->rope_cos, s->rope_sin, s->scratch};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
+        free(memory[i]);
+}
+
+// A model of one layer without weights.
+static Model small_model(Dtype dtype, size_t H, size_t G, size_t d) {
+    Model m = {.file.path = "a test", .q_dim = H * d, .kv_dim = G * d};
+    m.h = (Header){.dtype = (uint32_t)dtype, .dim = 8, .hidden_dim = 8, .n_layers = 1, .vocab_size = 8};
+    m.h.n_heads = (uint32_t)H;
+    m.h.n_kv_heads = (uint32_t)G;
+    m.h.head_dim = (uint32_t)d;
+    return m;
+}
+
+// T tokens from position pos on, in a KV cache that holds random keys and values at all positions, later ones included.
+static void check_attention(const Model *m, RunState *s, size_t pos, size_t T) {
+    size_t Q = m->q_dim, width = Q + 2 * m->kv_dim, d = m->h.head_dim;
+    for (size_t i = 0; i < T * width; i++)
+        s->qkv[i] = bf16_to_f32(f32_to_bf16(4 * uniform())); // a kernel may take it in bf16: then that changes nothing
+    Tensor out = xb_view(s, T, Q);
+    float *plain = allocate(T * Q, sizeof *plain, "a test");
+    memset(out.data, 0xff, T * out.stride * size_of(out.dtype)); // NaN: all is to be written
+    attention_ref(m, s, out, 0, pos);
+    for (size_t i = 0; i < T * Q; i++)
+        plain[i] = element(out, i / Q, i % Q);
+    memset(out.data, 0xff, T * out.stride * size_of(out.dtype));
+    attention(m, s, out, 0, pos);
+    // Values are below 1. Where both are multiplied in bf16, weights are rounded to it, and so is the result.
+    float bound = (s->kv_type == BF16 ? 0.0025f : 2e-6f) + (out.dtype == F32 ? 0 : 0.004f);
+    for (size_t i = 0; i < T * Q; i++) {
+        float found = element(out, i / Q, i % Q);
+        CHECK(fabsf(found - plain[i]) <= bound,
+              "type %u, %u of %u heads of %zu, position %zu, token %zu of %zu, element %zu: %g, not %g", m->h.dtype,
+              m->h.n_heads, m->h.n_kv_heads, d, pos, i / Q, T, i % Q, (double)found, (double)plain[i]);
+    }
+    free(plain);
+}
+
+static void test_attention_agrees_with_attention_ref(void) {
+    enum { CONTEXT = 4 * KV_BLOCK };
+    const size_t head_dims[] = {2, 6, 24, 32, 50, 64, 128}, heads[][2] = {{1, 1}, {3, 3}, {4, 2}, {6, 1}};
+    const size_t positions[] = {0, 1, KV_BLOCK - 2, KV_BLOCK - 1, KV_BLOCK, 2 * KV_BLOCK - 1, 3 * KV_BLOCK - 7};
+    const size_t batches[] = {1, 2, 5, Q_BLOCK + 3};
+    for (Dtype dtype = BF16; dtype <= F16; dtype++)
+        for (size_t i = 0; i < sizeof head_dims / sizeof *head_dims; i++)
+            for (size_t j = 0; j < sizeof heads / sizeof *heads; j++) {
+                size_t d = head_dims[i], G = heads[j][1];
+                Model m = small_model(dtype, heads[j][0], G, d);
+                RunState s = alloc_run_state(&m, CONTEXT, 1, 1);
+                for (size_t pos = 0; pos < CONTEXT; pos++)
+                    for (size_t g = 0; g < G; g++) {
+                        float *k = random_array(F32, 2 * d, 0);
+                        cache_kv(&m, &s, 0, g, pos, k, k + d);
+                        free(k);
+                    }
+                for (size_t p = 0; p < sizeof positions / sizeof *positions; p++)
+                    for (size_t b = 0; b < sizeof batches / sizeof *batches; b++)
+                        check_attention(&m, &s, positions[p], batches[b]);
+                free_run_state(&m, &s, CONTEXT);
+            }
+}
+
+// Each element of the KV cache has a place of its own.
+static void test_kv_cache_places(void) {
+    enum { CONTEXT = 2 * KV_BLOCK };
+    for (Dtype kv_type = BF16; kv_type <= F16; kv_type++) {
+        Model m = small_model(BF16, 2, 2, 6);
+        m.h.n_layers = 3;
+        RunState s = {.context = CONTEXT, .kv_type = kv_type};
+        size_t n = 3 * 2 * CONTEXT * 6;
+        uint8_t *seen = allocate(n, 1, "a test");
+        memset(seen, 0, n);
+        for (size_t i = 0; i < n; i++) {
+            size_t c = i % 6, pos = i / 6 % CONTEXT, g = i / 6 / CONTEXT % 2, layer = i / 6 / CONTEXT / 2;
+            size_t k = k_index(&m, &s, layer, g, pos, c), v = v_index(&m, &s, layer, g, pos, c);
+            CHECK(k < n && v < n, "type %d: outside of the cache", kv_type);
+            seen[k] |= 1;
+            seen[v] |= 2;
+        }
+        for (size_t i = 0; i < n; i++)
+            CHECK(seen[i] == 3, "type %d: two elements share a place", kv_type);
+        free(seen);
+    }
 }
 
 // The activations of a batch and the logits together take no more than BATCH_BYTES.
@@ -283,61 +421,78 @@ static void test_room_for_a_batch(void) {
     m.h.head_dim = 64;
     m.h.vocab_size = 150000;
     for (size_t rows = 1; rows <= SCORED_AT_ONCE; rows += SCORED_AT_ONCE - 1) {
-        State s = open_state(&m, 512, rows, 1);
-        size_t token = (2048 + 2 * 5632 + 64) * sizeof(float) + input_stride(5632) * size_of(s.input_type);
+        RunState s = alloc_run_state(&m, 512, rows, 1);
+        size_t token = (2048 + 2 * 5632 + 64) * sizeof(float) + xb_stride(s.xb_type, 5632) * size_of(s.xb_type);
         size_t bytes = s.batch * token + rows * m.h.vocab_size * sizeof(float);
         bool most = s.batch == MAX_BATCH || bytes + token > BATCH_BYTES;
         CHECK(bytes <= BATCH_BYTES && most, "%zu tokens, %zu logits: %zu bytes", s.batch, rows, bytes);
-        munmap(s.k, (size_t)(2 * cache_bytes(&m, 512)) + 64);
-        float *const memory[] = {s.x, s.gate_up, s.logits, s.cosine, s.sine, s.scratch, s.input};
-        for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
-            free(memory[i]);
+        free_run_state(&m, &s, 512);
     }
 }
 
 static void test_rmsnorm(void) {
+    enum { T = 3 };
     for (size_t n = 1; n < 100; n++) {
-        float *x = random_array(F32, n, 1);
-        Tensor weight = {random_array(BF16, n, 0), BF16, 1, n, n};
-        State s = workspace(F16, 1, n);
-        rmsnorm(&s, x, weight, 1, 0.01f);
-        const float *out = s.input;
-        double mean = exact_dot(x, F32, x, F32, n) / (double)n;
-        for (size_t i = 0; i < n; i++) {
-            double expected = (double)x[i] / sqrt(mean + 0.01) * (double)element(weight.data, BF16, i);
-            CHECK(fabs((double)out[i] - expected) < 1e-5, "element %zu of %zu", i, n);
+        float *x = random_array(F32, T * n, 1);
+        Tensor weight = random_matrix(BF16, 1, n, n, 0);
+        RunState s = workspace(F16, T, n);
+        Tensor out = xb_view(&s, T, n);
+        rmsnorm(&s, out, x, weight, 0.01f);
+        for (size_t t = 0; t < T; t++) {
+            const float *row = x + t * n;
+            double mean = exact_dot(row, F32, row, F32, n) / (double)n;
+            for (size_t i = 0; i < n; i++) {
+                double expected = (double)row[i] / sqrt(mean + 0.01) * (double)element(weight, 0, i);
+                CHECK(fabs((double)element(out, t, i) - expected) < 1e-5, "token %zu, element %zu of %zu", t, i, n);
+            }
         }
     }
 }
 
 static void test_swiglu(void) {
-    enum { F = 37 };
-    float in[2 * F];
-    for (size_t i = 0; i < 2 * F; i++)
+    enum { F = 37, T = 2 };
+    float in[T * 2 * F];
+    for (size_t i = 0; i < T * 2 * F; i++)
         in[i] = 20 * uniform();
     in[0] = 200;
     in[1] = -200;
     in[2] = 0;
-    State s = workspace(F16, 1, F);
-    s.gate_up = in;
-    swiglu(&s, 1, F);
-    const float *out = s.input;
-    for (size_t i = 0; i < F; i++) {
-        double g = (double)in[i], expected = g / (1 + exp(-g)) * (double)in[F + i];
-        CHECK(fabs((double)out[i] - expected) <= 1e-6 * (1 + fabs(expected)), "silu(%g)", g);
+    RunState s = workspace(F16, T, F);
+    Tensor out = xb_view(&s, T, F);
+    swiglu(&s, out, in);
+    for (size_t i = 0; i < T * F; i++) {
+        const float *row = in + i / F * 2 * F;
+        double g = (double)row[i % F], expected = g / (1 + exp(-g)) * (double)row[F + i % F];
+        CHECK(fabs((double)element(out, i / F, i % F) - expected) <= 1e-6 * (1 + fabs(expected)), "silu(%g)", g);
+    }
+}
+
+static void test_softmax(void) {
+    for (size_t n = 1; n < 300; n += 7) {
+        float *x = random_array(F32, n, 1), *p = allocate(n, sizeof *p, "a test");
+        double exact = 0, largest = -1e9;
+        for (size_t i = 0; i < n; i++) {
+            x[i] = p[i] = 30 * x[i];
+            largest = fmax(largest, (double)x[i]);
+        }
+        for (size_t i = 0; i < n; i++)
+            exact += exp((double)x[i] - largest);
+        softmax(p, n);
+        for (size_t i = 0; i < n; i++)
+            CHECK(fabs((double)p[i] - exp((double)x[i] - largest) / exact) < 1e-6, "%zu of %zu", i, n);
     }
 }
 
 // The online softmax over blocks is the softmax over all.
-static void test_soften(void) {
+static void test_online_softmax(void) {
     for (size_t n = 1; n < 300; n += 7) {
-        float max = -INFINITY, sum = 0, p[320], raw[320];
-        for (size_t start = 0; start < n; start += KEYS) {
-            for (size_t j = 0; j < KEYS; j++) // what is not visible may be anything
+        float largest_so_far = -INFINITY, sum = 0, p[320], raw[320];
+        for (size_t start = 0; start < n; start += KV_BLOCK) {
+            for (size_t j = 0; j < KV_BLOCK; j++) // what is not visible may be anything
                 p[start + j] = raw[start + j] = start + j < n ? 30 * uniform() : NAN;
-            float shrink = soften(p + start, smaller(KEYS, n - start), 0.5f, &max, &sum);
+            float rescale = online_softmax(p + start, min(KV_BLOCK, n - start), 0.5f, &largest_so_far, &sum);
             for (size_t j = 0; j < start; j++)
-                p[j] *= shrink;
+                p[j] *= rescale;
         }
         double exact = 0, largest = -1e9;
         for (size_t j = 0; j < n; j++)
@@ -348,8 +503,29 @@ static void test_soften(void) {
             double expected = exp((double)raw[j] / 2 - largest) / exact, found = (double)p[j] / (double)sum;
             CHECK(fabs(found - expected) < 2e-6, "%zu of %zu: %g, not %g", j, n, found, expected);
         }
-        CHECK(n % KEYS == 0 || p[n] == 0, "an invisible key has a weight");
+        CHECK(n % KV_BLOCK == 0 || p[n] == 0, "an invisible key has a weight");
     }
+}
+
+// Each pair (x[i], x[i + d/2]) turns by its angle.
+static void test_rope(void) {
+    Model m = small_model(F16, 1, 1, 8);
+    m.h.rope_theta = 10000;
+    RunState s = alloc_run_state(&m, 64, 1, 1);
+    rope_cos_sin(&s, &m.h, 37, 3);
+    for (size_t t = 0; t < 3; t++) {
+        float x[8], before[8];
+        for (size_t i = 0; i < 8; i++)
+            x[i] = before[i] = uniform();
+        rope(x, s.rope_cos + t * 4, s.rope_sin + t * 4, 4);
+        for (size_t i = 0; i < 4; i++) {
+            double angle = (37 + (double)t) * pow(10000, -2 * (double)i / 8), a = (double)before[i];
+            double b = (double)before[i + 4];
+            CHECK(fabs((double)x[i] - (a * cos(angle) - b * sin(angle))) < 1e-5, "token %zu, pair %zu", t, i);
+            CHECK(fabs((double)x[i + 4] - (b * cos(angle) + a * sin(angle))) < 1e-5, "token %zu, pair %zu", t, i);
+        }
+    }
+    free_run_state(&m, &s, 64);
 }
 
 static void test_rope_frequency(void) {
@@ -376,7 +552,6 @@ static void test_rope_frequency(void) {
 
 static Sampler sampler(float temperature, float top_p, size_t top_k, size_t n) {
     Sampler s = {.temperature = temperature, .top_p = top_p, .top_k = top_k, .random = 7};
-    s.kept = allocate(n, sizeof *s.kept, "a test");
     s.probabilities = allocate(n, sizeof *s.probabilities, "a test");
     return s;
 }
@@ -385,18 +560,19 @@ static void test_random_numbers(void) { // splitmix64's published first numbers 
     uint64_t state = 1234567;
     const uint64_t expected[] = {6457827717110365317u, 3203168211198807973u, 9817491932198370423u};
     for (int i = 0; i < 3; i++)
-        CHECK(random_number(&state) == (double)(expected[i] >> 11) * 0x1p-53, "number %d", i);
+        CHECK(random_f64(&state) == (double)(expected[i] >> 11) * 0x1p-53, "number %d", i);
 }
 
 static void test_heap(void) {
     Heap heap = {0};
     for (uint32_t i = 0; i < 1000; i++)
-        heap_push(&heap, (Item){.key = (float)(int)(20 * uniform()), .index = i});
-    Item last = heap_pop(&heap);
+        heap_push(&heap, (HeapEntry){.key = (float)(int)(20 * uniform()), .index = i});
+    HeapEntry last = heap_pop(&heap);
     while (heap.n) {
-        Item next = heap_pop(&heap);
-        CHECK(above(last, next), "%g %u before %g %u", (double)last.key, last.index, (double)next.key, next.index);
-        last = next;
+        HeapEntry following = heap_pop(&heap);
+        CHECK(heap_before(last, following), "%g %u before %g %u", (double)last.key, last.index, (double)following.key,
+              following.index);
+        last = following;
     }
 }
 
@@ -473,25 +649,25 @@ enum { N_PIECES = 6 };
 static void forget(const Paging *p, size_t first, size_t last) {
     uint8_t all[N_PIECES] = {2, 2, 2, 2, 2, 2};
     for (size_t i = first; i <= last; i++)
-        let_go(&(Paging){.m = p->m, .missing = all, .spared = SIZE_MAX}, i);
+        evict(&(Paging){.m = p->m, .misses = all, .keep = SIZE_MAX}, i);
 }
 
 static double part_in_memory(const Paging *p, size_t piece) {
     unsigned char pages[PIECE_BYTES / MIN_PAGE];
     size_t n = PIECE_BYTES / (size_t)sysconf(_SC_PAGESIZE), found = 0;
-    CHECK(!mincore((unsigned char *)p->m->file.bytes + piece * PIECE_BYTES, PIECE_BYTES, pages), "%s", strerror(errno));
+    CHECK(!mincore(p->m->file.bytes + piece * PIECE_BYTES, PIECE_BYTES, pages), "%s", strerror(errno));
     for (size_t i = 0; i < n; i++)
         found += pages[i] & 1;
     return (double)found / (double)n;
 }
 
 // Reads the file as a pass does, by tensors of 3 MB and a little, from the second piece on.
-static void read_file(Paging *p) {
+static void read_pass(Paging *p) {
     volatile unsigned char read = 0;
     size_t n;
-    for (size_t at = PIECE_BYTES; at < p->m->file.n; at += n) {
-        n = smaller((3 << 20) + 64, p->m->file.n - at);
-        turn_pages(p, (Tensor){p->m->file.bytes + at, BF16, 1, n / 2, n / 2});
+    for (size_t at = PIECE_BYTES; at < p->m->file.size; at += n) {
+        n = min((3 << 20) + 64, p->m->file.size - at);
+        page_weights(p, (Tensor){p->m->file.bytes + at, BF16, 1, n / 2, n / 2});
         for (size_t i = 0; i < n; i += MIN_PAGE)
             read = p->m->file.bytes[at + i];
     }
@@ -501,7 +677,7 @@ static void read_file(Paging *p) {
 static size_t n_missing(const Paging *p) {
     size_t n = 0;
     for (size_t i = 0; i < N_PIECES; i++)
-        n += p->missing[i] > 0;
+        n += p->misses[i] > 0;
     return n;
 }
 
@@ -513,31 +689,31 @@ static void test_paging(void) {
     for (size_t i = 0; i < N_PIECES; i++)
         CHECK(write(fd, ones, PIECE_BYTES) == PIECE_BYTES, "cannot write 96 MB");
     CHECK(!fsync(fd), "%s", strerror(errno)); // the system does not forget what is not on the disk
-    Model m = {.file.fd = fd, .file.n = N_PIECES * PIECE_BYTES};
-    m.file.bytes = mmap(NULL, m.file.n, PROT_READ, MAP_SHARED, fd, 0);
-    uint8_t missing[N_PIECES] = {0};
-    Paging p = {.m = &m, .at = m.file.n, .waits = LONG_MAX, .missing = missing};
+    Model m = {.file.fd = fd, .file.size = N_PIECES * PIECE_BYTES};
+    m.file.bytes = mmap(NULL, m.file.size, PROT_READ, MAP_SHARED, fd, 0);
+    uint8_t misses[N_PIECES] = {0};
+    Paging p = {.m = &m, .at = m.file.size, .major_faults = LONG_MAX, .misses = misses};
     forget(&p, 0, N_PIECES - 1);
     if (part_in_memory(&p, 3) > 0)
         exit(77); // the disk is memory, say
 
-    read_file(&p);
+    read_pass(&p);
     CHECK(!p.active && part_in_memory(&p, 3) == 1, "the first pass lets nothing go");
-    read_file(&p);
+    read_pass(&p);
     CHECK(p.active && n_missing(&p) == 0 && part_in_memory(&p, 3) == 1, "the second finds all in memory");
-    read_file(&p);
+    read_pass(&p);
     CHECK(!p.active, "pages were read in the second pass");
     forget(&p, 1, 3);
-    read_file(&p);
+    read_pass(&p);
     CHECK(!p.active && part_in_memory(&p, 3) == 1, "something was let go before it was known that memory is short");
     for (size_t pass = 1; pass <= 2; pass++) {
         forget(&p, 1, 3);
         forget(&p, 5, 5);
-        read_file(&p);
+        read_pass(&p);
         CHECK(p.active && n_missing(&p) == 4, "%zu pieces were missing, not 4", n_missing(&p));
         CHECK(part_in_memory(&p, 2) == (pass == 1), "a piece shall be let go when it was missing twice in a row");
     }
-    turn_pages(&p, (Tensor){p.m->file.bytes + PIECE_BYTES, BF16, 1, 1, 1}); // the next pass begins
+    page_weights(&p, (Tensor){p.m->file.bytes + PIECE_BYTES, BF16, 1, 1, 1}); // the next pass begins
     CHECK(part_in_memory(&p, 1) == 1, "the first missing piece shall stay");
     CHECK(part_in_memory(&p, 4) == 1, "what was in memory shall stay");
     for (size_t piece = 2; piece < N_PIECES; piece += piece == 3 ? 2 : 1)
@@ -547,7 +723,10 @@ static void test_paging(void) {
 
 // ---- text
 
-static int length_of(const char *bytes, size_t n) { return utf8_length((Text){(const unsigned char *)bytes, n}); }
+static int length_of(const char *bytes, size_t n) {
+    uint32_t codepoint;
+    return decode_utf8((Span){(const unsigned char *)bytes, n}, &codepoint);
+}
 
 static void test_utf8(void) {
     CHECK(length_of("a", 1) == 1 && length_of("\x7f", 1) == 1 && length_of("\0", 1) == 1, "ASCII");
@@ -569,21 +748,28 @@ static void test_utf8(void) {
     CHECK(valid == 0x10000 - 0x800 - 0x800, "%zu characters of three bytes", valid);
 }
 
-// ---- the file formats, as the README documents them
+// ---- the file formats, as models/FORMAT.md documents them
 
 static void test_layout(void) {
     CHECK(offsetof(Header, version) == 8 && offsetof(Header, dtype) == 12 && offsetof(Header, flags) == 16, "Header");
     CHECK(offsetof(Header, dim) == 20 && offsetof(Header, head_dim) == 40 && offsetof(Header, max_seq_len) == 48, " ");
     CHECK(offsetof(Header, norm_eps) == 52 && offsetof(Header, rope_scaling) == 60, "Header");
     CHECK(offsetof(Header, file_size) == 80 && offsetof(Header, vocab_hash) == 88, "Header");
-    CHECK(offsetof(TokenizerHeader, bos_id) == 24 && offsetof(TokenizerHeader, n_stops) == 32, "TokenizerHeader");
-    CHECK(offsetof(TokenizerHeader, stop_ids) == 36 && offsetof(TokenizerHeader, file_size) == 64, "TokenizerHeader");
-    CHECK(offsetof(TokenizerHeader, n_merges) == 80 && offsetof(TokenizerHeader, rest_hash) == 104, "TokenizerHeader");
-    CHECK(hash_of((Text){(const unsigned char *)"foobar", 6}) == 0x85944171f73967e8, "FNV-1a's published value");
+    CHECK(offsetof(TokenizerHeader, version) == 8 && offsetof(TokenizerHeader, hash) == 16, "TokenizerHeader");
+    CHECK(offsetof(TokenizerHeader, file_size) == 24 && offsetof(TokenizerHeader, vocab_hash) == 32, "TokenizerHeader");
+    CHECK(offsetof(TokenizerHeader, flags) == 40 && offsetof(TokenizerHeader, bos_id) == 48, "TokenizerHeader");
+    CHECK(offsetof(TokenizerHeader, n_stops) == 56 && offsetof(TokenizerHeader, stop_ids) == 60, "TokenizerHeader");
+    CHECK(offsetof(TokenizerHeader, n_by_text) == 88 && offsetof(TokenizerHeader, n_states) == 104, "TokenizerHeader");
+    CHECK(offsetof(TokenizerHeader, template_flags) == 108 && offsetof(TokenizerHeader, n_text) == 116, " ");
+    CHECK(offsetof(TokenizerHeader, template_ends) == 120 && sizeof(TokenizerHeader) == 160, "TokenizerHeader");
+    CHECK(sizeof(Piece) == 16 && offsetof(Piece, type) == 8 && offsetof(Piece, score) == 12, "Piece");
+    CHECK(sizeof(Merge) == 16 && offsetof(Merge, merged) == 8 && sizeof(TemplateItem) == 12, "Merge, TemplateItem");
+    const uint32_t letters[] = {'f', 'o', 'o', 'b', 'a', 'r'}; // FNV-1a's published value is of the bytes
+    CHECK(hash_of(letters, sizeof letters) == 0x85944171f73967e8, "FNV-1a");
+    CHECK(hash_of(&(uint32_t){0x80000001}, 4) == (0xcbf29ce484222325 ^ 0x80000001) * 0x100000001b3, "a whole word");
 }
 
 int main(int argc, char **argv) {
-    ask_for_tiles();
     static const struct {
         const char *name;
         void (*run)(void);
@@ -593,15 +779,20 @@ int main(int argc, char **argv) {
         {"bf16", test_bf16},
         {"exp", test_exp},
         {"dot", test_dot},
-        {"multiply_has_the_bits_of_dot", test_multiply_has_the_bits_of_dot},
+        {"gemm_has_the_bits_of_dot", test_gemm_has_the_bits_of_dot},
         {"load", test_load},
         {"room_for_a_batch", test_room_for_a_batch},
-        {"weigh", test_weigh},
+        {"weighted_sum", test_weighted_sum},
         {"matmul", test_matmul},
+        {"matmul_agrees_with_matmul_ref", test_matmul_agrees_with_matmul_ref},
         {"matmul_has_the_same_bits_in_any_batch", test_matmul_has_the_same_bits_in_any_batch},
+        {"attention_agrees_with_attention_ref", test_attention_agrees_with_attention_ref},
+        {"kv_cache_places", test_kv_cache_places},
         {"rmsnorm", test_rmsnorm},
         {"swiglu", test_swiglu},
-        {"soften", test_soften},
+        {"softmax", test_softmax},
+        {"online_softmax", test_online_softmax},
+        {"rope", test_rope},
         {"rope_frequency", test_rope_frequency},
         {"random_numbers", test_random_numbers},
         {"heap", test_heap},
