@@ -644,7 +644,9 @@ def test_dfas_without_states_or_classes(byte_level: ByteLevelVictim) -> None:
     for n_dfas in (4, 16):
         byte_level.bad(None, "n_states", f"expected {n_dfas + 1} to", "found 4", n_machines=n_dfas)
     byte_level.bad(None, "n_classes", "expected 2 to 256", "found 1", steps=((0,), (0,), (0,)), ranges=())
-    none = patch(v.to_bytes(transitions=b"", class_block=b"", classes=b""), n_states=0, n_classes=0, n_class_blocks=0)
+    none = patch(
+        v.to_bytes(transitions=b"", class_block=b"", classes=b""), n_states=0, n_classes=0, n_class_blocks=0
+    )
     byte_level.bad(fix(none), "n_classes", "expected 2 to 256", "found 0")
 
 
@@ -742,7 +744,9 @@ def test_ends_of_templates(byte_level: ByteLevelVictim) -> None:
         for end in bad:
             spoilt = bytearray(data)
             struct.pack_into("<I", spoilt, start + 4 * i, end % (1 << 32))
-            says = "file size" if (i, end) == (9, 6) else "a template's end"  # the last is the number of items
+            says = (
+                "file size" if (i, end) == (9, 6) else "a template's end"
+            )  # the last is the number of items
             byte_level.bad(fix(bytes(spoilt)), says, "expected", "found")
 
 
