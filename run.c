@@ -3592,7 +3592,8 @@ static size_t find_ngram(const uint32_t *tokens, size_t n) {
 
 static size_t draft(Session *s) {
     Context *c = &s->context;
-    size_t n = c->tokens.n, n_draft = min(min(s->options->draft, c->max_tokens - n), s->run.batch - 1);
+    size_t n = c->tokens.n, room = min(c->max_tokens, s->run.context) - n; // with -n, the KV cache may be shorter
+    size_t n_draft = min(min(s->options->draft, room), s->run.batch - 1);
     if (n_draft == 0 || c->n_past + 1 < n)
         return 0;
     size_t place = find_ngram(c->tokens.data, n);
