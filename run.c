@@ -198,9 +198,7 @@ static Model open_model(const char *path) {
         l->w_down = next_tensor(&m, D, F);
     }
     m.final_norm = next_tensor(&m, 1, D);
-    m.classifier = m.embedding;
-    if (!(m.h.flags & TIED))
-        m.classifier = next_tensor(&m, V, D);
+    m.classifier = m.h.flags & TIED ? m.embedding : next_tensor(&m, V, D);
     expect(m.end == m.file.size, "%s: file size: expected %zu bytes by its header, found %zu: incomplete or damaged",
            path, m.end, m.file.size);
     return m;
@@ -324,11 +322,15 @@ static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_upd
 // much this number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
-    float sums[16] = {0}, squares = 0; // 16 sums, because additions that wait for each other are slow
-    for (size_t i = 0; i < n; i++)
-        sums[i % 16] += x[i] * x[i];
-    for (size_t i = 0; i < 16; i++)
-        squares += sums[i];
+    // The sum of squares: 16 sums side by side, which the compiler can keep in a vector, then what is left.
+    float sums[16] = {0}, squares = 0;
+    for (size_t i = 0; i + 16 <= n; i += 16)
+        for (size_t j = 0; j < 16; j++)
+            sums[j] += x[i + j] * x[i + j];
+    for (size_t j = 0; j < 16; j++)
+        squares += sums[j];
+    for (size_t i = n / 16 * 16; i < n; i++)
+        squares += x[i] * x[i];
     float scale = 1.0f / sqrtf(squares / (float)n + eps);
     for (size_t i = 0; i < n; i++)
         out[i] = x[i] * scale * element(weight, 0, i);
@@ -441,8 +443,7 @@ static void softmax(float *x, size_t n) {
 //                                                                                                 (Vaswani et al. 2017)
 static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
-    float result[MAX_HEAD];
-    float *attn = thread_scratch(s); // the attention weight of each position
+    float result[MAX_HEAD], *attn = thread_scratch(s); // (d), and the attention weight of each position
     for (size_t t = 0; t < out.rows; t++)
         for (size_t head = 0; head < H; head++) {
             const float *q = s->qkv + (t * (H + 2 * G) + head) * d;
@@ -719,8 +720,8 @@ static void evaluate(Session *s, size_t n_draft) {
     Context *c = &s->context;
     while (c->n_past < c->tokens.n && !interrupted()) {
         size_t T = min(s->run.batch, c->tokens.n + n_draft - c->n_past);
-        bool last = c->n_past + T >= c->tokens.n;
-        forward_parallel(&s->model, &s->run, c->tokens.data + c->n_past, T, c->n_past, last ? 1 + n_draft : 0);
+        size_t n_logits = c->n_past + T < c->tokens.n ? 0 : 1 + n_draft;
+        forward_parallel(&s->model, &s->run, c->tokens.data + c->n_past, T, c->n_past, n_logits);
         c->n_past = min(c->n_past + T, c->tokens.n);
     }
 }
