@@ -6,7 +6,8 @@
  * with billions of fixed numbers, the weights, also called parameters. The weights were found beforehand, by training:
  * they were adjusted, little by little, until the scores suited a very large amount of text. The program chooses the
  * next token with the help of the logits, appends it to the text, and repeats. Stories, answers and programs are all
- * written in this way, token by token. (A third, small file lists the vocabulary.)
+ * written in this way, token by token. The model itself works with ids only. A third, small file lists the vocabulary,
+ * to turn a text into ids and back.
  *
  * The program runs every model of the Llama family that export.py has converted to a weights file, in which each
  * parameter takes 2 bytes. It does not train models. It needs libc and libm, and it uses OpenMP, if the compiler has
@@ -25,19 +26,20 @@
  *   11 Larger than memory   how to use a weights file that does not fit in memory
  *
  * Sections 1 to 4 are the language model, written as plain loops. Two functions take nearly all of the time: the matrix
- * product and attention. Section 2 shows both as plain loops, matmul_ref and attention_ref, and section 10 computes the
- * same results with the vector instructions of the CPU, in what is called kernels. `make plain` builds a program from
- * the plain loops alone. Everything else that sections 1 to 4 call is explained where it is declared.
+ * product and attention. Section 2 shows both as plain loops, matmul_ref and attention_ref. Section 10 computes the
+ * same sums with the vector instructions of the CPU, in another order, so the last bits may differ. Such functions are
+ * called kernels. `make plain` builds a program from the plain loops alone. Everything else that sections 1 to 4 call
+ * is explained where it is declared.
  *
  * Comments give the shape of an array as (rows, columns), stored row after row, with letters that sections 1 and 2
  * explain:
  *
  *   T tokens in this batch    D dim            H n_heads       d head_dim    Q = H*d
- *   C positions of context    F hidden_dim     G n_kv_heads    V vocab_size  K = G*d
+ *   C tokens in the context   F hidden_dim     G n_kv_heads    V vocab_size  K = G*d
  *
- * Several tokens can pass through the model together, as a batch. Logits are the same bit for bit however a text is
- * split into batches, and for any number of threads, because a build of the program accumulates every sum in one fixed
- * order. Section 4 relies on this.
+ * The context is the text so far, as far as the model can look back. Several tokens can pass through the model
+ * together, as a batch. Logits are the same bit for bit, however a text is split into batches and however many threads
+ * run: each sum is computed by one thread, in an order that depends on neither. Section 4 relies on this.
  */
 #define _GNU_SOURCE // for sched_getaffinity
 #include <math.h>
@@ -63,8 +65,8 @@ static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max(size_t a, size_t b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 static void convert_f32(void *out, Dtype dtype, const float *values, size_t n); // n f32 to an array of `dtype`
-static float exp_f32(float x);                                                  // e^x to 3 units in the last place
-static double seconds(void);                                                    // a clock, to measure times
+static float exp_f32(float x); // e^x to 3 units in the last place; unlike expf, compilers can make vector code of it
+static double seconds(void);   // a clock, to measure times
 
 // An array that grows. data[0] to data[n - 1] are in use.
 #define ARRAY(type)                                                                                                    \
@@ -96,7 +98,7 @@ typedef struct {
 
 enum { TIED = 1, QKV_BIAS = 2, QK_NORM = 4, ALL_FLAGS = 7 }; // Header.flags
 enum { ROPE_PLAIN, ROPE_LINEAR, ROPE_LLAMA3 };               // Header.rope_scaling
-enum { HEADER_SPACE = 4096, ALIGNMENT = 64, MAX_HEAD = 1024 };
+enum { HEADER_SPACE = 4096, ALIGNMENT = 64, MAX_HEAD_DIM = 1024 };
 
 // The start of a weights file, byte for byte.
 typedef struct {
@@ -209,29 +211,31 @@ static Model open_model(const char *path) {
 //
 // The Transformer is the function that computes logits from token ids. Each token is represented by a vector x of D
 // numbers, at first its row of the embedding matrix. The vectors pass through n_layers layers of the same form, each
-// with its own weights. A layer has two blocks. Each of them computes a vector from x and adds it to x. So nothing is
-// overwritten: each block can read what all blocks before it have found, and only adds a correction (a "residual").
-// Therefore x is called the residual stream.
+// with its own weights. A layer has two blocks. Each of them takes a copy of x, scaled to a standard magnitude
+// (RMSNorm), computes a vector from it, and adds this to x. What earlier blocks have added stays part of the sum, so
+// later blocks can use it, and each block only has to add a correction (a "residual"). Therefore x is called the
+// residual stream.
 //
 //   Attention collects information from earlier tokens. For each token, a weight matrix makes from x a query (what the
 //   token looks for), a key (what it can be found by) and a value (what it passes on), three vectors of d numbers. The
-//   dot product of a query with the key of a token says how well the two match. Softmax turns these scores into
-//   attention weights, which add up to 1, and the result is the sum of the values, each multiplied by its weight. A
-//   token looks at itself and at earlier tokens, never at later ones: it was trained to predict these.
+//   dot product of a query with the key of a token is an attention score: it says how well the two match. Softmax turns
+//   attention scores into attention weights, which add up to 1, and the result is the sum of the values, each
+//   multiplied by its weight. A token looks at itself and at earlier tokens, never at later ones, because the model was
+//   trained to predict those.
 //
 //   All this is done H times side by side, each time with other rows of the weight matrix, so that each looks for
 //   something else. Each of them is called a head. The results of all heads stand side by side, and a second matrix
 //   makes from these Q numbers the D numbers that are added to x. In grouped-query attention, H/G query heads use the
 //   same keys and values. A head of keys and values is called a kv head, and there are only G of them, so that fewer
-//   keys and values have to be kept.
+//   keys and values have to be kept and read. Models lose little by it.
 //
 //   The feed-forward block works on the vector of each token alone. A matrix makes 2F numbers from x, a non-linear
 //   function makes F numbers from these, and a second matrix makes the D numbers that are added to x. Without the
 //   function, the two matrices could do no more than one. Most of the weights are in these blocks, and much of what a
 //   model knows.
 //
-// After the last layer, a matrix called the classifier turns the vector of a token into the logits for the token that
-// follows it. For short, they are called the logits of the token from which they are computed.
+// After the last layer and one more RMSNorm, a matrix called the classifier turns the vector of a token into logits.
+// Below, the logits of a token are those that are computed from its vector: they score the token that follows it.
 //
 // The keys and values of a token depend on this token and earlier ones only, so they never change. They are kept in the
 // KV cache. Thanks to it, only the new token has to pass through the layers at each step, not the whole text again.
@@ -240,12 +244,13 @@ static Model open_model(const char *path) {
 // so they pass through the layers together, as a batch. In each layer, first the keys and values of all of them are
 // computed, then each token looks at the earlier ones. Each weight that is loaded from memory serves all tokens of the
 // batch. Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one
-// before, so T = 1, each token needs all weights, and the limit is how fast memory delivers them.
+// before, so T = 1, each token needs all weights, and the limit is how fast memory delivers them. The longer the text,
+// the more keys and values each token has to read as well.
 //
 // All threads call the functions of this section at the same time. `omp for` gives each thread a share of the loop that
-// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. Functions without
-// such a loop work on one row, inside of one, or only call others. matmul_ref and attention_ref are the exception: only
-// the plain program runs them, and it has one thread.
+// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. A function without
+// such a loop is called from inside one, for a single row, or it only calls other functions. matmul_ref and
+// attention_ref are the exception: only the plain program runs them, and it has one thread.
 
 typedef struct Paging Paging; // section 11
 
@@ -253,13 +258,13 @@ typedef struct Paging Paging; // section 11
 typedef struct {
     size_t threads;  // the number of threads
     size_t context;  // C: the number of positions in the KV cache
-    size_t batch;    // the largest T
+    size_t batch;    // the largest T, a limit for the memory of the arrays below: longer prompts take several batches
     uint16_t *k, *v; // the KV cache: layers*G*C*d numbers of keys, and as many of values; section 10 chooses the order
     Dtype kv_type;   // the type of these numbers: F16 or BF16
     float *x;        // (T, D)       the residual stream
     float *qkv;      // (T, Q + 2K)  queries, keys and values of one layer
     float *gate_up;  // (T, 2F)      inside the feed-forward block; uses the memory of qkv, which is free by then
-    void *xb;        // the input of the next matrix product, in the form that the product reads fastest; see xb_view
+    void *xb;        // x inside a block: the input of the next matrix product, in the form that it reads fastest
     Dtype xb_type;   // the type of these numbers
     float *logits;   // (n, V)       of the last n tokens of a batch
     float *rope_cos; // (T, d/2)     RoPE's rotations for the positions of the batch
@@ -297,8 +302,8 @@ static float dot_ref(Tensor w, size_t r, Tensor x, size_t t) {
     return sum;
 }
 
-// Multiplies each token's row of x (T, cols) by the matrix w (rows, cols): out[t][r] = w[r] . x[t], or with ADD +=
-// that. This takes most of the time.
+// Multiplies each token's row of x (T, cols) by the matrix w (rows, cols). SET stores w[r] . x[t] in out[t][r], and ADD
+// adds it to what is there. This takes most of the time.
 static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
     for (size_t t = 0; t < x.rows; t++)
         for (size_t r = 0; r < w.rows; r++) {
@@ -322,7 +327,8 @@ static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_upd
 // much this number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
-    // The sum of squares: 16 sums side by side, which the compiler can keep in a vector, then what is left.
+    // The sum of squares: 16 sums side by side, so that compilers can use vector instructions, as they must not reorder
+    // a single sum; then what is left.
     float sums[16] = {0}, squares = 0;
     for (size_t i = 0; i + 16 <= n; i += 16)
         for (size_t j = 0; j < 16; j++)
@@ -367,11 +373,13 @@ static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t 
     }
 }
 
-// Returns the angle of pair i per position, in radians: theta^(-2i/d). The first pairs turn fast and tell neighbours
-// apart; the last ones turn slowly and tell near from far. Some models were trained on short texts first and then
-// adapted to longer ones by slower rotations, so that far positions get angles which the first training has seen.
-// ROPE_LINEAR divides all frequencies by rope_factor. ROPE_LLAMA3 divides only those of slow pairs, which make fewer
-// than low_freq_factor turns within the original context, keeps those of fast pairs, and interpolates in between.
+// Returns the frequency of pair i: the angle, in radians, by which it turns per position. It is theta^(-2i/d): the
+// first pairs turn fast and tell neighbours apart; the last ones turn slowly and tell near from far. Some models were
+// trained on short texts first and then adapted to longer ones by slower rotations, so that far positions get angles
+// which the first training has seen. ROPE_LINEAR divides all frequencies by rope_factor. In ROPE_LLAMA3, pairs that
+// turned completely many times in the first training keep their frequency, since no angle is new to them; pairs that
+// make fewer than low_freq_factor turns within original_max_seq_len tokens are divided, and between the two it
+// interpolates.
 static float rope_frequency(const Header *h, size_t i) {
     float freq = 1.0f / powf(h->rope_theta, (float)(2 * i) / (float)h->head_dim);
     if (h->rope_scaling == ROPE_PLAIN)
@@ -399,8 +407,9 @@ static void rope_cos_sin(RunState *s, const Header *h, size_t pos, size_t T) {
     }
 }
 
-// Adds the biases to queries, keys and values, normalises queries and keys so that no score gets very large (each only
-// if the model does this), applies RoPE to queries and keys, and writes keys and values into the KV cache.
+// Adds the biases to queries, keys and values (only with QKV_BIAS), normalises queries and keys so that no attention
+// score gets very large (only with QK_NORM), applies RoPE to queries and keys, and writes keys and values into the KV
+// cache.
 static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t pos, size_t T) {
     const Layer *l = &m->layers[layer];
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
@@ -431,7 +440,7 @@ static void softmax(float *x, size_t n) {
         largest = x[i] > largest ? x[i] : largest;
     for (size_t i = 0; i < n; i++)
         x[i] = exp_f32(x[i] - largest);
-    double sum = 0;
+    double sum = 0; // in double: there may be 100,000 small numbers
     for (size_t i = 0; i < n; i++)
         sum += (double)x[i];
     for (size_t i = 0; i < n; i++)
@@ -443,15 +452,15 @@ static void softmax(float *x, size_t n) {
 //                                                                                                 (Vaswani et al. 2017)
 static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
-    float result[MAX_HEAD], *attn = thread_scratch(s); // (d), and the attention weight of each position
+    float result[MAX_HEAD_DIM], *attn = thread_scratch(s); // (d), and the attention weight of each position
     for (size_t t = 0; t < out.rows; t++)
         for (size_t head = 0; head < H; head++) {
             const float *q = s->qkv + (t * (H + 2 * G) + head) * d;
             size_t g = head / (H / G); // the kv head that H/G query heads share
             size_t n = pos + t + 1;    // the positions that this token may look at
 
-            // scores: how well does the key of each position match the query? Undivided, these sums would grow with d,
-            // and softmax would choose one position only.
+            // scores: how well does the key of each position match the query? Undivided, these sums of d products
+            // would typically grow with sqrt(d), and softmax would give nearly all the weight to one position.
             for (size_t j = 0; j < n; j++) {
                 float score = 0;
                 for (size_t i = 0; i < d; i++)
@@ -474,9 +483,8 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
 // attention, in section 10, is the fast version, shared by all threads. In the plain program it calls attention_ref.
 static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos);
 
-// SwiGLU, the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up, where silu(x) = x / (1 +
-// e^-x).
-// A gate far below 0 blocks its number of "up"; a gate above 0 lets it pass, scaled.               (Shazeer 2020)
+// SwiGLU, the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up. silu(x) = x / (1 + e^-x), so
+// a gate far below 0 blocks its number of "up", and a gate far above 0 multiplies it by itself.       (Shazeer 2020)
 static void swiglu(RunState *s, Tensor out, const float *gate_up) {
     size_t F = out.cols;
 #pragma omp for
@@ -497,8 +505,8 @@ static void compute_logits(const Model *m, RunState *s, size_t t, size_t n) {
 }
 
 // The Transformer: takes T tokens at the positions pos, pos + 1, ..., adds their keys and values to the KV cache, and
-// leaves the logits of the last n_logits of them in s->logits. For a prompt, n_logits is 1: what follows the other
-// tokens is known.
+// leaves the logits of the last n_logits of them in s->logits. For the last batch of a prompt, n_logits is 1, and for
+// the others 0: what follows their tokens is known.
 static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos, size_t n_logits) {
     // The inputs of the matrix products. Only one is in use at a time, so all three are views of s->xb.
     Tensor normed = xb_view(s, T, m->h.dim);
@@ -529,8 +537,8 @@ static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t 
 
 static void check_finite(const Model *m, const float *logits, size_t n, size_t pos); // exits if logits contain NaN
 
-// Runs forward on all threads. A single thread stays outside of OpenMP, where `omp for` is an ordinary loop: inside,
-// even one thread would pay for a barrier after each loop.
+// Runs forward on all threads. A single thread does not enter a parallel region: outside of one, `omp for` is an
+// ordinary loop, and inside, even one thread would pay for a barrier after each loop.
 static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos,
                              size_t n_logits) {
     if (s->threads == 1)
@@ -548,10 +556,9 @@ static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens
 // softmax turns the logits into probabilities. An unlikely token is rarely drawn, but there are so many of them that
 // together they would spoil the text. Three settings prevent this:
 //
-//   temperature   the logits are divided by it: below 1, likely tokens get more likely; 0 always takes the most likely
-//   one
-//   top-k         only the k most likely tokens can be drawn                                       (Fan et al. 2018)
-//   top-p         only the most likely tokens can be drawn, as many as it takes for their probabilities to add up to p;
+//   temperature   the logits are divided by it: below 1, likely tokens get more likely; at 0, the most likely is taken
+//   top-k         then only the k most likely tokens can be drawn                                  (Fan et al. 2018)
+//   top-p         and of these only the most likely, as many as it takes to have the part p of their probabilities;
 //                 also called nucleus sampling                                                (Holtzman et al. 2020)
 
 // An entry of a heap: an array from which the entry with the largest key is removed quickly. Section 9.
@@ -592,17 +599,18 @@ static uint32_t argmax(const float *values, size_t n) {
     return (uint32_t)best;
 }
 
-// Adds to the candidates, which are empty before, the top_k most likely tokens, the most likely first, and of these
-// only as many as it takes to have the part top_p of the sum of their probabilities. Returns the candidates' sum.
+// Fills the empty list of candidates, the most likely token first. It takes the top_k most likely tokens (all, if top_k
+// is 0), and of these only as few as have the part top_p of the probability of all of these. Returns the sum of the
+// probabilities of the candidates.
 static double top_k_top_p(Sampler *s, size_t n) {
     const float *p = s->probabilities;
     size_t k = s->top_k ? s->top_k : n;
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
-    double enough = s->top_k ? 1 : top_p; // with top-k, the first loop takes k tokens: top_p is a part of their sum
+    double enough = s->top_k ? 1 : top_p; // with top-k, k ends the first while loop, and the second applies top_p
 
-    // A heap gives the most likely tokens without sorting all. All tokens less likely than `least`, at most n, have
-    // less than 1 - enough together. So the others have more than enough, the loop that takes the most likely first
-    // never reaches them, and they stay out of the heap.
+    // A heap gives the most likely tokens without sorting all. Tokens that are less likely than `least` have together
+    // less than 1 - enough, as there are at most n of them. So the more likely tokens are enough, and the unlikely ones
+    // do not need to enter the heap. With top-k, least is 0, and all tokens enter it.
     double least = (1 - enough) / (double)n;
     s->heap.n = 0;
     for (size_t i = 0; i < n; i++)
@@ -694,13 +702,14 @@ typedef struct {
     Chat *chat; // NULL unless in a chat
 } Session;
 
-static bool interrupted(void);                               // has Ctrl-C been pressed in a chat? section 6
+static bool interrupted(void); // has Ctrl-C been pressed in a chat? Elsewhere, Ctrl-C ends the program. Section 6
 static void encode(Tokenizer *t, Tokens *tokens, Span text); // appends the tokens of a text; section 5
 static bool is_stop(const Tokenizer *t, uint32_t token);     // does this token end a text or an answer? section 5
 static Span read_prompt(Session *s);                         // the text of the flags -i or -f
 static size_t start_generation(Session *s); // allocates memory; returns the most tokens to generate, 0: no limit
 static void print_prompt(Session *s);
-static void print_token(Session *s, uint32_t token, const float *logits); // prints nothing for a stop token
+// prints nothing for a stop token; the logits are for --probs and --json, which show probabilities
+static void print_token(Session *s, uint32_t token, const float *logits);
 static void end_reply(Session *s);                                        // ends the line
 static void print_stats(const Session *s);
 // make_room returns whether the context has room for another token. A chat forgets its oldest turns for that: the
@@ -708,14 +717,14 @@ static void print_stats(const Session *s);
 static bool make_room(Session *s);
 // draft guesses the next tokens: it takes the last few tokens of the text, looks for an earlier place where the same
 // ones stand, and copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how
-// many: 0 without --draft or if more than one token is not in the KV cache, and never more than fit in a batch and in
-// the context. Section 10.
+// many: never more than fit in a batch and in the context, and 0 without --draft. It also returns 0 if more than one
+// token is not in the KV cache, because evaluate needs the last token and all guesses in one batch. Section 10.
 static size_t draft(Session *s);
 
-// Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch, and on n_draft guesses that
-// stand behind the last one, in the same batch as this one. Then row 0 of the logits is for the token after the last
-// one, and row i for the token after guess i. Guesses do not count in n_past: the keys and values of wrong ones are
-// overwritten before any token looks at them. Ctrl-C ends it early.
+// Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch. n_draft guesses stand behind the
+// last token and are in the same batch as it. Then row 0 of the logits scores what follows the last token, and row i
+// what follows the i-th guess. Guesses do not count in n_past: the keys and values of wrong ones are overwritten before
+// any token looks at them. Ctrl-C ends it early.
 static void evaluate(Session *s, size_t n_draft) {
     Context *c = &s->context;
     while (c->n_past < c->tokens.n && !interrupted()) {
@@ -731,9 +740,9 @@ static void evaluate(Session *s, size_t n_draft) {
 // The loop also does speculative decoding. Guesses of the next tokens pass through the Transformer together with the
 // last token. This takes little longer than the last token alone, because the time is that of loading the weights,
 // which are loaded once for all. Each token is still chosen by sampling. If it is the one that was guessed, the logits
-// that follow it are already there; if not, the other guesses are dropped. The text is the same as without guesses,
-// because logits do
-// not depend on how a text is split into batches.                                        (prompt lookup: Saxena 2023)
+// that follow it are already there; if not, the other guesses are dropped. The text is the same as without guesses:
+// logits do not depend on how a text is split into batches, and each token that is chosen takes one random number.
+//                                                                                         (prompt lookup: Saxena 2023)
 static void generate_reply(Session *s, size_t max_new) {
     Context *c = &s->context;
     size_t vocab_size = s->model.h.vocab_size, n_new = 0;
@@ -752,10 +761,10 @@ static void generate_reply(Session *s, size_t max_new) {
         uint32_t token = sample(&s->sampler, logits, vocab_size);
         print_token(s, token, logits);
         n_new++;
-        if (is_stop(s->tokenizer, token))
+        if (is_stop(s->tokenizer, token)) // it does not become part of the text
             break;
 
-        // append it, after comparing it with the next guess, which lies where it goes
+        // append it; draft has left the next guess in the place where it will be stored, so compare them first
         bool guessed = n_used < n_draft && c->tokens.data[c->tokens.n] == token;
         push(&c->tokens, token);
         if (n_new == max_new || !make_room(s))
@@ -763,7 +772,7 @@ static void generate_reply(Session *s, size_t max_new) {
 
         // decode: get the logits that follow it
         s->stats.n_decoded++;
-        if (guessed) { // then the last pass has computed its keys, values and logits
+        if (guessed) { // the last pass has computed its keys, values and logits; guesses always fit in the context
             c->n_past++;
             n_used++;
             s->stats.n_accepted++;
@@ -923,7 +932,9 @@ struct Tokenizer {
     bool prefix;              // encode: the next text gets a space in front
     Bytes prompt;             // read_prompt: the text of -f
     Bytes normalised;         // encode: the text, with room for that space
-    ARRAY(Symbol) symbols;    // encode_word: the symbols of a word
+    const unsigned char *words; // encode_words: where the text starts
+    Tokens states;              // match_word: for each byte of that text, the state that read on from it last
+    ARRAY(Symbol) symbols;      // encode_word: the symbols of a word
     Heap pairs;               // encode_word: neighbours that can be merged, the next merge on top
 };
 
@@ -1257,8 +1268,13 @@ static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
 // The length of the longest word that starts here; 0 if none does. An automaton (DFA) reads the characters one by
 // one. Its next state follows from its state and the class of the character: a transition is twice the next state, plus
 // 1 if the characters before this one are a word. State 0 has no way on; class 0 is the end of the text. export.py
-// makes the automata from the regular expressions of the tokenizer; this takes linear time.           (Thompson 1968)
+// makes the automata from the regular expressions of the tokenizer.                                   (Thompson 1968)
+//
+// A search may read far beyond the word that it finds, and the next search starts right after that word. If it comes
+// to a character in the same state as the search before it, it cannot find more than that one did, and stops. Without
+// this, the pattern "[a-z]*!|[a-z]" would take quadratic time.                                             (Reps 1998)
 static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
+    uint32_t *states = t->states.data + (text.bytes - t->words);
     size_t word = 0, at = 0;
     while (state) {
         uint32_t codepoint, class = 0;
@@ -1270,8 +1286,11 @@ static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
         uint32_t transition = t->transitions[(size_t)state * t->h.n_classes + class];
         if (transition & 1)
             word = at;
-        state = length ? transition >> 1 : 0;
         at += length;
+        state = transition >> 1;
+        if (length == 0 || states[at] == state)
+            break;
+        states[at] = state;
     }
     return word;
 }
@@ -1343,9 +1362,13 @@ static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t typ
         text = (Span){text.bytes - 1, text.n + 1}; // normalise has left room
         *(unsigned char *)text.bytes = ' ';
     }
-    if (late)
+    if (late) {
+        t->words = text.bytes;
+        t->states.n = 0;
+        reserve(&t->states, text.n + 1);
+        memset(t->states.data, 0, (text.n + 1) * sizeof *t->states.data);
         encode_words(t, tokens, text, 0);
-    else
+    } else
         encode_specials(t, tokens, text, LATE_USER_DEFINED);
 }
 
@@ -2517,7 +2540,7 @@ static void check_header(const char *path, const Header *h) {
     check(path, "n_kv_heads", h->n_kv_heads, 1, h->n_heads);
     expect(h->n_heads % h->n_kv_heads == 0, "%s: n_kv_heads: expected a divisor of n_heads %u, found %u", path,
            h->n_heads, h->n_kv_heads);
-    check(path, "head_dim", h->head_dim, 2, MAX_HEAD);
+    check(path, "head_dim", h->head_dim, 2, MAX_HEAD_DIM);
     expect(h->head_dim % 2 == 0, "%s: head_dim: expected an even number, found %u", path, h->head_dim);
     check(path, "vocab_size", h->vocab_size, 1, 1 << 24);
     check(path, "max_seq_len", h->max_seq_len, 1, 1 << 28);
@@ -3101,7 +3124,7 @@ static float *thread_scratch(const RunState *s) { return s->scratch + (size_t)om
 // Writes a key and a value (d each) of kv head g at position pos into the KV cache, in 16 bits.
 static void cache_kv(const Model *m, RunState *s, size_t layer, size_t g, size_t pos, const float *k, const float *v) {
     size_t d = m->h.head_dim;
-    uint16_t k16[MAX_HEAD], v16[MAX_HEAD];
+    uint16_t k16[MAX_HEAD_DIM], v16[MAX_HEAD_DIM];
     convert_f32(k16, s->kv_type, k, d);
     convert_f32(v16, s->kv_type, v, d);
     for (size_t i = 0; i < d; i++) {

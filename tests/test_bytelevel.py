@@ -8,6 +8,7 @@ import resource
 import sys
 import unicodedata
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -79,6 +80,7 @@ PRE_TOKENIZERS: dict[str, Any] = {
         ]
     ),
     "tekken": lambda: after(TEKKEN),
+    "far ahead": lambda: after(r"[a-z ]*!|[a-z]", r"(?:\d\d)*%|\s+$|\d"),
     "ends of lines": lambda: after(r"[a-z ]+$|\s+$", r"b+|\d$"),
     "a literal": lambda: pre_tokenizers.Sequence([pre_tokenizers.Split("th.", "isolated"), bytes_of()]),
     "no words": lambda: bytes_of(use_regex=False),
@@ -616,6 +618,7 @@ LONG: dict[str, bytes] = {
     "prose": b"The quick brown fox isn't as quick as 12345 lazy dogs, it's said.\n" * 15000,
     "one letter": b"a" * 1_000_000,
     "spaces": b" " * 1_000_000,
+    "spaces and a letter": b" " * 1_000_000 + b"A",
     "lines": b"\n" * 1_000_000,
     "lines and spaces": b" \n  " * 250_000,
     "digits": b"7" * 1_000_000,
@@ -632,7 +635,7 @@ LONG: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("kind", ["llama3", "no words"])
+@pytest.mark.parametrize("kind", ["llama3", "no words", "deepseek-llm", "far ahead"])
 def test_a_megabyte(run: Program, long_peers: dict[str, Peer], kind: str, name: str) -> None:
     found, text = long_peers[kind], LONG[name]
     check_fast(run, found, text, name)
@@ -640,9 +643,11 @@ def test_a_megabyte(run: Program, long_peers: dict[str, Peer], kind: str, name: 
 
 @pytest.fixture(scope="module")
 def long_peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Peer]]:
-    folders = [tmp_path_factory.mktemp("t") for _ in range(2)]
-    with peer(make("llama3"), folders[0]) as llama3, peer(make("no words"), folders[1]) as no_words:
-        yield {"llama3": llama3, "no words": no_words}
+    with ExitStack() as stack:
+        yield {
+            kind: stack.enter_context(peer(make(kind), tmp_path_factory.mktemp("t")))
+            for kind in ("llama3", "no words", "deepseek-llm", "far ahead")
+        }
 
 
 def test_a_large_vocabulary_opens_at_once(run: Program, tmp_path: Path) -> None:
