@@ -253,10 +253,12 @@ static Model open_model(const char *path) {
 // attention_ref are the exception: only the plain program runs them, and it has one thread.
 
 typedef struct Paging Paging; // section 11
+typedef struct Team Team;     // section 10
 
 // The memory of a running model: the KV cache, and the numbers that are computed for one batch of tokens.
 typedef struct {
     size_t threads;  // the number of threads
+    Team *team;      // section 10's record of how fast how many threads are
     size_t context;  // C: the number of positions in the KV cache
     size_t batch;    // the largest T, a limit for the memory of the arrays below: longer prompts take several batches
     uint16_t *k, *v; // the KV cache: layers*G*C*d numbers of keys, and as many of values; section 10 chooses the order
@@ -535,19 +537,9 @@ static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t 
         compute_logits(m, s, T - n_logits, n_logits);
 }
 
-static void check_finite(const Model *m, const float *logits, size_t n, size_t pos); // exits if logits contain NaN
-
-// Runs forward on all threads. A single thread does not enter a parallel region: outside of one, `omp for` is an
-// ordinary loop, and inside, even one thread would pay for a barrier after each loop.
+// Runs forward on all threads, and exits if a logit is not a finite number. Section 10.
 static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos,
-                             size_t n_logits) {
-    if (s->threads == 1)
-        forward(m, s, tokens, T, pos, n_logits);
-    else
-#pragma omp parallel num_threads((int)s->threads)
-        forward(m, s, tokens, T, pos, n_logits);
-    check_finite(m, s->logits, n_logits, pos + T - n_logits);
-}
+                             size_t n_logits);
 
 // ------------------------------------------------------------------------------------------------
 // 3 Sampling
@@ -843,6 +835,8 @@ static double kv_cache_bytes(const Model *m, size_t context);
 static size_t max_useful_threads(const Model *m);
 static size_t default_threads(void);
 static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits, size_t threads);
+static void allow_fewer_threads(Team *team);
+static void check_finite(const Model *m, const float *logits, size_t n, size_t pos); // exits if logits contain NaN
 static const char *isa(void); // the instruction set
 static void prepare_process(char **argv);
 
@@ -1423,6 +1417,7 @@ struct Options {
     uint64_t stride;                  // perplexity: the distance between windows
     uint64_t draft;                   // the most tokens that are guessed at a time
     bool json, probs, no_think;
+    bool adapt_threads; // -j was not given: fewer threads than `threads` may run, if that is faster
 };
 
 // How tokens are printed, and what of them has not been printed yet.
@@ -1957,6 +1952,8 @@ static void start_model(Session *s, size_t context, size_t n_logits) {
                 n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context,
                 kv_cache_bytes(m, context) / 1e6, threads, threads == 1 ? "" : "s", isa());
     s->run = alloc_run_state(m, context, n_logits, threads);
+    if (s->options->adapt_threads)
+        allow_fewer_threads(s->run.team);
 }
 
 static void print_stats(const Session *s) {
@@ -2179,6 +2176,8 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
     size_t tail = context - decode;
     s->context.max_tokens = context;
     s->run = alloc_run_state(m, context, 1, o->threads);
+    if (o->adapt_threads)
+        allow_fewer_threads(s->run.team);
     uint64_t random = 0;
     for (size_t i = 0; i < (size_t)(s->run.v - s->run.k) * 2; i++) { // as if there were tokens at all positions
         float value = (float)random_f64(&random) - 0.5f;
@@ -2247,8 +2246,8 @@ static void bench(Session *s) {
                      "%016llx\n\n"
                      "| work          | tokens | position |     tok/s |       min |       max |           rate |\n"
                      "|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|\n",
-           n_params(m), dtype_name(m), m->file.size, isa(), s->run.threads, s->context.max_tokens, (size_t)o->repeat,
-           (unsigned long long)hash);
+           n_params(m), dtype_name(m), m->file.size, isa(), (size_t)o->threads, s->context.max_tokens,
+           (size_t)o->repeat, (unsigned long long)hash);
     for (Work *w = works; w < works + N_WORKS; w++)
         print_work(w, o->repeat, o->json);
     fputs(o->json ? "}\n" : "", stdout);
@@ -2303,7 +2302,6 @@ static void set_option(const Option *option, const char *text) {
 // Reads the command line. The table also is the text of --help; a flag that is "" is a heading there.
 static Options parse_options(int argc, char **argv) {
     Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX, .repeat = 5};
-    o.threads = default_threads();
     o.seed = (uint64_t)(seconds() * 1e6);
     bool help = false, version = false;
     const Option options[] = {
@@ -2438,7 +2436,8 @@ int main(int argc, char **argv) {
         if (s.context.max_tokens > longest)
             die(EXIT_USAGE, "-c: expected at most %u, the context of %s, found %zu", longest, o.model,
                 s.context.max_tokens);
-        o.threads = min(o.threads, max_useful_threads(&s.model));
+        o.adapt_threads = o.threads == 0;
+        o.threads = min(o.adapt_threads ? default_threads() : o.threads, max_useful_threads(&s.model));
     }
     s.tokenizer = open_tokenizer(tokenizer_path(&o));
     const TokenizerHeader *t = &s.tokenizer->h;
@@ -3086,12 +3085,34 @@ static size_t max_useful_threads(const Model *m) {
     return FAST ? max(1, layer_params(m) * sizeof(uint16_t) / (768 << 10)) : 1;
 }
 
+// Another program that uses a core makes all threads slow: at the end of each loop they wait for the one that has lost
+// its core. Then fewer threads are faster, even a single one. So a team of another size is tried when a pass of one or
+// a few tokens takes unusually long, and a larger team every quarter of a second. The fastest is kept. The size of the
+// team does not change the bits. A prompt always uses all threads: its loops are long enough to wait for one of them.
+enum { MAX_SIZES = 32, FEW_TOKENS = 16 };
+struct Team {
+    size_t sizes[MAX_SIZES]; // the numbers of threads to choose from, the largest first
+    size_t n_sizes, current; // current: the index of the one in use
+    double times[MAX_SIZES]; // how long a pass takes with each size, in seconds; 0: not known yet
+    double next_try;         // when a larger team is tried again
+};
+
+// Lets the program choose the number of threads: all, 3/4 of all, 3/4 of these, ..., 1.
+static void allow_fewer_threads(Team *team) {
+    while (team->sizes[team->n_sizes - 1] > 1) {
+        team->sizes[team->n_sizes] = team->sizes[team->n_sizes - 1] * 3 / 4;
+        team->n_sizes++;
+    }
+}
+
 // Allocates the memory for `context` positions, and for the logits of up to n_logits tokens at a time.
 static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits, size_t threads) {
     size_t D = m->h.dim, F = m->h.hidden_dim, Q = m->q_dim, K = m->kv_dim, d = m->h.head_dim;
     size_t widest = max(max(D, Q), F), outputs = max(Q + 2 * K, 2 * F); // per token: input and output of a product
     const char *what = "the activations";
     RunState s = {.threads = threads, .context = round_up(context, KV_BLOCK)};
+    s.team = allocate(1, sizeof *s.team, what);
+    *s.team = (Team){.sizes = {threads}, .n_sizes = 1};
     s.xb_type = choose_xb_type(m->h.dtype);
     s.kv_type = s.xb_type == BF16 ? BF16 : F16; // a CPU that has AMX is slow at bf16 dot products of vectors
     size_t per_token = (D + outputs + d) * sizeof(float) + xb_stride(s.xb_type, widest) * size_of(s.xb_type);
@@ -3117,6 +3138,37 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
     s.scratch = allocate(threads * s.scratch_size, sizeof *s.scratch, what);
     s.paging = open_paging(m);
     return s;
+}
+
+// Chooses the size of the team after a pass that took so many seconds.
+static void adapt_team(Team *team, double took) {
+    double *time = team->times + team->current, now = seconds();
+    bool slow = *time > 0 && took > 1.3 * *time;
+    *time = *time > 0 ? (*time + took) / 2 : took;
+    if (team->current + 1 < team->n_sizes && (time[1] > 0 ? time[1] < 0.9 * *time : slow)) {
+        team->current++;
+    } else if (team->current > 0 && (time[-1] < *time || now > team->next_try)) {
+        team->current--;
+    } else {
+        return;
+    }
+    team->next_try = now + 0.25;
+}
+
+static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos,
+                             size_t n_logits) {
+    double start = seconds();
+    s->threads = s->team->sizes[T <= FEW_TOKENS ? s->team->current : 0];
+    // One thread does not enter a parallel region: outside of one, `omp for` is an ordinary loop, and inside, even one
+    // thread would pay for a barrier after each loop.
+    if (s->threads == 1)
+        forward(m, s, tokens, T, pos, n_logits);
+    else
+#pragma omp parallel num_threads((int)s->threads)
+        forward(m, s, tokens, T, pos, n_logits);
+    if (T <= FEW_TOKENS)
+        adapt_team(s->team, seconds() - start);
+    check_finite(m, s->logits, n_logits, pos + T - n_logits);
 }
 
 static float *thread_scratch(const RunState *s) { return s->scratch + (size_t)omp_get_thread_num() * s->scratch_size; }

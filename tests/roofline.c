@@ -13,7 +13,7 @@ static double read_bandwidth(const Session *s) {
     const uint64_t *words = (const void *)s->model.file.bytes;
     uint64_t sum = 0;
     double start = seconds();
-#pragma omp parallel for num_threads((int)s->run.threads) reduction(+ : sum)
+#pragma omp parallel for num_threads((int)s->options->threads) reduction(+ : sum)
     for (size_t i = 0; i < s->model.file.size / sizeof *words; i++)
         sum += words[i];
     __asm__ volatile("" : : "r"(sum)); // or the compiler would leave out the loop
@@ -72,7 +72,7 @@ static double multiply_only(Dtype xb_type, size_t rounds) {
 // Floating-point operations per second of that instruction.
 static double peak_flops(const Session *s) {
     double operations = 0, start = seconds();
-#pragma omp parallel num_threads((int)s->run.threads) reduction(+ : operations)
+#pragma omp parallel num_threads((int)s->options->threads) reduction(+ : operations)
     operations += multiply_only(s->run.xb_type, 400000);
     return operations / (seconds() - start);
 }
@@ -127,7 +127,8 @@ int main(int argc, char **argv) {
     if (s.context.max_tokens > m->h.max_seq_len)
         die(EXIT_USAGE, "-c: expected at most %u, the context of %s, found %zu", m->h.max_seq_len, m->file.path,
             s.context.max_tokens);
-    o.threads = min(o.threads, max_useful_threads(m));
+    o.adapt_threads = o.threads == 0;
+    o.threads = min(o.adapt_threads ? default_threads() : o.threads, max_useful_threads(m));
     Work works[N_WORKS];
     static Roof roofs[N_WORKS];
     prepare_bench(&s, works);
@@ -148,7 +149,7 @@ int main(int argc, char **argv) {
                     "          limit | share |\n"
                     "|---------------|-------:|---------:|----------:|----------:|----------:|---------------:|"
                     "---------------:|------:|\n",
-           n_params(m), dtype_name(m), m->file.size, isa(), s.run.threads, s.context.max_tokens, (size_t)o.repeat,
+           n_params(m), dtype_name(m), m->file.size, isa(), (size_t)o.threads, s.context.max_tokens, (size_t)o.repeat,
            (unsigned long long)hash);
     for (size_t w = 0; w < N_WORKS; w++)
         print_row(&works[w], &roofs[w], o.repeat, w != PREFILL, o.json);
