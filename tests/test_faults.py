@@ -46,8 +46,8 @@ ERRORS = {
 }
 CALL = re.compile(r"^\d+ +(\w+)\(")
 MODES = {
-    "generate": (["-t", "0", "-n", "6"], b""),
-    "json": (["-t", "0", "-n", "6", "--json", "--probs"], b""),
+    "generate": (["-t", "0", "-i", ":"], b""),
+    "json": (["-t", "0", "-i", ":", "--json", "--probs"], b""),
     "chat": (["-m", "chat", "-t", "0"], b"Hello\nYou\\\nthere\n"),
     "next": (["-m", "next", "-i", "abc"], b""),
     "tokenize": (["-m", "tokenize", "-f", "-"], b"some text\n"),
