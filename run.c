@@ -1652,7 +1652,7 @@ static void install_sigint(int flags) {
 static bool read_message(Chat *chat) {
     Bytes *message = &chat->message;
     char *line = NULL;
-    size_t capacity = 0;
+    size_t capacity = 0, start = 0; // where the line starts in the message
     bool more = true;
     message->n = 0;
     while (more) {
@@ -1672,7 +1672,7 @@ static bool read_message(Chat *chat) {
             clearerr(chat->input);
             if (chat->terminal) { // Ctrl-C drops what has been typed
                 fputs("\n(Ctrl-C again, or Ctrl-D, leaves)\n", stderr);
-                message->n = 0;
+                message->n = start = 0;
             }
             continue;
         }
@@ -1683,11 +1683,12 @@ static bool read_message(Chat *chat) {
         // remove the end of the line; a backslash before it becomes a newline
         if (chat->terminal && n > 0 && line[n - 1] != '\n') // Ctrl-D ends a line, too
             fputc('\n', stderr);
-        while (message->n && (message->data[message->n - 1] == '\n' || message->data[message->n - 1] == '\r'))
+        while (message->n > start && (message->data[message->n - 1] == '\n' || message->data[message->n - 1] == '\r'))
             message->n--;
-        more = message->n && message->data[message->n - 1] == '\\';
+        more = message->n > start && message->data[message->n - 1] == '\\';
         if (more)
             message->data[message->n - 1] = '\n';
+        start = message->n;
     }
     free(line);
     return !more || message->n;

@@ -372,6 +372,7 @@ def test_an_empty_message_without_a_template(run: Program, tmp_path: Path, empty
         (b"x\\\r\ny\r\n", ["x\ny"]),
         (b"x\\\n\\\ny\n", ["x\n\ny"]),  # an empty line in between
         (b"\\\nx\n", ["\nx"]),
+        (b"x\\\n\nbye\n", ["x\n", "bye"]),  # an empty last line
         (b"x\\y\nz\\ \n", ["x\\y", "z\\ "]),  # not at the end
         (b"x\ny", ["x", "y"]),
         (b"bye\nx\\\ny", ["bye", "x\ny"]),
