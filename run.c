@@ -976,20 +976,26 @@ static size_t first_bytes(Span text) {
     return (size_t)*text.bytes << 8 | second;
 }
 
-// The token with this text, NONE if there is none. Bisects the tokens that start with the same two bytes.
-static uint32_t find_piece(const Tokenizer *t, Span text) {
+// Of the tokens that start with the same two bytes, the last one in the order of bytes that does not come after this
+// text, found by bisection; NONE if all come after it. If a token has this text, it is this one.
+static uint32_t find_nearest(const Tokenizer *t, Span text) {
     size_t first = first_bytes(text), low = t->starts[first], high = t->starts[first + 1];
     while (low < high) {
         size_t middle = (low + high) / 2;
-        int order = compare(piece_text(t, t->by_text[middle]), text);
-        if (order == 0)
-            return t->by_text[middle];
-        if (order < 0)
+        if (compare(piece_text(t, t->by_text[middle]), text) <= 0)
             low = middle + 1;
         else
             high = middle;
     }
-    return NONE;
+    return low > t->starts[first] ? t->by_text[low - 1] : NONE;
+}
+
+// The token with this text, NONE if there is none.
+static uint32_t find_piece(const Tokenizer *t, Span text) {
+    uint32_t id = find_nearest(t, text);
+    if (id != NONE && compare(piece_text(t, id), text) != 0)
+        return NONE;
+    return id;
 }
 
 // The order of merges: by the left token, then by the right one.
@@ -1314,12 +1320,21 @@ static void encode_words(Tokenizer *t, Tokens *tokens, Span text, uint32_t dfa) 
     encode_words(t, tokens, from(text, start), dfa + 1);
 }
 
-// The longest token of a user-defined type at the start of a text, NONE if there is none.
+// The longest token of a user-defined type at the start of a text, NONE if there is none. A token that starts the text
+// cannot be longer than what the text and its nearest token have in common, so few lengths have to be tried.
 static uint32_t find_user_defined(const Tokenizer *t, Span text, uint32_t type) {
-    for (size_t n = min(text.n, t->longest[*text.bytes]); n > 0; n--) {
-        uint32_t id = find_piece(t, (Span){text.bytes, n});
-        if (id != NONE && t->pieces[id].type == type)
-            return id;
+    text.n = min(text.n, t->longest[*text.bytes]);
+    while (text.n > 0) {
+        uint32_t id = find_nearest(t, text);
+        size_t common = 1; // at least, with a token of one byte
+        if (id != NONE) {
+            Span token = piece_text(t, id);
+            while (common < token.n && common < text.n && token.bytes[common] == text.bytes[common])
+                common++;
+            if (common == token.n && t->pieces[id].type == type)
+                return id;
+        }
+        text.n = min(common, text.n - 1);
     }
     return NONE;
 }
@@ -2176,9 +2191,7 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
             max(prefill, decode));
     size_t tail = context - decode;
     s->context.max_tokens = context;
-    s->run = alloc_run_state(m, context, 1, o->threads);
-    if (o->adapt_threads)
-        allow_fewer_threads(s->run.team);
+    start_model(s, context, 1);
     uint64_t random = 0;
     for (size_t i = 0; i < (size_t)(s->run.v - s->run.k) * 2; i++) { // as if there were tokens at all positions
         float value = (float)random_f64(&random) - 0.5f;
@@ -3143,16 +3156,18 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
 
 // Chooses the size of the team after a pass that took so many seconds.
 static void adapt_team(Team *team, double took) {
-    double *time = team->times + team->current, now = seconds();
-    bool slow = *time > 0 && took > 1.3 * *time;
-    *time = *time > 0 ? (*time + took) / 2 : took;
-    if (team->current + 1 < team->n_sizes && (time[1] > 0 ? time[1] < 0.9 * *time : slow)) {
+    double *time = team->times + team->current, now = seconds(); // time[1]: of the next smaller team, time[-1]: larger
+    if (*time == 0)
+        *time = took;
+    bool go_smaller = time[1] == 0 && took > 1.3 * *time;
+    *time = (*time + took) / 2;
+    go_smaller |= time[1] > 0 && time[1] < 0.9 * *time;
+    if (go_smaller && team->current + 1 < team->n_sizes)
         team->current++;
-    } else if (team->current > 0 && (time[-1] < *time || now > team->next_try)) {
+    else if (team->current > 0 && (time[-1] < *time || now > team->next_try))
         team->current--;
-    } else {
+    else
         return;
-    }
     team->next_try = now + 0.25;
 }
 

@@ -7,7 +7,7 @@ import random
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -519,3 +519,26 @@ def test_more_tokens_than_bytes(run: Program, tmp_path: Path) -> None:
     ids = run.ok("-z", tmp_path / "t.bin", "-m", "tokenize", "-i", "\nZ" * 1000).text.split()
     three = [str(i) for i in (len(base), vocabulary.id(b" "), 3 + ord("Z"))]
     assert ids == ["1", *three * 1000]
+
+
+@pytest.mark.parametrize("type", [USER_DEFINED, LATE])
+def test_long_user_defined_tokens_take_linear_time(run: Program, tmp_path: Path, type: int) -> None:
+    """Texts that start like a very long token, and are not one; and all that is found in between."""
+    long, short = b"a" * 1001, b"a" * 7
+    vocabulary = default_vocabulary()
+    pieces = (*vocabulary.pieces, Piece(long, type), Piece(short, type), Piece(b"a" * 9, NORMAL, -99.0))
+    vocabulary = replace(vocabulary, pieces=pieces)
+    path = tmp_path / "t.bin"
+    path.write_bytes(vocabulary.to_bytes())
+    longer, shorter = len(pieces) - 3, len(pieces) - 2
+    text = b"a" * 1000 + b"!" + b"a" * 1003 + b"!" + b"a" * 6
+    found = [int(word) for word in run.ok("-z", path, "-m", "tokenize", "-f", "-", stdin=text).text.split()]
+    assert found.count(longer) == 1 and found.count(shorter) == 142
+    assert found.index(longer) > 142
+    times = []
+    for n in (40, 160):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        run.ok("-z", path, "-m", "tokenize", "-f", "-", stdin=text * n)
+        times.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
+    if not run.sanitized:
+        assert times[1] < 8 * times[0] + 0.2 and times[1] < 4, times
