@@ -507,7 +507,7 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, default=TOP / "build" / "stories", help="where all but the model goes"
     )
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end by then, if not by the steps")
     parser.add_argument("--every", type=float, default=300, help="seconds from one checkpoint to the next")
     parser.add_argument("--processes", type=int, default=2)
