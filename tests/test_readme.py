@@ -283,7 +283,7 @@ def test_commands_that_are_not_run(text: str) -> None:
 def test_there_are_commands_with_outputs() -> None:
     shown = [command.text for command in COMMANDS if command.shown]
     assert len(COMMANDS) > 15 and len(shown) >= 5
-    assert "./run -t 0.8 -s 19 -j 1" in shown
+    assert "./run -t 0.8 -s 1 -j 1" in shown
 
 
 # ---------------------------------------------------------------------------------------------------------
