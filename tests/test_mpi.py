@@ -25,6 +25,7 @@ from files import (
 )
 
 PROCESSES = [1, 2, 3, 5]
+README = (ROOT / "README.md").read_text()
 TEXT = b"the cat on the street, and once again: the cat on the street, and the cat in the street. " * 4
 
 # How Open MPI gets to run by root, with more processes than cores, and without messages of its own.
@@ -64,7 +65,7 @@ def mpirun(*words: object, stdin: bytes = b"", cwd: Path | None = None) -> Resul
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models whose matrices have odd numbers of rows and several blocks of 32, the second one for a chat."""
     folder = tmp_path_factory.mktemp("mpi")
-    shape = {"dim": 90, "n_heads": 5, "n_kv_heads": 5, "head_dim": 18, "hidden_dim": 151, "max_seq_len": 128}
+    shape = {"dim": 90, "n_heads": 5, "n_kv_heads": 5, "head_dim": 18, "hidden_dim": 151, "max_seq_len": 64}
     write_model(folder / "f16.bin", **shape)
     write_model(folder / "bf16.bin", dtype="bf16", tokenizer=byte_level_vocabulary(), **shape)
     return folder
@@ -75,14 +76,13 @@ def without_speed(text: bytes) -> bytes:
 
 
 MODES: dict[str, tuple[Sequence[str], bytes]] = {
-    "generate": (["-f", "-", "-t", "0.9", "-s", "7", "-n", "0", "--json"], TEXT[:60]),
-    "long prompt": (["-f", "-", "-t", "0", "-n", "0", "--json"], TEXT[:120]),
-    "draft": (["-f", "-", "-t", "0", "-n", "0", "--draft", "5", "--json"], TEXT[:100]),
+    "generate": (["-f", "-", "-t", "0.9", "-s", "7", "-n", "55", "--json"], TEXT[:50]),
+    "draft": (["-f", "-", "-t", "0", "-n", "60", "--draft", "5", "--json"], TEXT[:90]),
     "perplexity": (["-f", "-", "-m", "perplexity", "--json"], TEXT),
     "next": (["-f", "-", "-m", "next", "--json"], TEXT[:40]),
     "tokenize": (["-f", "-", "-m", "tokenize"], TEXT),
-    "bench": (["-m", "bench", "--prefill", "40", "--decode", "4", "--repeat", "1", "--json"], b""),
-    "chat": (["-m", "chat", "-s", "3", "-n", "12", "--json"], b"the cat\nand the\\\nother\n\nthe end"),
+    "bench": (["-m", "bench", "--prefill", "40", "--decode", "2", "--repeat", "1", "--json"], b""),
+    "chat": (["-m", "chat", "-s", "3", "-n", "6", "--json"], b"the cat\nand the\\\nother\n\nthe end"),
 }
 
 
@@ -98,7 +98,7 @@ def test_the_bytes_of_one_process(run: Program, built: Path, models: Path, mode:
             found = mpirun("-n", n, built, *words, stdin=stdin)
             assert found.status == 0, found
             assert without_speed(found.stdout) == expected, f"{name}, {n} processes"
-            assert found.stderr.count("prefill: ") == (mode in ("generate", "long prompt", "draft", "chat"))
+            assert found.stderr.count("prefill: ") == (mode in ("generate", "draft", "chat"))
 
 
 def test_the_time_as_seed(built: Path, models: Path) -> None:
@@ -188,6 +188,18 @@ def test_each_touches_its_rows_only(built: Path, tmp_path: Path) -> None:
     size = path.stat().st_size
     assert peaks[1] > 0.75 * size
     assert peaks[4] < peaks[1] - 0.5 * size, (peaks, size)
+
+
+def test_the_command_of_the_readme(built: Path, models: Path) -> None:
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=True).stdout
+    if "Open MPI" not in version:
+        pytest.skip("it is for Open MPI")
+    line = re.search(r"^    mpirun (.*) --hostfile machines \./run-mpi my.bin (.*)$", README, re.MULTILINE)
+    assert line
+    found = mpirun(
+        *line[1].split(), built, models / "bf16.bin", *line[2].split(), "-n", "3", stdin=b"the cat\n"
+    )
+    assert found.status == 0 and "prefill: " in found.stderr, found
 
 
 def test_the_end_of_one_ends_all(built: Path, models: Path) -> None:
