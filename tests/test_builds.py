@@ -1,5 +1,5 @@
-"""run.c compiles without a warning, with gcc and clang, for every instruction set, with and without OpenMP, and with zig for
-other systems."""
+"""run.c compiles without a warning, with gcc and clang, for every instruction set, with and without OpenMP, and with zig
+for other systems."""
 
 from __future__ import annotations
 

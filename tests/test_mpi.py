@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def without_speed(text: bytes) -> bytes:
 
 MODES: dict[str, tuple[Sequence[str], bytes]] = {
     "generate": (["-f", "-", "-t", "0.9", "-s", "7", "-n", "55", "--json"], TEXT[:50]),
-    "draft": (["-f", "-", "-t", "0", "-n", "60", "--draft", "5", "--json"], TEXT[:90]),
+    "draft": (["-f", "-", "-t", "0", "-n", "60", "--draft", "5", "--json"], TEXT[:52]),
     "perplexity": (["-f", "-", "-m", "perplexity", "--json"], TEXT),
     "next": (["-f", "-", "-m", "next", "--json"], TEXT[:40]),
     "tokenize": (["-f", "-", "-m", "tokenize"], TEXT),
@@ -166,7 +167,7 @@ def test_others_are_refused(built: Path, models: Path, tmp_path: Path) -> None:
 
 
 def test_each_touches_its_rows_only(built: Path, tmp_path: Path) -> None:
-    """The memory of a process that is not its own: a fourth of the weights, and the same again for all else."""
+    """With four processes, the largest memory of one falls by more than half of the weights."""
     path = tmp_path / "m.bin"
     subprocess.run(
         [sys.executable, ROOT / "models" / "random_weights.py", "110m", "-o", path],
@@ -182,6 +183,11 @@ def test_each_touches_its_rows_only(built: Path, tmp_path: Path) -> None:
     args = ["-i", "Hello", "-n", "4", "-c", "64", "-t", "0", "-j", "1"]
     peaks = {}
     for n in (1, 4):
+        with path.open(
+            "rb"
+        ) as file:  # a file that was written just now is in memory in large pages, mapped as a whole
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         found = mpirun("-n", n, sys.executable, script, built, path, *args)
         assert found.status == 0, found
         peaks[n] = max(map(int, found.stdout.split()))
@@ -218,5 +224,7 @@ def test_the_end_of_one_ends_all(built: Path, models: Path) -> None:
     assert len(children) == 3
     os.kill(children[-1], 9)
     assert process.wait(timeout=30) != 0
-    for pid in children:
-        assert not Path(f"/proc/{pid}").exists()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
