@@ -2,18 +2,26 @@
 
 CC ?= cc
 CFLAGS ?= -O3
-ARCH = -march=native
+# Its argument, if the compiler takes these flags.
+known = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo '$(1)')
+NATIVE := $(or $(call known,-march=native),$(call known,-mcpu=native))
+ARCH = $(NATIVE)
 WARNINGS = -Wall -Wextra -Wshadow -Wconversion -Wno-unknown-pragmas
 # No -ffast-math: sums keep the order that run.c gives them, and a * b + c is fused only where run.c says so.
 RULES = -std=c11 -ffp-contract=off -fno-math-errno $(WARNINGS)
-OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+# Apple's compiler has OpenMP without its library, which Homebrew has.
+LIBOMP := $(shell brew --prefix libomp 2>/dev/null)
+OPENMP := $(or $(call known,-fopenmp),$(if $(LIBOMP),\
+	$(call known,-Xpreprocessor -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp)))
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 PYTHON = .venv/bin/python
+ZIG = $(PYTHON) -m ziglang cc
+MPICC = mpicc
 
 COMPILE_RUN = $(CC) $(CFLAGS) $(RULES) $(ARCH) $(OPENMP) run.c -o run -lm
 
 run: run.c Makefile build/command ## the program, for this machine's CPU, with OpenMP where the compiler has it
-	$(if $(OPENMP),,@echo "$(CC) has no OpenMP: run will use one thread")
+	$(if $(OPENMP),,@echo "$(CC) has no OpenMP: run will use one thread, unless libomp (brew) or libomp-dev (apt) is there")
 	$(COMPILE_RUN)
 
 # What run was last built with, so that another CC, ARCH or CFLAGS builds it anew.
@@ -21,13 +29,22 @@ build/command: always
 	@mkdir -p build
 	@echo '$(COMPILE_RUN)' | cmp -s - $@ || echo '$(COMPILE_RUN)' > $@
 
-.PHONY: always demo portable plain debug smollm2 test check bench peers scaling lint clean help
+.PHONY: always demo portable static mpi plain debug smollm2 test check bench peers scaling lint clean help
 
 demo: run ## a story by the small model that ships in models/, another one each time
 	./run -t 0.8
 
 portable: ARCH =
 portable: run ## the same for any CPU of this kind, without its newer instructions: slow
+
+# Of a compiler that can link OpenMP statically, ld may warn of dlopen, which run does not use.
+static: run-static ## run-static: for any Linux on this kind of CPU; TARGET=aarch64-linux-musl (zig, one thread): on others
+run-static: run.c Makefile always
+	$(if $(TARGET),$(ZIG) -target $(TARGET),$(CC) $(OPENMP)) -static $(CFLAGS) $(RULES) run.c -o $@ -lm
+
+mpi: run-mpi ## run-mpi: several machines share a model; needs mpicc
+run-mpi: run.c Makefile
+	$(MPICC) $(CFLAGS) $(RULES) $(ARCH) $(OPENMP) -DMPI run.c -o $@ -lm
 
 plain: run-plain ## run-plain: the plain loops alone, one thread, to read and to step through in a debugger
 run-plain: run.c Makefile
@@ -36,23 +53,28 @@ run-plain: run.c Makefile
 debug: build/run-debug ## build/run-debug, with AddressSanitizer and UndefinedBehaviorSanitizer
 build/run-debug: run.c Makefile
 	@mkdir -p build
-	$(CC) $(RULES) -march=native $(SANITIZE) run.c -o $@ -lm
+	$(CC) $(RULES) $(NATIVE) $(SANITIZE) run.c -o $@ -lm
 
 # The tests' own programs include run.c; build/NAME-VARIANT is one of them for one kind of CPU or compiler.
-build/%-native: FLAGS = -O2 -march=native $(OPENMP)
+build/%-native: FLAGS = -O2 $(NATIVE) $(OPENMP)
 build/%-portable: FLAGS = -O2
 build/%-v3: FLAGS = -O2 -march=x86-64-v3
 build/%-v4: FLAGS = -O2 -march=x86-64-v4
-build/%-sanitized: FLAGS = -march=native $(SANITIZE)
+build/%-sanitized: FLAGS = $(NATIVE) $(SANITIZE)
 build/%-clang: CC = clang
 build/%-clang: FLAGS = -O2 -march=native
 build/%-amx: FLAGS = -O3 -march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -include tests/amx.h $(OPENMP)
 build/%-neon build/%-neon-bf16: CC = aarch64-linux-gnu-gcc
 build/%-neon: FLAGS = -O2 -static
 build/%-neon-bf16: FLAGS = -O2 -static -march=armv8.6-a+bf16
+# Other systems, by their names in zig: build/run-aarch64-macos
+build/%-macos build/%-musl build/%-freebsd: CC = $(ZIG) -target $*
+build/%-macos build/%-musl build/%-freebsd: FLAGS = -O2
 build/%-plain: FLAGS = -O2 -g -DPLAIN
 build/roofline-%: FLAGS += -O3 -Wno-maybe-uninitialized
 COMPILE = @mkdir -p build && $(CC) $(RULES) -Wno-unused-function $(FLAGS) $< -o $@ -lm
+build/run-%: run.c Makefile
+	$(COMPILE)
 build/unit-%: tests/unit.c tests/amx.h run.c Makefile
 	$(COMPILE)
 build/probe-%: tests/probe.c tests/amx.h run.c Makefile
@@ -78,7 +100,7 @@ test: run .venv/installed ## all tests, in a Python environment of their own, .v
 check: build/run-debug run .venv/installed lint ## more: sanitizers, other compilers and CPUs, fuzzing, linters
 	RUN=build/run-debug $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py tests/test_tokenizer.py \
 		tests/test_think.py tests/test_chat.py
-	VARIANTS=sanitized,clang,neon,neon-bf16 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
+	VARIANTS=sanitized,clang,neon,neon-bf16 SYSTEMS=1 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
 	VARIANTS=sanitized $(PYTHON) -m pytest -q -rs -n 2 tests/test_bytelevel.py
 	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py
 	VARIANTS=v3,portable $(PYTHON) -m pytest -q -rs -n 2 tests/test_reference.py
@@ -107,7 +129,7 @@ lint: .venv/installed ## formatters and type checkers, and that the program stay
 	$(PYTHON) tests/counts.py
 
 clean: ## removes what was built, but not .venv
-	rm -rf run run-plain build
+	rm -rf run run-plain run-mpi run-static build
 
 help: ## this text
 	@grep -hE '^[a-z0-9]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12

@@ -24,6 +24,7 @@
  *    9 Plumbing             errors, memory, files, number formats, the process
  *   10 Fast kernels         the loops of section 2 for AVX-512, AMX, AVX2 and NEON
  *   11 Larger than memory   how to use a weights file that does not fit in memory
+ *   12 Several machines     how machines share a model, with MPI
  *
  * Sections 1 to 4 are the language model, written as plain loops. Two functions take nearly all of the time: the matrix
  * product and attention. Section 2 shows both as plain loops, matmul_ref and attention_ref. Section 10 computes the
@@ -840,6 +841,23 @@ static void check_finite(const Model *m, const float *logits, size_t n, size_t p
 static const char *isa(void); // the instruction set
 static void prepare_process(char **argv);
 
+// Several processes that run a model together, see section 12. Without -DMPI, process 0 is alone.
+static int process, n_processes = 1; // the number of this process, from 0 on, and how many there are
+static int error_fd = STDERR_FILENO; // where the last message goes
+static int exit_status;              // if it is not 0 at the exit, the other processes end, too
+static void share_text(Bytes *text); // copies a text of process 0 to the others
+#ifdef MPI
+static void start_processes(int argc, char **argv);
+static void check_files(File weights, uint64_t tokenizer);  // exits unless all processes have the same files
+static void share(void *data, size_t size);                 // copies data of process 0 to the others
+static void gather_rows(float *out, size_t rows, size_t T); // completes a matrix product
+#else
+static void start_processes(int argc, char **argv) { (void)argc, (void)argv; }
+static void check_files(File weights, uint64_t tokenizer) { (void)weights, (void)tokenizer; }
+static void share(void *data, size_t size) { (void)data, (void)size; }
+static void gather_rows(float *out, size_t rows, size_t T) { (void)out, (void)rows, (void)T; }
+#endif
+
 enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
 // Piece.type. NORMAL and BYTE tokens are results of merging. USER_DEFINED ones are found in the text as it is written,
 // and LATE_USER_DEFINED ones in the normalised text. No text becomes a CONTROL token.
@@ -1641,11 +1659,15 @@ static void chat_turn(Session *s, Span message) {
 // Ctrl-C sets this. The handler of a signal can only reach a global variable.
 static volatile sig_atomic_t interrupts;
 
-static bool interrupted(void) { return interrupts; }
+static bool interrupted(void) {
+    bool stop = interrupts;
+    share(&stop, sizeof stop);
+    return stop;
+}
 
 // Exits from a signal handler, which may call very few functions.
 static _Noreturn void exit_from_signal(int status, const char *message) {
-    (void)!write(STDERR_FILENO, message, strlen(message));
+    (void)!write(error_fd, message, strlen(message));
     _exit(status);
 }
 
@@ -1659,7 +1681,7 @@ static void on_sigint(int signal) {
 
 // With SA_RESTART, Ctrl-C does not disturb output. Without, it ends the wait for a line.
 static void install_sigint(int flags) {
-    struct sigaction action = {.sa_handler = on_sigint, .sa_flags = flags};
+    struct sigaction action = {.sa_handler = process ? SIG_IGN : on_sigint, .sa_flags = flags};
     sigaction(SIGINT, &action, NULL);
 }
 
@@ -1709,6 +1731,14 @@ static bool read_message(Chat *chat) {
     return !more || message->n;
 }
 
+// The same for all processes: process 0 reads.
+static bool next_message(Chat *chat) {
+    bool found = process == 0 && read_message(chat);
+    share(&found, sizeof found);
+    share_text(&chat->message);
+    return found;
+}
+
 // Answers -i, and then each message from the terminal, from standard input, or from -f.
 static void chat(Session *s) {
     Tokenizer *t = s->tokenizer;
@@ -1723,12 +1753,13 @@ static void chat(Session *s) {
     s->chat = allocate(1, sizeof *s->chat, "the conversation");
     *s->chat = (Chat){.input = open_text(s->options->prompt_file)};
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
+    share(&s->chat->terminal, sizeof s->chat->terminal);
     start_run(s, s->context.max_tokens);
     install_sigint(SA_RESTART);
     if (s->options->prompt)
         chat_turn(s, span_of(s->options->prompt));
     Bytes *message = &s->chat->message;
-    while (read_message(s->chat))
+    while (next_message(s->chat))
         if (message->n || !s->chat->terminal)
             chat_turn(s, (Span){message->data, message->n});
     print_stats(s);
@@ -2438,7 +2469,9 @@ static const char *tokenizer_path(const Options *o) {
 #ifndef NO_MAIN // the tests include this file and have their own main
 int main(int argc, char **argv) {
     prepare_process(argv);
+    start_processes(argc, argv);
     Options o = parse_options(argc, argv);
+    share(&o.seed, sizeof o.seed);
     const Mode *mode = find_mode(o.mode);
     if (!o.model && !(mode->run == tokenize && o.tokenizer)) // tokenize needs no model
         o.model = DEFAULT_MODEL;
@@ -2460,6 +2493,7 @@ int main(int argc, char **argv) {
            "%016llx",
            s.tokenizer->file.path, o.model, s.model.h.vocab_size, (unsigned long long)s.model.h.vocab_hash,
            t->vocab_size, (unsigned long long)t->vocab_hash);
+    check_files(s.model.file, t->hash);
     mode->run(&s);
     flush_output();
     exit(0); // instead of return, so that no memory counts as lost
@@ -2475,10 +2509,15 @@ static _Noreturn void die(int status, const char *format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
+    sleep((unsigned)process); // if several processes fail alike, the first one speaks for all
+    dup2(error_fd, STDERR_FILENO);
     fputs("run: ", stderr);
+    if (process)
+        fprintf(stderr, "process %d: ", process);
     vfprintf(stderr, format, args);
     fputs(status == EXIT_USAGE ? " (run --help shows the usage)\n" : "\n", stderr);
     va_end(args);
+    exit_status = status;
     exit(status);
 }
 
@@ -2607,9 +2646,19 @@ static File read_file(const char *path, const char *magic, size_t min_size, cons
     return f;
 }
 
-// Opens a file for reading. NULL and "-" mean standard input.
+// Process 0 has read a text, for all.
+static void share_text(Bytes *text) {
+    size_t n = text->n;
+    share(&n, sizeof n);
+    text->n = 0;
+    reserve(text, n);
+    text->n = n;
+    share(text->data, n);
+}
+
+// Opens a file for reading. NULL and "-" mean standard input. Only process 0 reads.
 static FILE *open_text(const char *path) {
-    if (!path || !strcmp(path, "-"))
+    if (process || !path || !strcmp(path, "-"))
         return stdin;
     FILE *file = fopen(path, "rb");
     expect(file, "%s: cannot read: %s", path, strerror(errno));
@@ -2623,7 +2672,7 @@ static Span read_prompt(Session *s) {
         return span_of(o->prompt ? o->prompt : "");
     Bytes *text = &s->tokenizer->prompt;
     FILE *file = open_text(o->prompt_file);
-    while (!feof(file) && !ferror(file)) {
+    while (process == 0 && !feof(file) && !ferror(file)) {
         reserve(text, 1 << 16);
         text->n += fread(text->data + text->n, 1, 1 << 16, file);
         expect(text->n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
@@ -2631,6 +2680,7 @@ static Span read_prompt(Session *s) {
     expect(!ferror(file), "%s: cannot read the prompt: %s", o->prompt_file, strerror(errno));
     if (file != stdin)
         fclose(file);
+    share_text(text);
     return (Span){text->data, text->n};
 }
 
@@ -2887,6 +2937,11 @@ enum {
 static void page_weights(Paging *p, Tensor w); // section 11
 static Paging *open_paging(const Model *m);
 
+// Rows of a matrix: first, first + 1, ..., end - 1.
+typedef struct {
+    size_t first, end;
+} Rows;
+
 #ifdef PLAIN
 enum { FAST = 0 }; // `make plain`: the plain loops of section 2
 #else
@@ -3096,7 +3151,7 @@ static size_t n_params(const Model *m) { return (m->file.size - HEADER_SPACE) / 
 // More threads than this do not pay: they wait for each other several times per layer, which costs microseconds, and
 // more on a busy machine. Each needs at least 768 KB of a layer's weights.
 static size_t max_useful_threads(const Model *m) {
-    return FAST ? max(1, layer_params(m) * sizeof(uint16_t) / (768 << 10)) : 1;
+    return FAST ? max(1, layer_params(m) * sizeof(uint16_t) / (768 << 10) / (size_t)n_processes) : 1;
 }
 
 // Another program that uses a core makes all threads slow: at the end of each loop they wait for the one that has lost
@@ -3460,10 +3515,10 @@ static void amx_micro_kernel(float *out, size_t stride, Tensor w, size_t r, size
 
 // Up to 32 tokens: each few rows are read once, from end to end. More: a part of x stays in L2 while a thread's rows
 // pass.
-static void matmul_amx(RunState *s, float *out, Tensor w, Tensor x, Update update) {
-    size_t share = AMX_BLOCK, cols = w.cols / AMX_BLOCK * AMX_BLOCK, end, passes;
+static void matmul_amx(RunState *s, float *out, Tensor w, Rows own, Tensor x, Update update) {
+    size_t block = AMX_BLOCK, cols = w.cols / AMX_BLOCK * AMX_BLOCK, end, passes;
     if (x.rows > AMX_BLOCK)
-        share = round_up((w.rows + s->threads - 1) / s->threads, AMX_BLOCK);
+        block = max(AMX_BLOCK, round_up((own.end - own.first + s->threads - 1) / s->threads, AMX_BLOCK));
     // All eight tiles of this thread are 16 rows of 64 bytes.
     static const struct {
         uint8_t palette, reserved[15];
@@ -3472,8 +3527,8 @@ static void matmul_amx(RunState *s, float *out, Tensor w, Tensor x, Update updat
     } tiles = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     _tile_loadconfig(&tiles);
 #pragma omp for schedule(static)
-    for (size_t first = 0; first < w.rows; first += share) {
-        Tensor part = slice(w, first, min(share, w.rows - first), 0, w.cols);
+    for (size_t first = own.first; first < own.end; first += block) {
+        Tensor part = slice(w, first, min(block, own.end - first), 0, w.cols);
         size_t rows = part.rows / AMX_BLOCK * AMX_BLOCK;
         for (size_t start = 0; start < x.rows; start = end) {
             end = min(start + AMX_TOKENS, x.rows);
@@ -3490,29 +3545,41 @@ static void matmul_amx(RunState *s, float *out, Tensor w, Tensor x, Update updat
 }
 #endif
 
-// Splits the rows of w among the threads. One token: each thread has a range of rows to stream. A small batch: each
-// few rows are used for all tokens as they arrive. A large batch: a block of rows stays in L2.
+// Returns the rows of a matrix that process p multiplies: all, if it is alone. AMX handles whole blocks of rows, and
+// those that are left in another way, so every part but the last one consists of whole blocks.
+static Rows rows_of(int p, size_t rows) {
+    size_t blocks = (rows + AMX_BLOCK - 1) / AMX_BLOCK, n = (size_t)n_processes;
+    size_t first = blocks * (size_t)p / n, end = blocks * ((size_t)p + 1) / n;
+    return (Rows){first * AMX_BLOCK, min(end * AMX_BLOCK, rows)};
+}
+
+// Splits the rows of w among the processes, and then among the threads. One token: each thread has a range of rows to
+// stream. A small batch: each few rows are used for all tokens as they arrive. A large batch: a block of rows stays in
+// L2.
 static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update) {
     if (!FAST) {
         matmul_ref(out, w, x, update);
         return;
     }
+    Rows own = rows_of(process, w.rows);
 #pragma omp master
-    page_weights(s->paging, w);
+    page_weights(s->paging, slice(w, own.first, own.end - own.first, 0, w.cols));
 #ifdef AMX
     if (x.dtype == BF16_AMX) {
-        matmul_amx(s, out, w, x, update);
+        matmul_amx(s, out, w, own, x, update);
+        gather_rows(out, w.rows, x.rows);
         return;
     }
 #endif
     size_t block = MC;
     if (x.rows == 1)
-        block = (w.rows + s->threads - 1) / s->threads;
+        block = max(1, (own.end - own.first + s->threads - 1) / s->threads);
     else if (x.rows <= SMALL_BATCH)
         block = MR;
 #pragma omp for schedule(static)
-    for (size_t r = 0; r < w.rows; r += block)
-        gemm(out + r, w.rows, slice(w, r, min(block, w.rows - r), 0, w.cols), x, update);
+    for (size_t r = own.first; r < own.end; r += block)
+        gemm(out + r, w.rows, slice(w, r, min(block, own.end - r), 0, w.cols), x, update);
+    gather_rows(out, w.rows, x.rows);
 }
 
 // ---- Attention
@@ -3758,8 +3825,10 @@ static void page_weights(Paging *p, Tensor w) {
         p->keep = SIZE_MAX;
     }
     p->at = start;
-    // Checks pieces before the system reads them ahead.
-    size_t end = min(start + size + PIECES_AHEAD * PIECE_BYTES, p->m->file.size);
+    // Checks pieces before the system reads them ahead, but none of other processes.
+    size_t ahead = n_processes > 1 ? 0 : PIECES_AHEAD * PIECE_BYTES;
+    size_t end = min(start + size + ahead, p->m->file.size);
+    p->n_checked = max(p->n_checked, start / PIECE_BYTES);
     while (p->active && p->n_checked * PIECE_BYTES < end)
         check_resident(p, p->n_checked++);
     while (p->active && (p->n_used + 1) * PIECE_BYTES <= start)
@@ -3778,4 +3847,84 @@ static Paging *open_paging(const Model *m) {
 #else
 static void page_weights(Paging *p, Tensor w) { (void)p, (void)w; }
 static Paging *open_paging(const Model *m) { return (void)m, NULL; }
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// 12 Several machines
+//
+// `make mpi` builds a program for several processes, usually one on each machine. mpirun starts it on all of them. Each
+// process multiplies a part of the rows of every matrix, so it needs only this part of the weights file in memory.
+// After each product, the processes exchange their parts of the result with MPI. All of them compute everything else,
+// so they have the same numbers at any time, which are those of a single process, bit for bit. Process 0 reads texts,
+// for all, and prints.
+
+#ifdef MPI
+#include <mpi.h>
+
+enum { MAX_PROCESSES = 256 };
+
+// Completes out (T, rows), of which each process has computed some columns. To MPI, a column is T numbers that are
+// `rows` apart, and the next column begins one number after it.
+static void gather_rows(float *out, size_t rows, size_t T) {
+#pragma omp master
+    {
+        int counts[MAX_PROCESSES], starts[MAX_PROCESSES];
+        for (int p = 0; p < n_processes; p++) {
+            starts[p] = (int)rows_of(p, rows).first;
+            counts[p] = (int)rows_of(p, rows).end - starts[p];
+        }
+        MPI_Datatype numbers, column;
+        MPI_Type_vector((int)T, 1, (int)rows, MPI_FLOAT, &numbers);
+        MPI_Type_create_resized(numbers, 0, sizeof(float), &column);
+        MPI_Type_commit(&column);
+        MPI_Allgatherv(MPI_IN_PLACE, 0, column, out, counts, starts, column, MPI_COMM_WORLD);
+        MPI_Type_free(&column);
+        MPI_Type_free(&numbers);
+    }
+#pragma omp barrier
+}
+
+static void share(void *data, size_t size) { MPI_Bcast(data, (int)size, MPI_BYTE, 0, MPI_COMM_WORLD); }
+
+static void expect_same(const char *what, const void *data, size_t n) {
+    uint64_t hash = n, hashes[MAX_PROCESSES];
+    for (size_t i = 0; i < n; i++)
+        hash = hash * 31 + ((const unsigned char *)data)[i];
+    MPI_Allgather(&hash, 1, MPI_UINT64_T, hashes, 1, MPI_UINT64_T, MPI_COMM_WORLD);
+    for (int p = 1; p < n_processes; p++)
+        expect(hashes[p] == hashes[0], "process %d: expected the %s of process 0, found others", p, what);
+}
+
+// Compares 64 KB of every 256th part of the weights, because a machine may have no room for all of them.
+static void check_files(File weights, uint64_t tokenizer) {
+    uint64_t hash = weights.size;
+    for (size_t at = 0; at < weights.size; at += round_up(weights.size / 256 + 1, 1 << 16))
+        hash = hash * 31 + hash_of(weights.bytes + at, min(1 << 16, weights.size - at));
+    expect_same("weights file", &hash, sizeof hash);
+    expect_same("tokenizer file", &tokenizer, sizeof tokenizer);
+}
+
+static void end_processes(void) {
+    if (exit_status)
+        MPI_Abort(MPI_COMM_WORLD, exit_status);
+    MPI_Finalize();
+}
+
+static void start_processes(int argc, char **argv) {
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &(int){0}); // only the first thread of a process calls MPI
+    MPI_Comm_rank(MPI_COMM_WORLD, &process);
+    MPI_Comm_size(MPI_COMM_WORLD, &n_processes);
+    atexit(end_processes);
+    expect(n_processes <= MAX_PROCESSES, "expected at most %d processes, found %d", MAX_PROCESSES, n_processes);
+    if (process) { // prints nothing but the message of die
+        error_fd = dup(STDERR_FILENO);
+        (void)!freopen("/dev/null", "w", stdout);
+        dup2(STDOUT_FILENO, STDERR_FILENO);
+    }
+    expect_same("build", VERSION __VERSION__, sizeof VERSION __VERSION__);
+    expect_same("build", isa(), strlen(isa()));
+    expect_same("flags", &argc, sizeof argc);
+    for (int i = 1; i < argc; i++)
+        expect_same("flags", argv[i], strlen(argv[i]));
+}
 #endif

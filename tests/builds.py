@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import platform
 import shutil
@@ -27,6 +28,13 @@ NEEDS: dict[str, list[str]] = {
     "clang": ["clang"],
     "neon": ["aarch64-linux-gnu-gcc", "qemu-aarch64"],
     "neon-bf16": ["aarch64-linux-gnu-gcc", "qemu-aarch64"],
+    # other systems, which zig compiles for; qemu runs those of Linux
+    "aarch64-linux-musl": ["ziglang", "qemu-aarch64"],
+    "x86_64-linux-musl": ["ziglang", *([] if X86 else ["qemu-x86_64"])],
+    "riscv64-linux-musl": ["ziglang", "qemu-riscv64"],
+    "aarch64-macos": ["ziglang"],
+    "x86_64-macos": ["ziglang"],
+    "aarch64-freebsd": ["ziglang"],
 }
 
 
@@ -35,11 +43,23 @@ def variants(default: str) -> list[str]:
     return os.environ.get("VARIANTS", default).split(",")
 
 
+def is_there(need: str) -> bool:
+    """Has this machine this flag of the CPU, program or Python package?"""
+    return need in CPU or bool(shutil.which(need) or importlib.util.find_spec(need))
+
+
 def build(program: str, variant: str) -> list[str]:
     """The command that runs it; skips the test if this machine lacks something."""
-    if missing := [need for need in NEEDS[variant] if need not in CPU and not shutil.which(need)]:
+    if missing := [need for need in NEEDS[variant] if not is_there(need)]:
         pytest.skip(f"{variant} needs {', '.join(missing)}")
     target = f"build/{program}-{variant}"
+    make(target)
+    emulator = [need for need in NEEDS[variant] if need.startswith("qemu-")]
+    return [*emulator, *(["-cpu", "max"] if variant.startswith("neon") else []), str(ROOT / target)]
+
+
+def make(target: str) -> None:
+    """Makes it without a warning."""
     (ROOT / "build").mkdir(exist_ok=True)
     with (ROOT / "build" / "lock").open(
         "w"
@@ -48,5 +68,3 @@ def build(program: str, variant: str) -> list[str]:
         made = subprocess.run(["make", "-s", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     assert "warning" not in made.stderr, made.stderr
-    emulator = ["qemu-aarch64", "-cpu", "max"] if variant.startswith("neon") else []
-    return [*emulator, str(ROOT / target)]

@@ -16,8 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What the two programs have now, and must not exceed. The aims of the second edition were 2,200 and 1,650.
-RUN_LINES = 2900
+# What the two programs have now, and must not exceed. The aims of the second edition were 2,200 and 1,650. Of run.c's
+# lines, 60 are section 12, "Several machines", and 56 are what the other sections need for it.
+RUN_LINES = 3070
 EXPORT_LINES = 2700
 
 NOT_CODE = re.compile(r"\s*(//.*|/?\*.*)?")

@@ -30,7 +30,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def is_command(line: str) -> bool:
     word = line.split()[0]
     return (
-        word in ("make", "python3", "pip", "printf")
+        word in ("make", "python3", "pip", "printf", "mpirun")
         or ("/" in word and not word.endswith(":"))
         or shutil.which(word) is not None
     )
@@ -87,6 +87,9 @@ NOT_RUN = {
     "make bench": "takes many minutes and 30 GB",
     "make peers": "needs the network, and builds for minutes",
     "make smollm2": "needs the network",
+    "make mpi": "needs MPI; test_mpi.py builds it",
+    "make static": "test_builds.py builds it",
+    "mpirun -q -n 4 --map-by node --bind-to none --hostfile machines ./run-mpi my.bin -m chat": "needs four machines",
     "pip install -r requirements.txt": "needs the network",
     "apt-get install clang libomp-dev shellcheck qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross": "root",
     "tests/speed.py --rounds 9 --shapes 1b": "needs llama-cpp-python, which make peers builds",
@@ -275,6 +278,8 @@ def test_commands_that_are_not_run(text: str) -> None:
     elif program == "apt-get":  # what CI installs
         found = (ROOT / ".ci/run").read_text().replace("\\\n", " ").split("apt-get install -y -qq ")[1]
         assert found.split()[: len(arguments) - 1] == arguments[1:]
+    elif program == "mpirun":
+        assert "./run-mpi" in arguments and "run-mpi" in (ROOT / "Makefile").read_text()
     else:
         script = (ROOT / program).read_text()
         assert all(f'"{flag}"' in script for flag in arguments if flag.startswith("--"))

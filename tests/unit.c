@@ -601,7 +601,7 @@ static void check_distribution(float temperature, float top_p, size_t top_k, con
         count[(sample(&s, logits, n) + 2) % n]++;
     double chi = 0;
     for (size_t i = 0; i < n; i++) {
-        double mean = expected[i] * DRAWS;
+        double mean = expected[i] * (double)DRAWS;
         CHECK(expected[i] > 0 || count[i] == 0, "token %zu was drawn %zu times", i, count[i]);
         chi += expected[i] > 0 ? ((double)count[i] - mean) * ((double)count[i] - mean) / mean : 0;
     }
