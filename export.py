@@ -22,25 +22,29 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 import argparse
 import base64
+import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import resource
 import signal
 import struct
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import astuple, dataclass, replace
 from datetime import datetime
 from functools import cache, cached_property
+from importlib.metadata import version
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from re import _parser  # type: ignore[attr-defined]  # the standard library's parser of regular expressions
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
 try:
     import ml_dtypes
@@ -52,6 +56,7 @@ except ImportError as error:
     sys.exit(f"export.py: error: {error} (pip install -r requirements.txt)")
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 LLAMA2_TOKENIZER = Path(__file__).with_name("tokenizer.bin")  # stands beside this program
 
@@ -87,10 +92,58 @@ def naming(about: object) -> Iterator[None]:
     except OSError as error:
         message = error.strerror or str(error)
         raise ExportError(message, error.filename or about) from None
+    except MemoryError:
+        raise ExportError(BEYOND, about) from None
     except Exception as error:  # noqa: BLE001
         message = str(error).strip().partition("\n")[0]
         words = f"damaged, or of an unknown form ({type(error).__name__}: {message})"
         raise ExportError(words, about) from None
+
+
+READ_SECONDS, READ_BYTES = 9, 800 << 20  # of CPU time, and of memory
+BEYOND = f"cannot be read within {READ_SECONDS} s and {READ_BYTES >> 20} MB (--no-limits, if you trust it)"
+
+
+def limited(work: Callable[[], T], room: int = 0) -> T:
+    """Calls `work` in a child process that may take so much CPU time and memory, and `room` bytes, but no more.
+
+    What templates, expressions, archives and counts in a file make a library do cannot be known beforehand.
+    """
+    forking = multiprocessing.get_context("fork")
+    receiver, sender = forking.Pipe(duplex=False)
+    result: T
+    error: ExportError | ImportError | None
+
+    def child() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CPU, (READ_SECONDS, READ_SECONDS))
+        with suppress(OSError):  # only Linux has this file
+            pages = int(Path("/proc/self/statm").read_text().split()[5])
+            memory = pages * resource.getpagesize() + READ_BYTES + room
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        said = io.StringIO()
+        with suppress(MemoryError), redirect_stderr(said):
+            try:
+                result, error = work(), None
+            except (ExportError, ImportError) as caught:
+                result, error = None, caught
+            sender.send((result, error, said.getvalue()))
+
+    process = forking.Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        result, error, said = receiver.recv()
+    except EOFError:
+        raise ExportError(BEYOND) from None
+    finally:
+        process.kill()
+        process.join()
+    print(said, end="", file=sys.stderr)
+    if error:
+        raise error
+    return result
 
 
 def say(kind: str, message: object) -> None:
@@ -138,6 +191,8 @@ def kind_of(start: bytes) -> str | None:
 
 
 def kind_of_file(path: Path) -> str | None:
+    if path.exists() and not path.is_file():  # a device has no end, and a pipe may have no beginning
+        raise ExportError("expected a regular file", path)
     with open(path, "rb") as file:
         return kind_of(file.read(512))
 
@@ -158,16 +213,20 @@ TYPES[list] = "a list"
 
 def read_json(path: Path) -> dict[str, Any]:
     with naming(path):
-        data = path.read_bytes()
+        kind = kind_of_file(path)
         try:
-            values = json.loads(data)
+            values = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            kind = kind_of(data[:512])
             words = f": {error}" if kind in (None, "a JSON file") else f" but {kind}"
             raise ExportError(f"not JSON{words}") from None
         if not isinstance(values, dict):
             raise ExportError(f"expected a JSON object, found {values!r:.40}")
         return values
+
+
+def read_text(path: Path) -> str:
+    kind_of_file(path)
+    return path.read_text("utf-8")
 
 
 def setting(s: Settings, key: str, kind: type, *default: Any) -> Any:
@@ -239,8 +298,9 @@ class Config:
     def __post_init__(self) -> None:
         """Checks what the layout needs; run.c checks the limits of what it computes."""
         for name, value in list(vars(self).items())[:8]:
-            if not 1 <= value <= 1 << 28:
-                raise ExportError(f"{name} is {value}, expected 1 to {1 << 28}")
+            limit = 1 << (28 if name == "max_seq_len" else 24)
+            if not 1 <= value <= limit:
+                raise ExportError(f"{name} is {value}, expected 1 to {limit}")
         if self.n_heads % self.n_kv_heads:
             raise ExportError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -557,6 +617,11 @@ def read_torch(path: Path) -> dict[str, Tensor]:
             isinstance(tensor, torch.Tensor) for tensor in found.values()
         ):
             raise ExportError("expected a dictionary of tensors, found something else in its pickle")
+        size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+        if (
+            size > 4 * path.stat().st_size
+        ):  # strides of 0 make much out of little, a shared storage not so much
+            raise ExportError(f"a damaged PyTorch file: its tensors would have {size} bytes")
         if in_zip:
             check_records(path, found.values())
     return {str(name): tensor_of_torch(path, tensor.detach()) for name, tensor in found.items()}
@@ -1010,10 +1075,11 @@ def gguf_splits(path: Path, s: Settings) -> list[Path]:
     name = re.fullmatch(rf"(.*)-00001-of-{count:05}\.gguf", path.name)
     if not name:
         raise ExportError(f"one of {count} files, expected the first, NAME-00001-of-{count:05}.gguf")
-    paths = [path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf") for i in range(2, count + 1)]
-    for other in paths:
-        if not other.is_file():
-            raise ExportError(f"missing, but {path.name} says there are {count} files", other)
+    paths = []
+    for i in range(2, count + 1):
+        paths.append(path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf"))
+        if not paths[-1].is_file():
+            raise ExportError(f"missing, but {path.name} says there are {count} files", paths[-1])
     return paths
 
 
@@ -1667,7 +1733,7 @@ class TokenizerFolder:
             expected = "expected GPT2Tokenizer or Qwen2Tokenizer"
             raise ExportError(f"vocab.json of the tokenizer_class {name!r}, {expected}")
         qwen = name == "Qwen2Tokenizer"
-        lines = (self.folder / "merges.txt").read_text("utf-8").split("\n")
+        lines = read_text(self.folder / "merges.txt").split("\n")
         prefix = bool(self.config.get("add_prefix_space", False))
         encoder = {"type": "ByteLevel", "add_prefix_space": prefix, "use_regex": not qwen}
         split = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated"}
@@ -1686,7 +1752,7 @@ class TokenizerFolder:
         special = self.special().values()
         for name, id in self.read("added_tokens.json").items():
             found.setdefault(id, {"content": name, "special": name in special})
-        if any(type(id) is not int or not 0 <= id < 1 << 24 for id in (*found, *self.vocab.values())):
+        if any(type(id) is not int or not 0 <= id < 1 << 22 for id in (*found, *self.vocab.values())):
             raise ExportError("a token with an id out of range")
         return found
 
@@ -1744,7 +1810,7 @@ class TokenizerFolder:
         """The vocabulary, the added tokens over it, and what no text becomes as control tokens."""
         rows = self.model_config.get("vocab_size")  # a model may have more, for speed's sake
         size = max([*vocabulary, *self.added, -1]) + 1
-        tokens = [Token(b"", UNUSED)] * max(size, rows if isinstance(rows, int) and rows < 1 << 24 else 0)
+        tokens = [Token(b"", UNUSED)] * max(size, rows if isinstance(rows, int) and rows < 1 << 22 else 0)
         for id, token in vocabulary.items():
             tokens[id] = token
         special = {self.ids[name] for name in self.special().values() if name in self.ids}
@@ -1897,7 +1963,7 @@ class TokenizerFolder:
 
     def chat_template(self) -> str | None:
         if (self.folder / "chat_template.jinja").is_file():
-            return (self.folder / "chat_template.jinja").read_text("utf-8")
+            return read_text(self.folder / "chat_template.jinja")
         found = self.config.get("chat_template") or self.read("chat_template.json").get("chat_template")
         if isinstance(found, list):  # several of them, by name
             names = {str(t.get("name")): t.get("template") for t in found}
@@ -1946,12 +2012,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
     with naming(path):
         if path.is_dir():
             return TokenizerFolder(path).tokenizer()
-        data = path.read_bytes()
-        kind = kind_of(data[:512])
+        kind = kind_of_file(path)
         if kind == "a JSON file":
             return TokenizerFolder(path.parent, path).tokenizer()
         if kind == "a GGUF file":
             return tokenizer_of_gguf(read_gguf(path)[0])
+        data = path.read_bytes()
         if kind == "a twofiles tokenizer file":
             return Tokenizer.from_bytes(data)
         if kind == "a tiktoken vocabulary":
@@ -2074,6 +2140,8 @@ class Automaton:
         return f"(?i:{found})" if any_case and found.isalpha() else found
 
     def add(self, what: str, to: tuple[int, ...], of: str = "") -> int:
+        if len(self.program) > 1 << 16:
+            self.refuse()
         self.program.append((what, to, of))
         return len(self.program) - 1
 
@@ -2225,14 +2293,31 @@ class TemplateError(Exception):
     """Why a chat template cannot be used."""
 
 
+@contextmanager
+def naming_template() -> Iterator[None]:
+    """Makes a TemplateError of whatever goes wrong: a template may do anything."""
+    try:
+        yield
+    except TemplateError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise TemplateError(f"{type(error).__name__}: {error}") from None
+
+
 class ChatTemplate:
     """A checkpoint's own chat template, rendered as transformers does it."""
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
-        from jinja2 import TemplateError as JinjaError
         from jinja2 import nodes
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if [int(n) for n in re.findall(r"\d+", version("jinja2"))] < [
+            3,
+            1,
+            6,
+        ]:  # they let templates out of the sandbox
+            raise ImportError(f"expected jinja2 3.1.6 or newer, found {version('jinja2')}")
 
         class Generation(Extension):
             """{% generation %} marks what training counts; its body is all that it renders."""
@@ -2258,10 +2343,8 @@ class ChatTemplate:
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.source, self.special = source, special
-        try:
+        with naming_template():
             self.template = environment.from_string(source)
-        except JinjaError as error:
-            raise TemplateError(str(error)) from None
 
     def render(self, turns: Sequence[str], system: str | None = None, **options: Any) -> str:
         """A text of turns (the user's, an answer, the user's, ...), up to where the model starts to answer the last."""
@@ -2273,12 +2356,10 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
-        try:
-            return self.template.render(**given, **self.special, **options)
-        except TemplateError:
-            raise
-        except Exception as error:  # noqa: BLE001 a template may do anything
-            raise TemplateError(f"{type(error).__name__}: {error}") from None
+        with naming_template():
+            text = self.template.render(**given, **self.special, **options)
+            text.encode()  # fails for half a pair of surrogates, which is no text
+            return text
 
 
 def cut(text: str, marks: Sequence[str]) -> list[str]:
@@ -2460,10 +2541,11 @@ def progress(what: str, total: int) -> tqdm[Any]:
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that appears as `path` when it is complete, or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp-{os.urandom(8).hex()}")
     try:
-        # Long writes let the kernel keep the file in large pages, which are faster to read.
-        with open(temporary, "wb", buffering=LONG_WRITE) as file:
+        # A file of its own, not what a link leads to. Long writes let the kernel keep it in large pages, which are
+        # faster to read.
+        with open(temporary, "xb", buffering=LONG_WRITE) as file:
             yield file
         os.replace(temporary, path)
     except OSError as error:
@@ -2601,21 +2683,38 @@ def context_length(model: Model, wanted: int | None) -> int:
     return model.window
 
 
-def export(args: argparse.Namespace) -> None:
+def open_model(args: argparse.Namespace) -> Model:
+    model = open_source(args.source)
+    return with_adapter(model, args.lora) if args.lora else model
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[Path, Tokenizer]:
+    """The tokenizer and its file; opens the model, too, just to see that this can be done."""
     with naming(args.source):
-        model = open_source(args.source)
-        if args.lora:
-            model = with_adapter(model, args.lora)
-        model.config = replace(model.config, max_seq_len=context_length(model, args.max_seq_len))
+        with redirect_stderr(io.StringIO()):
+            model = open_model(args)
         tokenizer = args.tokenizer or model.tokenizer_file
         if tokenizer is None:
             size = f"of {model.config.vocab_size} tokens ({', '.join(TOKENIZER_FILES)})"
             raise ExportError(f"no tokenizer {size} at hand, use --tokenizer FILE")
-        path = args.output.resolve()
-        folders = [folder for folder in (args.source, args.lora, tokenizer) if folder and folder.is_dir()]
+        return tokenizer, read_tokenizer(tokenizer)
+
+
+def export(args: argparse.Namespace) -> None:
+    with naming(args.source):
+        folders = [folder for folder in (args.source, args.lora) if folder and folder.is_dir()]
         beside = [file for folder in folders for file in folder.iterdir()]
-        check_outputs(path, [args.source, tokenizer, *beside, *{t.path for t in model.tensors.values()}])
-        dtype = write_model(path, model, read_tokenizer(tokenizer), args.dtype, args.verify)
+        if args.no_limits:
+            tokenizer_file, tokenizer = read_inputs(args)
+        else:  # torch maps files into memory
+            room = sum(file.stat().st_size for file in beside if file.suffix in (".bin", ".pth"))
+            tokenizer_file, tokenizer = limited(lambda: read_inputs(args), room)
+        model = open_model(args)
+        model.config = replace(model.config, max_seq_len=context_length(model, args.max_seq_len))
+        path = Path(os.path.realpath(args.output))
+        beside += tokenizer_file.iterdir() if tokenizer_file.is_dir() else []
+        check_outputs(path, [args.source, tokenizer_file, *beside, *{t.path for t in model.tensors.values()}])
+        dtype = write_model(path, model, tokenizer, args.dtype, args.verify)
     report(args.output, model, dtype, args.verify)
 
 
@@ -2636,6 +2735,8 @@ def main() -> int:
     parser.add_argument("--lora", metavar="DIR", type=Path, help="PEFT adapter to merge into the weights")
     parser.add_argument("--verify", action="store_true", help="compare the result with the source")
     parser.add_argument("--max-seq-len", metavar="N", type=positive, help="instead of the checkpoint's")
+    limits = f"read what takes more than {READ_SECONDS} s or {READ_BYTES >> 20} MB to read, too, before any weights"
+    parser.add_argument("--no-limits", action="store_true", help=limits)
     args = parser.parse_args()
     return exit_status(lambda: export(args))
 
