@@ -175,7 +175,7 @@ FILE_KINDS = [  # what a file is, by its first bytes
     (rb".{257}ustar", "a tar archive (unpack it)"),
     (rb"%PDF|\x89PNG|\xff\xd8\xff", "a document or an image"),
     (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file (the download has failed)"),
-    (rb"\s*[{\[]\s*[\"{\[}\]]", "a JSON file"),
+    (rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[}\]]", "a JSON file"),
     (rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", "a tiktoken vocabulary"),
     (rb"\n.\n", "a SentencePiece model"),
     (rb"[\t\n\r -~]{16,}", "a text file"),
@@ -905,11 +905,22 @@ def sliding_window(family: str, s: Settings, config: Config) -> int | None:
 
 
 def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
-    """In one file, or in several: what lies in one that is missing will be missed."""
+    """In one file, or in those that the index names, or if one of these is missing, in all that look like shards."""
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
-        one = folder / name
+        one, index = folder / name, folder / f"{name}.index.json"
         paths = [one] if one.exists() else sorted(folder.glob(f"*-of-*{one.suffix}"))
-        found = {name: tensor for path in paths for name, tensor in read(path).items()}
+        if not one.exists() and index.exists():
+            named = {
+                folder / Path(str(file)).name
+                for file in setting(read_json(index), "weight_map", dict).values()
+            }
+            paths = sorted(named) if all(path.exists() for path in named) else paths
+        found: dict[str, Tensor] = {}
+        for path in paths:
+            part = read(path)
+            for twice in part.keys() & found.keys():
+                raise ExportError(f"has the tensor {twice}, as {found[twice].path.name} has", path)
+            found |= part
         if paths:
             prefix = "" if any(name.startswith("model.") for name in found) else "model."  # a bare LlamaModel
             return {name if name.startswith("lm_head.") else prefix + name: t for name, t in found.items()}
@@ -1210,6 +1221,10 @@ def open_source(path: Path) -> Model:
         for settings, opener in (("config.json", open_hugging_face), ("params.json", open_meta)):
             if (path / settings).exists():
                 return opener(path)
+        if (path / "adapter_config.json").exists():
+            raise ExportError(
+                "an adapter (expected the directory of its model, and this one behind --lora)", path
+            )
         expected = "config.json (as Hugging Face has it) or params.json (as Meta has it)"
         raise ExportError(f"a directory without {expected}", path)
     kind = kind_of_file(path)
@@ -2560,14 +2575,27 @@ def tokenizer_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".bin") + ".tokenizer.bin")
 
 
-def padded(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """With unused tokens at the end: embeddings may have a few rows more, for a round number (as Qwen's)."""
-    missing = vocab_size - len(tokenizer.tokens)
-    if not 0 < missing <= vocab_size // 16 or vocab_size % 64:
-        return tokenizer
-    counts = f"the model has {vocab_size} tokens, the tokenizer {vocab_size - missing}"
-    say("warning", f"{counts}: the others print nothing")
-    return replace(tokenizer, tokens=tokenizer.tokens + [Token(b"", UNUSED)] * missing)
+def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """With as many tokens as the model has, if those that differ are at the end, and no text needs them.
+
+    Embeddings may have a few rows more, for a round number (as Qwen's); or one less, as someone added a padding token.
+    """
+    tokens, missing = tokenizer.tokens, vocab_size - len(tokenizer.tokens)
+    counts = f"the model has {vocab_size} tokens, the tokenizer {len(tokens)}"
+    if 0 < missing <= vocab_size // 16 and vocab_size % 64 == 0:
+        say("warning", f"{counts}: the others print nothing")
+        return replace(tokenizer, tokens=tokens + [Token(b"", UNUSED)] * missing)
+    if missing < 0 and not any(token.type in (NORMAL, BYTE) for token in tokens[vocab_size:]):
+        say(
+            "warning",
+            f"{counts}, of which the last are left out, from {tokens[vocab_size].text.decode(errors='replace')!r} on",
+        )
+        stop_ids = tuple(id for id in tokenizer.stop_ids if id < vocab_size)
+        used = tokenizer.template.parts if tokenizer.template else ()
+        lost = any(isinstance(item, int) and item >= vocab_size for item in chain.from_iterable(used))
+        template = None if lost else tokenizer.template
+        return replace(tokenizer, tokens=tokens[:vocab_size], stop_ids=stop_ids, template=template)
+    return tokenizer
 
 
 def write_model(
@@ -2578,7 +2606,7 @@ def write_model(
     Leaves nothing behind if one cannot be written or does not fit the other.
     """
     config = model.config
-    tokenizer = padded(tokenizer, config.vocab_size)
+    tokenizer = fitted(tokenizer, config.vocab_size)
     if len(tokenizer.tokens) != config.vocab_size:
         raise ExportError(f"the model has {config.vocab_size} tokens, the tokenizer {len(tokenizer.tokens)}")
     tokenizer = replace(tokenizer, stop_ids=unique(tokenizer.stop_ids + model.stop_ids)[:MAX_STOP_IDS])
