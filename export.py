@@ -485,11 +485,13 @@ def half_split(tensor: Tensor, head_dim: int) -> Tensor:
     return tensor._replace(rows=rows, unit=head_dim)
 
 
-def stacked(shards: list[Tensor]) -> Tensor:
-    """The rows of the first shard, then those of the next."""
-    *firsts, height = accumulate((shard.shape[0] for shard in shards), initial=0)
+def concatenated(shards: list[Tensor], axis: int) -> Tensor:
+    """The rows of the first shard, then those of the next; or (axis 1) each row begins in the first, and goes on."""
+    *firsts, total = accumulate((shard.shape[axis] for shard in shards), initial=0)
 
     def rows(start: int, stop: int) -> Array:
+        if axis == 1:
+            return np.concatenate([shard.rows(start, stop) for shard in shards], axis=1)
         found = []
         for first, shard in zip(firsts, shards, strict=True):
             begin, end = max(start - first, 0), min(stop - first, shard.shape[0])
@@ -497,17 +499,8 @@ def stacked(shards: list[Tensor]) -> Tensor:
                 found.append(shard.rows(begin, end))
         return np.concatenate(found)
 
-    return shards[0]._replace(shape=(height, *shards[0].shape[1:]), rows=rows)
-
-
-def side_by_side(shards: list[Tensor]) -> Tensor:
-    """Each row begins in the first shard, and goes on in the next."""
-    height, width = shards[0].shape[0], sum(shard.shape[1] for shard in shards)
-
-    def rows(start: int, stop: int) -> Array:
-        return np.concatenate([shard.rows(start, stop) for shard in shards], axis=1)
-
-    return shards[0]._replace(shape=(height, width), rows=rows)
+    height, *width = shards[0].shape
+    return shards[0]._replace(shape=(height, total) if axis == 1 else (total, *width), rows=rows)
 
 
 # Buffers that run.c computes itself: RoPE's angles, and masks of attention
@@ -613,9 +606,8 @@ def read_torch(path: Path) -> dict[str, Tensor]:
                 raise
             expected = "expected tensors and nothing that could run code"
             raise ExportError(f"its pickle asks for {asked[1]}, {expected}") from None
-        if not isinstance(found, dict) or not all(
-            isinstance(tensor, torch.Tensor) for tensor in found.values()
-        ):
+        tensors = found.values() if isinstance(found, dict) else [None]
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
             raise ExportError("expected a dictionary of tensors, found something else in its pickle")
         size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
         if (
@@ -766,10 +758,8 @@ def config_of(source: int, s: Settings, found: dict[str, Tensor], **others: Any)
     for field, key in said.items():
         kind = float if field == "norm_eps" else int
         value = setting(s, key, kind, None)
-        if value is not None and (field, value) != (
-            "vocab_size",
-            -1,
-        ):  # which Meta writes for "ask the tokenizer"
+        ask_the_tokenizer = field == "vocab_size" and value == -1  # as Meta has it
+        if value is not None and not ask_the_tokenizer:
             values[field] = value
     for field in ("n_layers", "n_heads", "max_seq_len", "norm_eps"):
         if field not in values:
@@ -943,11 +933,9 @@ def open_meta(folder: Path) -> Model:
         n_layers = setting(s, "n_layers", int)
     shards = meta_shards(folder)
     whole = {name: joined(name, [shard[name] for shard in shards]) for name in shards[0]}
-    if (
-        "norm.weight" in whole
-        and shape_of(whole, "tok_embeddings.weight")[1] != whole["norm.weight"].shape[0]
-    ):
-        whole["tok_embeddings.weight"] = side_by_side([shard["tok_embeddings.weight"] for shard in shards])
+    columns = shape_of(whole, "tok_embeddings.weight")[1]
+    if "norm.weight" in whole and columns != whole["norm.weight"].shape[0]:
+        whole["tok_embeddings.weight"] = concatenated([shard["tok_embeddings.weight"] for shard in shards], 1)
     found = by_hugging_face_names(whole, n_layers)
     with naming(path):
         rope = {"rope_theta": setting(s, "rope_theta", float, 10000.0)}
@@ -1007,11 +995,8 @@ def joined(name: str, shards: list[Tensor]) -> Tensor:
         raise ExportError(f"tensor {name} differs in shape or type from {other}'s", shards[-1].path)
     if len(shards) == 1 or len(shards[0].shape) != 2:
         return shards[0]
-    return (
-        side_by_side(shards)
-        if name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-        else stacked(shards)
-    )
+    by_columns = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+    return concatenated(shards, int(by_columns))
 
 
 def meta_context(s: Settings) -> int:
@@ -1273,7 +1258,7 @@ class WordTables(NamedTuple):
     char_class: bytes = b""  # of each code point, then of stray bytes
     transitions: tuple[
         tuple[int, ...], ...
-    ] = ()  # (states, classes): twice the next state, + 1 at the end of a word
+    ] = ()  # (states, classes): twice the next state, + 1 at a word's end
     n_dfas: int = 0
 
 
@@ -1377,7 +1362,7 @@ class Tokenizer:
                 len(sorted_ids),
                 len(merges),
                 n_dfas,
-                len(transitions[0]) if transitions else 0,
+                len(transitions[0] if transitions else ()),
                 len(transitions),
             ),
             *(self.template.flags if self.template else 0, len(classes), len(texts)),
@@ -1450,10 +1435,8 @@ class Tokenizer:
         opens = TEMPLATE_PARTS.index("opens_answer")  # from here on, what the model may say itself
         used = {item for script in template.parts[:opens] for item in script if isinstance(item, int)}
         tokens = [t._replace(type=CONTROL) if id in used else t for id, t in enumerate(self.tokens)]
-        ends = [
-            item for item in template.parts[TEMPLATE_PARTS.index("after_answer")] if isinstance(item, int)
-        ][:1]
-        stop_ids = unique((*self.stop_ids, *ends))
+        after_answer = template.parts[TEMPLATE_PARTS.index("after_answer")]
+        stop_ids = unique((*self.stop_ids, *[item for item in after_answer if isinstance(item, int)][:1]))
         return replace(self, tokens=tokens, template=template, stop_ids=stop_ids)
 
 
@@ -1476,12 +1459,12 @@ def u32(rows: Sequence[Any] | Array) -> bytes:
 # ---- SentencePiece: llama2.c's tokenizer.bin, .model files, and GGUF's "llama"
 
 
+BAR = "▁"  # a space, in the names of tokens
+
+
 def sentencepiece(pieces: Iterable[tuple[bytes, int, float]], **settings: Any) -> Tokenizer:
     """A tokenizer of (name, type, score) of each token."""
-    tokens = [
-        Token(token_text(name, type) if name else b"", type if name else UNUSED, score)
-        for name, type, score in pieces
-    ]
+    tokens = [token_of(*piece) for piece in pieces]
     return Tokenizer(tokens, words=word_tables(words_at_spaces(tokens)), **settings)
 
 
@@ -1490,13 +1473,14 @@ def token_type(name: bytes) -> int:
     return BYTE if re.fullmatch(rb"<0x[0-9A-F]{2}>", name) else NORMAL
 
 
-def token_text(name: bytes, type: int) -> bytes:
-    """What a token prints, from its name in a vocabulary."""
+def token_of(name: bytes, type: int, score: float = 0.0) -> Token:
+    """By its name in a vocabulary: a space is '▁' there, and a byte <0x0A>."""
+    if not name:
+        return Token(b"", UNUSED, score)
     if type == BYTE:
-        return bytes([int(name[3:5], 16)])
-    return (
-        name.replace("▁".encode(), b" ") if type in (NORMAL, USER_DEFINED, USER_DEFINED_NORMALIZED) else name
-    )
+        return Token(bytes([int(name[3:5], 16)]), BYTE, score)
+    spaced = type in (NORMAL, USER_DEFINED, USER_DEFINED_NORMALIZED)
+    return Token(name.replace(BAR.encode(), b" ") if spaced else name, type, score)
 
 
 def words_at_spaces(tokens: Sequence[Token]) -> list[str]:
@@ -1563,6 +1547,14 @@ def tokenizer_of_model(data: bytes) -> Tokenizer:
 # ---- byte-level BPE: tokenizer.json, GGUF's "gpt2", tiktoken
 
 
+def byte_level_bpe(
+    tokens: list[Token], merges: Iterable[Merge], patterns: Sequence[str], **settings: Any
+) -> Tokenizer:
+    """A tokenizer that merges bytes, in words that the patterns cut, by the order of `merges`."""
+    settings |= {"merges_by_rank": True, "kind": BYTE_LEVEL_BPE, "words": word_tables(patterns)}
+    return Tokenizer(tokens, merges=tuple(merges), **settings)
+
+
 @cache
 def byte_of_character() -> dict[str, int]:
     """GPT-2's way to write bytes: the printable ones of Latin-1 as they are, the others from U+0100 on."""
@@ -1578,9 +1570,7 @@ def byte_level_token(name: str) -> Token:
     return Token(bytes(table[c] for c in name), BYTE if len(name) == 1 else NORMAL)
 
 
-def merges_of(
-    named: Sequence[str | list[str]], ids: Mapping[str, int], tokens: Sequence[Token]
-) -> tuple[Merge, ...]:
+def merges_of(named: Iterable[Any], ids: Mapping[str, int], tokens: Sequence[Token]) -> tuple[Merge, ...]:
     """By the tokens' ids; of several of one pair the last counts. Those that would make a control token are left out."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in named]
     try:
@@ -1612,19 +1602,8 @@ def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
     tokens = [Token(text, BYTE if len(text) == 1 else NORMAL) for text in texts]
     names = [LLAMA3_SPECIAL.get(i, f"reserved_special_token_{i}") for i in range(256)]
     tokens += [Token(f"<|{name}|>".encode(), CONTROL) for name in names]
-    return Tokenizer(
-        tokens,
-        bos_id=n,
-        unk_id=-1,
-        stop_ids=(n + 1, n + 9, n + 8),
-        add_bos=True,
-        add_dummy_prefix=False,
-        merges_by_rank=True,
-        ignore_merges=True,
-        kind=BYTE_LEVEL_BPE,
-        merges=tuple(merges),
-        words=word_tables([LLAMA3]),
-    )
+    settings: dict[str, Any] = {"bos_id": n, "unk_id": -1, "stop_ids": (n + 1, n + 9, n + 8), "add_bos": True}
+    return byte_level_bpe(tokens, merges, [LLAMA3], add_dummy_prefix=False, ignore_merges=True, **settings)
 
 
 # Texts of tokens that end what a model says, whatever a GGUF file says of them, as in llama.cpp
@@ -1662,40 +1641,27 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             types[id] = CONTROL
     prefix = setting(s, "ggml.add_space_prefix", bool, not byte_level)
     pre = s.get("ggml.pre", "")
-    settings: dict[str, Any] = {
-        "bos_id": bos,
-        "stop_ids": stop_ids,
-        "add_bos": setting(s, "ggml.add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
-        and bos >= 0,
-        "add_dummy_prefix": prefix,
-        "prefix_after_special": prefix,
-    }
+    settings: dict[str, Any] = {"bos_id": bos, "stop_ids": stop_ids}
+    settings |= {"add_dummy_prefix": prefix, "prefix_after_special": prefix}
+    adds_bos = setting(s, "ggml.add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
+    settings["add_bos"] = adds_bos and bos >= 0
     if not byte_level:
-        pieces = (
-            (name.encode(), type, score) for name, type, score in zip(names, types, scores, strict=True)
-        )
-        found = sentencepiece(pieces, unk_id=unk, **settings)
+        found = sentencepiece(zip(map(str.encode, names), types, scores, strict=True), unk_id=unk, **settings)
     else:
         if pre not in GGUF_PATTERNS:
             raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
         if pre in GGUF_NFC:
             note_nfc()
         tokens = [
-            byte_level_token(name)
-            if type == NORMAL
-            else Token(token_text(name.encode(), type), type if name else UNUSED)
+            byte_level_token(name) if type == NORMAL else token_of(name.encode(), type)
             for name, type in zip(names, types, strict=True)
         ]
-        found = Tokenizer(
-            tokens,
-            unk_id=-1,  # llama.cpp leaves out unknown bytes
-            merges_by_rank=True,
-            ignore_merges=pre in GGUF_IGNORES_MERGES,
-            kind=BYTE_LEVEL_BPE,
-            merges=merges_of(s.get("ggml.merges", ()), ids, tokens),
-            words=word_tables(GGUF_PATTERNS[pre]),
-            **settings,
-        )
+        settings |= {
+            "unk_id": -1,
+            "ignore_merges": pre in GGUF_IGNORES_MERGES,
+        }  # llama.cpp leaves out unknown bytes
+        merges = merges_of(s.get("ggml.merges", ()), ids, tokens)
+        found = byte_level_bpe(tokens, merges, GGUF_PATTERNS[pre], **settings)
     added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
     special_ids = {"bos_token": bos, "eos_token": eos, "unk_token": s.get("ggml.unknown_token_id", -1)}
     special = {key: names[id] for key, id in special_ids.items() if id >= 0}
@@ -1705,7 +1671,7 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 # ---- the files of a Hugging Face tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them has the vocabulary
-BAR = "▁"
+PLAIN_DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip")
 
 
 def note_nfc() -> None:
@@ -1775,11 +1741,8 @@ class TokenizerFolder:
         """bos_token, eos_token and so on, by their names."""
         found: dict[str, str] = {}
         if self.base:
-            ids = {
-                "bos_token": self.base.bos_id,
-                "eos_token": (*self.base.stop_ids, -1)[0],
-                "unk_token": self.base.unk_id,
-            }
+            ids = {"bos_token": self.base.bos_id, "unk_token": self.base.unk_id}
+            ids["eos_token"] = (*self.base.stop_ids, -1)[0]
             found = {key: self.base.tokens[id].text.decode() for key, id in ids.items() if id >= 0}
         for config in (self.special_map, self.config):
             for key, value in config.items():
@@ -1833,13 +1796,8 @@ class TokenizerFolder:
         control |= {id for id, token in self.added.items() if token.get("special")}
         for id, entry in self.added.items():
             name = entry["content"]
-            type = (
-                CONTROL
-                if id in control
-                else USER_DEFINED_NORMALIZED
-                if entry.get("normalized")
-                else USER_DEFINED
-            )
+            type = USER_DEFINED_NORMALIZED if entry.get("normalized") else USER_DEFINED
+            type = CONTROL if id in control else type
             strange = [key for key in ("lstrip", "rstrip", "single_word") if entry.get(key)]
             if strange and type != CONTROL:  # it is not simply sought, the longest at each place of the text
                 raise ExportError(f"the added token {name!r} is {strange[0]} (not supported)")
@@ -1888,18 +1846,9 @@ class TokenizerFolder:
             if model.get(option):
                 raise ExportError(f"a tokenizer.json with {option} {model[option]!r} (not supported)")
         for step in flattened(self.json.get("decoder"), "decoders"):
-            plain = step.get("content") == " " or step["type"] in (
-                "ByteLevel",
-                "Metaspace",
-                "ByteFallback",
-                "Fuse",
-                "Strip",
-            )
-            if not plain:
-                say(
-                    "note",
-                    f"text is printed without this step of the tokenizer's decoder: {json.dumps(step):.200}",
-                )
+            if step["type"] not in PLAIN_DECODERS and step.get("content") != " ":
+                step = f"{json.dumps(step):.200}"
+                say("note", f"text is printed without this step of the tokenizer's decoder: {step}")
         kinds = flattened(self.json.get("pre_tokenizer"), "pretokenizers")
         normalizers = flattened(self.json.get("normalizer"), "normalizers")
         if any(normalizer["type"] == "NFC" for normalizer in normalizers):
@@ -1938,9 +1887,8 @@ class TokenizerFolder:
 
     def sentencepiece_token(self, name: str) -> Token:
         type = token_type(name.encode())
-        if not name or (type == BYTE and not self.json["model"].get("byte_fallback")):
-            type = UNUSED
-        return Token(token_text(name.encode(), type), type)
+        lost = type == BYTE and not self.json["model"].get("byte_fallback")
+        return token_of(name.encode(), UNUSED if lost else type)
 
     def sentencepiece_words(
         self, kinds: list[Any], normalizers: list[Any], tokens: list[Token]
@@ -2129,7 +2077,7 @@ class Automaton:
         text = re.sub(rf"(?P<structure>{STRUCTURE})|(?P<set>{SET})|.", self.letter, pattern, flags=re.DOTALL)
         try:
             tree = _parser.parse(text)
-        except (re.error, RecursionError):
+        except (re.error, RecursionError, OverflowError):
             self.refuse()
         # (what it does, where it goes on, the set that it looks at)
         self.program: list[tuple[str, tuple[int, ...], str]] = [("match", (), "")]
@@ -2289,42 +2237,19 @@ HAS_TEMPLATE, HAS_SYSTEM = 1, 2
 TRIMS = 4  # from this bit on, find_trimming's
 NEWLINES_AFTER_THOUGHT, SPACES_AFTER_THOUGHT, HAS_NO_THINK = 1 << 10, 1 << 11, 1 << 12  # which go, too
 
-THOUGHTS = [
-    (f"<{word}>", f"</{word}>") for word in ("think", "thinking", "thought", "seed:think", "reasoning")
+THOUGHTS = [  # how models mark what they think
+    *((f"<{word}>", f"</{word}>") for word in ("think", "thinking", "thought", "seed:think", "reasoning")),
+    *(("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")),
 ]
-THOUGHTS += [
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-]  # how models mark what they think
 ANY_SYSTEM, *ANY_TURNS = ["zqsystemqz", "zquseraqz", "zqanswerbqz", "zquseradqz", "zqanswerfqz", "zquserghqz"]
 ANY_THOUGHT = "zqthoughtqz"
-
-
-Parts = Mapping[str, str]
-Turns = Sequence[str]
-
-
-class TemplateError(Exception):
-    """Why a chat template cannot be used."""
-
-
-@contextmanager
-def naming_template() -> Iterator[None]:
-    """Makes a TemplateError of whatever goes wrong: a template may do anything."""
-    try:
-        yield
-    except TemplateError:
-        raise
-    except Exception as error:  # noqa: BLE001
-        raise TemplateError(f"{type(error).__name__}: {error}") from None
 
 
 class ChatTemplate:
     """A checkpoint's own chat template, rendered as transformers does it."""
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
-        from jinja2 import nodes
-        from jinja2.ext import Extension, loopcontrols
+        from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if [int(n) for n in re.findall(r"\d+", version("jinja2"))] < [
@@ -2334,44 +2259,31 @@ class ChatTemplate:
         ]:  # they let templates out of the sandbox
             raise ImportError(f"expected jinja2 3.1.6 or newer, found {version('jinja2')}")
 
-        class Generation(Extension):
-            """{% generation %} marks what training counts; its body is all that it renders."""
-
-            tags = {"generation"}  # noqa: RUF012
-
-            def parse(self, parser: Any) -> nodes.Node:
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-                return nodes.Scope(body, lineno=line)
-
         def raise_exception(message: str) -> NoReturn:
-            raise TemplateError(message)
+            raise ExportError(message)
 
         def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
             return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **options)
 
-        extensions = [loopcontrols, Generation]
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=extensions
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.source, self.special = source, special
-        with naming_template():
-            self.template = environment.from_string(source)
+        # {% generation %} marks what training counts; here it is a block like any other.
+        known = re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})", r"\1\2with", source)
+        with naming(None):
+            self.template = environment.from_string(known)
 
     def render(self, turns: Sequence[str], system: str | None = None, **options: Any) -> str:
         """A text of turns (the user's, an answer, the user's, ...), up to where the model starts to answer the last."""
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        given = {
-            "messages": messages,
-            "add_generation_prompt": len(turns) % 2 == 1,
-            "tools": None,
-            "documents": None,
-        }
-        with naming_template():
+        given: dict[str, Any] = {"messages": messages, "tools": None, "documents": None}
+        given["add_generation_prompt"] = len(turns) % 2 == 1
+        with naming(None):
             text = self.template.render(**given, **self.special, **options)
             text.encode()  # fails for half a pair of surrogates, which is no text
             return text
@@ -2383,10 +2295,10 @@ def cut(text: str, marks: Sequence[str]) -> list[str]:
     for mark in marks:
         before, found, text = text.partition(mark)
         if not found:
-            raise TemplateError("a text is left out, changed, or moved")
+            raise ExportError("a text is left out, changed, or moved")
         between.append(before)
     if any(mark in part for part in [*between, text] for mark in (ANY_SYSTEM, *ANY_TURNS)):
-        raise TemplateError("a text occurs twice, or out of turn")
+        raise ExportError("a text occurs twice, or out of turn")
     return [*between, text]
 
 
@@ -2412,7 +2324,7 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
             with_system = parts | {"before_system": before_system, "after_system": after_system}
             check_template(chat, with_system, turns, ANY_SYSTEM)
             parts, flags = with_system, flags | HAS_SYSTEM
-        except TemplateError as error:
+        except ExportError as error:
             say("note", f"the chat template takes no system text: {error}")
         flags |= find_trimming(chat, ANY_SYSTEM if flags & HAS_SYSTEM else None)
         flags |= find_thoughts(chat, parts)
@@ -2422,7 +2334,7 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         *scripts, _ = (script_of(part, added) for part in parts.values())
         end_of_thought = (parts["end_of_thought"],) if parts["end_of_thought"] else ()
         return Template((*scripts, end_of_thought), flags)
-    except TemplateError as error:
+    except ExportError as error:
         say("note", f"no chat template is stored: {error}")
         return None
 
@@ -2435,24 +2347,22 @@ def common_start(a: str, b: str, added: Mapping[str, int]) -> str:
 
 def check_template(
     chat: ChatTemplate,
-    parts: Parts,
-    turns: Turns,
+    parts: Mapping[str, str],
+    turns: Sequence[str],
     system: str | None = None,
-    kept: Turns | None = None,
     **options: Any,
 ) -> None:
     """Compares what the template makes of conversations with what run.c makes of the parts.
 
-    `kept` is what should be left of each turn once it is history; without that, all of it.
+    The option `kept` is what should be left of each turn once it is history; without that, all of it.
     """
+    kept = options.pop("kept", turns)
     for length in range(1, len(turns) + 1, 2):  # those that the user has the last word in
-        expected = (
-            parts["before_user"]
-            if system is None
-            else parts["before_system"] + system + parts["after_system"]
-        )
+        expected = parts["before_user"]
+        if system is not None:
+            expected = parts["before_system"] + system + parts["after_system"]
         ends = []
-        for i, turn in enumerate((kept or turns)[:length]):
+        for i, turn in enumerate(kept[:length]):
             before = "before_answer" if i % 2 else "next_user" if i else ""
             expected += parts.get(before, "") + turn + parts["after_answer" if i % 2 else "after_user"]
             ends.append(len(expected))
@@ -2463,7 +2373,7 @@ def check_template(
             turn_number = next((i + 1 for i, end in enumerate(ends) if same < end), length)
             whose = "the user's" if turn_number % 2 else "an answer"
             where = f"turn {turn_number} of {length}, {whose}"
-            raise TemplateError(f"it treats some turn of a conversation differently from others: {where}")
+            raise ExportError(f"it treats some turn of a conversation differently from others: {where}")
 
 
 def find_trimming(chat: ChatTemplate, system: str | None) -> int:
@@ -2483,7 +2393,7 @@ def find_trimming(chat: ChatTemplate, system: str | None) -> int:
         if found == {"trimmed"}:
             flags |= TRIMS << bit
         elif found != {"kept"}:
-            raise TemplateError("spaces around a text are treated in an unknown way")
+            raise ExportError("spaces around a text are treated in an unknown way")
     return flags
 
 
@@ -2508,13 +2418,8 @@ def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
         gap = "" if spaces or newlines else "\n\n"
         kept = [gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
         check_template(chat, parts, with_thoughts("\n\n"), kept=kept)
-        return (
-            SPACES_AFTER_THOUGHT | NEWLINES_AFTER_THOUGHT
-            if spaces
-            else NEWLINES_AFTER_THOUGHT
-            if newlines
-            else 0
-        )
+        flags = SPACES_AFTER_THOUGHT * spaces
+        return flags | NEWLINES_AFTER_THOUGHT * (spaces or newlines)
     return 0
 
 
@@ -2525,10 +2430,10 @@ def find_no_think(chat: ChatTemplate, parts: dict[str, str]) -> int:
     try:
         before_user, opened = cut(chat.render(ANY_TURNS[:1], enable_thinking=False), ANY_TURNS[:1])
         if before_user != parts["before_user"] or not opened.startswith(parts["after_user"]):
-            raise TemplateError("it changes more than the start of an answer")
+            raise ExportError("it changes more than the start of an answer")
         opens = opened.removeprefix(parts["after_user"])
         check_template(chat, parts | {"opens_answer": opens}, ANY_TURNS, enable_thinking=False)
-    except TemplateError as error:
+    except ExportError as error:
         say("note", f"the model cannot be asked not to think: {error}")
         return 0
     parts["opens_answer_no_think"] = opens
@@ -2586,10 +2491,8 @@ def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
         say("warning", f"{counts}: the others print nothing")
         return replace(tokenizer, tokens=tokens + [Token(b"", UNUSED)] * missing)
     if missing < 0 and not any(token.type in (NORMAL, BYTE) for token in tokens[vocab_size:]):
-        say(
-            "warning",
-            f"{counts}, of which the last are left out, from {tokens[vocab_size].text.decode(errors='replace')!r} on",
-        )
+        first = tokens[vocab_size].text.decode(errors="replace")
+        say("warning", f"{counts}, of which those from {first!r} on are left out")
         stop_ids = tuple(id for id in tokenizer.stop_ids if id < vocab_size)
         used = tokenizer.template.parts if tokenizer.template else ()
         lost = any(isinstance(item, int) and item >= vocab_size for item in chain.from_iterable(used))

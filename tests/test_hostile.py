@@ -140,7 +140,7 @@ HOSTILE_TEMPLATES = {
 NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
 ENDLESS_TEMPLATES = {
     "nested ranges": NESTED + "{% endfor %}{% endfor %}{% endfor %}",
-    "power": "{{ 9 ** 9 ** 9 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
     "nothing but text": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxx{% endfor %}{% endfor %}",
 }
 
