@@ -117,6 +117,7 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
     def child() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library prints as it gives up
         resource.setrlimit(resource.RLIMIT_CPU, (READ_SECONDS, READ_SECONDS))
         with suppress(OSError):  # only Linux has this file
             pages = int(Path("/proc/self/statm").read_text().split()[5])
