@@ -22,25 +22,29 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 import argparse
 import base64
+import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import resource
 import signal
 import struct
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import astuple, dataclass, replace
 from datetime import datetime
 from functools import cache, cached_property
+from importlib.metadata import version
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from re import _parser  # type: ignore[attr-defined]  # the standard library's parser of regular expressions
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
 try:
     import ml_dtypes
@@ -52,6 +56,7 @@ except ImportError as error:
     sys.exit(f"export.py: error: {error} (pip install -r requirements.txt)")
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 LLAMA2_TOKENIZER = Path(__file__).with_name("tokenizer.bin")  # stands beside this program
 
@@ -87,10 +92,59 @@ def naming(about: object) -> Iterator[None]:
     except OSError as error:
         message = error.strerror or str(error)
         raise ExportError(message, error.filename or about) from None
+    except MemoryError:
+        raise ExportError(BEYOND, about) from None
     except Exception as error:  # noqa: BLE001
         message = str(error).strip().partition("\n")[0]
         words = f"damaged, or of an unknown form ({type(error).__name__}: {message})"
         raise ExportError(words, about) from None
+
+
+READ_SECONDS, READ_BYTES = 9, 800 << 20  # of CPU time, and of memory
+BEYOND = f"cannot be read within {READ_SECONDS} s and {READ_BYTES >> 20} MB (--no-limits, if you trust it)"
+
+
+def limited(work: Callable[[], T], room: int = 0) -> T:
+    """Calls `work` in a child process that may take so much CPU time and memory, and `room` bytes, but no more.
+
+    What templates, expressions, archives and counts in a file make a library do cannot be known beforehand.
+    """
+    forking = multiprocessing.get_context("fork")
+    receiver, sender = forking.Pipe(duplex=False)
+    result: T
+    error: ExportError | ImportError | None
+
+    def child() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library prints as it gives up
+        resource.setrlimit(resource.RLIMIT_CPU, (READ_SECONDS, READ_SECONDS))
+        with suppress(OSError):  # only Linux has this file
+            pages = int(Path("/proc/self/statm").read_text().split()[5])
+            memory = pages * resource.getpagesize() + READ_BYTES + room
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        said = io.StringIO()
+        with suppress(MemoryError), redirect_stderr(said):
+            try:
+                result, error = work(), None
+            except (ExportError, ImportError) as caught:
+                result, error = None, caught
+            sender.send((result, error, said.getvalue()))
+
+    process = forking.Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        result, error, said = receiver.recv()
+    except EOFError:
+        raise ExportError(BEYOND) from None
+    finally:
+        process.kill()
+        process.join()
+    print(said, end="", file=sys.stderr)
+    if error:
+        raise error
+    return result
 
 
 def say(kind: str, message: object) -> None:
@@ -122,7 +176,7 @@ FILE_KINDS = [  # what a file is, by its first bytes
     (rb".{257}ustar", "a tar archive (unpack it)"),
     (rb"%PDF|\x89PNG|\xff\xd8\xff", "a document or an image"),
     (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file (the download has failed)"),
-    (rb"\s*[{\[]\s*[\"{\[}\]]", "a JSON file"),
+    (rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[}\]]", "a JSON file"),
     (rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", "a tiktoken vocabulary"),
     (rb"\n.\n", "a SentencePiece model"),
     (rb"[\t\n\r -~]{16,}", "a text file"),
@@ -138,6 +192,8 @@ def kind_of(start: bytes) -> str | None:
 
 
 def kind_of_file(path: Path) -> str | None:
+    if path.exists() and not path.is_file():  # a device has no end, and a pipe may have no beginning
+        raise ExportError("expected a regular file", path)
     with open(path, "rb") as file:
         return kind_of(file.read(512))
 
@@ -158,16 +214,20 @@ TYPES[list] = "a list"
 
 def read_json(path: Path) -> dict[str, Any]:
     with naming(path):
-        data = path.read_bytes()
+        kind = kind_of_file(path)
         try:
-            values = json.loads(data)
+            values = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            kind = kind_of(data[:512])
             words = f": {error}" if kind in (None, "a JSON file") else f" but {kind}"
             raise ExportError(f"not JSON{words}") from None
         if not isinstance(values, dict):
             raise ExportError(f"expected a JSON object, found {values!r:.40}")
         return values
+
+
+def read_text(path: Path) -> str:
+    kind_of_file(path)
+    return path.read_text("utf-8")
 
 
 def setting(s: Settings, key: str, kind: type, *default: Any) -> Any:
@@ -239,8 +299,9 @@ class Config:
     def __post_init__(self) -> None:
         """Checks what the layout needs; run.c checks the limits of what it computes."""
         for name, value in list(vars(self).items())[:8]:
-            if not 1 <= value <= 1 << 28:
-                raise ExportError(f"{name} is {value}, expected 1 to {1 << 28}")
+            limit = 1 << (28 if name == "max_seq_len" else 24)
+            if not 1 <= value <= limit:
+                raise ExportError(f"{name} is {value}, expected 1 to {limit}")
         if self.n_heads % self.n_kv_heads:
             raise ExportError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -425,11 +486,13 @@ def half_split(tensor: Tensor, head_dim: int) -> Tensor:
     return tensor._replace(rows=rows, unit=head_dim)
 
 
-def stacked(shards: list[Tensor]) -> Tensor:
-    """The rows of the first shard, then those of the next."""
-    *firsts, height = accumulate((shard.shape[0] for shard in shards), initial=0)
+def concatenated(shards: list[Tensor], axis: int) -> Tensor:
+    """The rows of the first shard, then those of the next; or (axis 1) each row begins in the first, and goes on."""
+    *firsts, total = accumulate((shard.shape[axis] for shard in shards), initial=0)
 
     def rows(start: int, stop: int) -> Array:
+        if axis == 1:
+            return np.concatenate([shard.rows(start, stop) for shard in shards], axis=1)
         found = []
         for first, shard in zip(firsts, shards, strict=True):
             begin, end = max(start - first, 0), min(stop - first, shard.shape[0])
@@ -437,17 +500,8 @@ def stacked(shards: list[Tensor]) -> Tensor:
                 found.append(shard.rows(begin, end))
         return np.concatenate(found)
 
-    return shards[0]._replace(shape=(height, *shards[0].shape[1:]), rows=rows)
-
-
-def side_by_side(shards: list[Tensor]) -> Tensor:
-    """Each row begins in the first shard, and goes on in the next."""
-    height, width = shards[0].shape[0], sum(shard.shape[1] for shard in shards)
-
-    def rows(start: int, stop: int) -> Array:
-        return np.concatenate([shard.rows(start, stop) for shard in shards], axis=1)
-
-    return shards[0]._replace(shape=(height, width), rows=rows)
+    height, *width = shards[0].shape
+    return shards[0]._replace(shape=(height, total) if axis == 1 else (total, *width), rows=rows)
 
 
 # Buffers that run.c computes itself: RoPE's angles, and masks of attention
@@ -553,10 +607,14 @@ def read_torch(path: Path) -> dict[str, Tensor]:
                 raise
             expected = "expected tensors and nothing that could run code"
             raise ExportError(f"its pickle asks for {asked[1]}, {expected}") from None
-        if not isinstance(found, dict) or not all(
-            isinstance(tensor, torch.Tensor) for tensor in found.values()
-        ):
+        tensors = found.values() if isinstance(found, dict) else [None]
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
             raise ExportError("expected a dictionary of tensors, found something else in its pickle")
+        size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+        if (
+            size > 4 * path.stat().st_size
+        ):  # strides of 0 make much out of little, a shared storage not so much
+            raise ExportError(f"a damaged PyTorch file: its tensors would have {size} bytes")
         if in_zip:
             check_records(path, found.values())
     return {str(name): tensor_of_torch(path, tensor.detach()) for name, tensor in found.items()}
@@ -701,10 +759,8 @@ def config_of(source: int, s: Settings, found: dict[str, Tensor], **others: Any)
     for field, key in said.items():
         kind = float if field == "norm_eps" else int
         value = setting(s, key, kind, None)
-        if value is not None and (field, value) != (
-            "vocab_size",
-            -1,
-        ):  # which Meta writes for "ask the tokenizer"
+        ask_the_tokenizer = field == "vocab_size" and value == -1  # as Meta has it
+        if value is not None and not ask_the_tokenizer:
             values[field] = value
     for field in ("n_layers", "n_heads", "max_seq_len", "norm_eps"):
         if field not in values:
@@ -840,11 +896,22 @@ def sliding_window(family: str, s: Settings, config: Config) -> int | None:
 
 
 def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
-    """In one file, or in several: what lies in one that is missing will be missed."""
+    """In one file, or in those that the index names, or if one of these is missing, in all that look like shards."""
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
-        one = folder / name
+        one, index = folder / name, folder / f"{name}.index.json"
         paths = [one] if one.exists() else sorted(folder.glob(f"*-of-*{one.suffix}"))
-        found = {name: tensor for path in paths for name, tensor in read(path).items()}
+        if not one.exists() and index.exists():
+            named = {
+                folder / Path(str(file)).name
+                for file in setting(read_json(index), "weight_map", dict).values()
+            }
+            paths = sorted(named) if all(path.exists() for path in named) else paths
+        found: dict[str, Tensor] = {}
+        for path in paths:
+            part = read(path)
+            for twice in part.keys() & found.keys():
+                raise ExportError(f"has the tensor {twice}, as {found[twice].path.name} has", path)
+            found |= part
         if paths:
             prefix = "" if any(name.startswith("model.") for name in found) else "model."  # a bare LlamaModel
             return {name if name.startswith("lm_head.") else prefix + name: t for name, t in found.items()}
@@ -867,11 +934,9 @@ def open_meta(folder: Path) -> Model:
         n_layers = setting(s, "n_layers", int)
     shards = meta_shards(folder)
     whole = {name: joined(name, [shard[name] for shard in shards]) for name in shards[0]}
-    if (
-        "norm.weight" in whole
-        and shape_of(whole, "tok_embeddings.weight")[1] != whole["norm.weight"].shape[0]
-    ):
-        whole["tok_embeddings.weight"] = side_by_side([shard["tok_embeddings.weight"] for shard in shards])
+    columns = shape_of(whole, "tok_embeddings.weight")[1]
+    if "norm.weight" in whole and columns != whole["norm.weight"].shape[0]:
+        whole["tok_embeddings.weight"] = concatenated([shard["tok_embeddings.weight"] for shard in shards], 1)
     found = by_hugging_face_names(whole, n_layers)
     with naming(path):
         rope = {"rope_theta": setting(s, "rope_theta", float, 10000.0)}
@@ -931,11 +996,8 @@ def joined(name: str, shards: list[Tensor]) -> Tensor:
         raise ExportError(f"tensor {name} differs in shape or type from {other}'s", shards[-1].path)
     if len(shards) == 1 or len(shards[0].shape) != 2:
         return shards[0]
-    return (
-        side_by_side(shards)
-        if name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-        else stacked(shards)
-    )
+    by_columns = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+    return concatenated(shards, int(by_columns))
 
 
 def meta_context(s: Settings) -> int:
@@ -1010,10 +1072,11 @@ def gguf_splits(path: Path, s: Settings) -> list[Path]:
     name = re.fullmatch(rf"(.*)-00001-of-{count:05}\.gguf", path.name)
     if not name:
         raise ExportError(f"one of {count} files, expected the first, NAME-00001-of-{count:05}.gguf")
-    paths = [path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf") for i in range(2, count + 1)]
-    for other in paths:
-        if not other.is_file():
-            raise ExportError(f"missing, but {path.name} says there are {count} files", other)
+    paths = []
+    for i in range(2, count + 1):
+        paths.append(path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf"))
+        if not paths[-1].is_file():
+            raise ExportError(f"missing, but {path.name} says there are {count} files", paths[-1])
     return paths
 
 
@@ -1144,6 +1207,10 @@ def open_source(path: Path) -> Model:
         for settings, opener in (("config.json", open_hugging_face), ("params.json", open_meta)):
             if (path / settings).exists():
                 return opener(path)
+        if (path / "adapter_config.json").exists():
+            raise ExportError(
+                "an adapter (expected the directory of its model, and this one behind --lora)", path
+            )
         expected = "config.json (as Hugging Face has it) or params.json (as Meta has it)"
         raise ExportError(f"a directory without {expected}", path)
     kind = kind_of_file(path)
@@ -1192,7 +1259,7 @@ class WordTables(NamedTuple):
     char_class: bytes = b""  # of each code point, then of stray bytes
     transitions: tuple[
         tuple[int, ...], ...
-    ] = ()  # (states, classes): twice the next state, + 1 at the end of a word
+    ] = ()  # (states, classes): twice the next state, + 1 at a word's end
     n_dfas: int = 0
 
 
@@ -1296,7 +1363,7 @@ class Tokenizer:
                 len(sorted_ids),
                 len(merges),
                 n_dfas,
-                len(transitions[0]) if transitions else 0,
+                len(transitions[0] if transitions else ()),
                 len(transitions),
             ),
             *(self.template.flags if self.template else 0, len(classes), len(texts)),
@@ -1369,10 +1436,8 @@ class Tokenizer:
         opens = TEMPLATE_PARTS.index("opens_answer")  # from here on, what the model may say itself
         used = {item for script in template.parts[:opens] for item in script if isinstance(item, int)}
         tokens = [t._replace(type=CONTROL) if id in used else t for id, t in enumerate(self.tokens)]
-        ends = [
-            item for item in template.parts[TEMPLATE_PARTS.index("after_answer")] if isinstance(item, int)
-        ][:1]
-        stop_ids = unique((*self.stop_ids, *ends))
+        after_answer = template.parts[TEMPLATE_PARTS.index("after_answer")]
+        stop_ids = unique((*self.stop_ids, *[item for item in after_answer if isinstance(item, int)][:1]))
         return replace(self, tokens=tokens, template=template, stop_ids=stop_ids)
 
 
@@ -1395,12 +1460,12 @@ def u32(rows: Sequence[Any] | Array) -> bytes:
 # ---- SentencePiece: llama2.c's tokenizer.bin, .model files, and GGUF's "llama"
 
 
+BAR = "▁"  # a space, in the names of tokens
+
+
 def sentencepiece(pieces: Iterable[tuple[bytes, int, float]], **settings: Any) -> Tokenizer:
     """A tokenizer of (name, type, score) of each token."""
-    tokens = [
-        Token(token_text(name, type) if name else b"", type if name else UNUSED, score)
-        for name, type, score in pieces
-    ]
+    tokens = [token_of(*piece) for piece in pieces]
     return Tokenizer(tokens, words=word_tables(words_at_spaces(tokens)), **settings)
 
 
@@ -1409,13 +1474,14 @@ def token_type(name: bytes) -> int:
     return BYTE if re.fullmatch(rb"<0x[0-9A-F]{2}>", name) else NORMAL
 
 
-def token_text(name: bytes, type: int) -> bytes:
-    """What a token prints, from its name in a vocabulary."""
+def token_of(name: bytes, type: int, score: float = 0.0) -> Token:
+    """By its name in a vocabulary: a space is '▁' there, and a byte <0x0A>."""
+    if not name:
+        return Token(b"", UNUSED, score)
     if type == BYTE:
-        return bytes([int(name[3:5], 16)])
-    return (
-        name.replace("▁".encode(), b" ") if type in (NORMAL, USER_DEFINED, USER_DEFINED_NORMALIZED) else name
-    )
+        return Token(bytes([int(name[3:5], 16)]), BYTE, score)
+    spaced = type in (NORMAL, USER_DEFINED, USER_DEFINED_NORMALIZED)
+    return Token(name.replace(BAR.encode(), b" ") if spaced else name, type, score)
 
 
 def words_at_spaces(tokens: Sequence[Token]) -> list[str]:
@@ -1482,6 +1548,14 @@ def tokenizer_of_model(data: bytes) -> Tokenizer:
 # ---- byte-level BPE: tokenizer.json, GGUF's "gpt2", tiktoken
 
 
+def byte_level_bpe(
+    tokens: list[Token], merges: Iterable[Merge], patterns: Sequence[str], **settings: Any
+) -> Tokenizer:
+    """A tokenizer that merges bytes, in words that the patterns cut, by the order of `merges`."""
+    settings |= {"merges_by_rank": True, "kind": BYTE_LEVEL_BPE, "words": word_tables(patterns)}
+    return Tokenizer(tokens, merges=tuple(merges), **settings)
+
+
 @cache
 def byte_of_character() -> dict[str, int]:
     """GPT-2's way to write bytes: the printable ones of Latin-1 as they are, the others from U+0100 on."""
@@ -1497,9 +1571,7 @@ def byte_level_token(name: str) -> Token:
     return Token(bytes(table[c] for c in name), BYTE if len(name) == 1 else NORMAL)
 
 
-def merges_of(
-    named: Sequence[str | list[str]], ids: Mapping[str, int], tokens: Sequence[Token]
-) -> tuple[Merge, ...]:
+def merges_of(named: Iterable[Any], ids: Mapping[str, int], tokens: Sequence[Token]) -> tuple[Merge, ...]:
     """By the tokens' ids; of several of one pair the last counts. Those that would make a control token are left out."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in named]
     try:
@@ -1531,19 +1603,8 @@ def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
     tokens = [Token(text, BYTE if len(text) == 1 else NORMAL) for text in texts]
     names = [LLAMA3_SPECIAL.get(i, f"reserved_special_token_{i}") for i in range(256)]
     tokens += [Token(f"<|{name}|>".encode(), CONTROL) for name in names]
-    return Tokenizer(
-        tokens,
-        bos_id=n,
-        unk_id=-1,
-        stop_ids=(n + 1, n + 9, n + 8),
-        add_bos=True,
-        add_dummy_prefix=False,
-        merges_by_rank=True,
-        ignore_merges=True,
-        kind=BYTE_LEVEL_BPE,
-        merges=tuple(merges),
-        words=word_tables([LLAMA3]),
-    )
+    settings: dict[str, Any] = {"bos_id": n, "unk_id": -1, "stop_ids": (n + 1, n + 9, n + 8), "add_bos": True}
+    return byte_level_bpe(tokens, merges, [LLAMA3], add_dummy_prefix=False, ignore_merges=True, **settings)
 
 
 # Texts of tokens that end what a model says, whatever a GGUF file says of them, as in llama.cpp
@@ -1581,40 +1642,27 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             types[id] = CONTROL
     prefix = setting(s, "ggml.add_space_prefix", bool, not byte_level)
     pre = s.get("ggml.pre", "")
-    settings: dict[str, Any] = {
-        "bos_id": bos,
-        "stop_ids": stop_ids,
-        "add_bos": setting(s, "ggml.add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
-        and bos >= 0,
-        "add_dummy_prefix": prefix,
-        "prefix_after_special": prefix,
-    }
+    settings: dict[str, Any] = {"bos_id": bos, "stop_ids": stop_ids}
+    settings |= {"add_dummy_prefix": prefix, "prefix_after_special": prefix}
+    adds_bos = setting(s, "ggml.add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
+    settings["add_bos"] = adds_bos and bos >= 0
     if not byte_level:
-        pieces = (
-            (name.encode(), type, score) for name, type, score in zip(names, types, scores, strict=True)
-        )
-        found = sentencepiece(pieces, unk_id=unk, **settings)
+        found = sentencepiece(zip(map(str.encode, names), types, scores, strict=True), unk_id=unk, **settings)
     else:
         if pre not in GGUF_PATTERNS:
             raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
         if pre in GGUF_NFC:
             note_nfc()
         tokens = [
-            byte_level_token(name)
-            if type == NORMAL
-            else Token(token_text(name.encode(), type), type if name else UNUSED)
+            byte_level_token(name) if type == NORMAL else token_of(name.encode(), type)
             for name, type in zip(names, types, strict=True)
         ]
-        found = Tokenizer(
-            tokens,
-            unk_id=-1,  # llama.cpp leaves out unknown bytes
-            merges_by_rank=True,
-            ignore_merges=pre in GGUF_IGNORES_MERGES,
-            kind=BYTE_LEVEL_BPE,
-            merges=merges_of(s.get("ggml.merges", ()), ids, tokens),
-            words=word_tables(GGUF_PATTERNS[pre]),
-            **settings,
-        )
+        settings |= {
+            "unk_id": -1,
+            "ignore_merges": pre in GGUF_IGNORES_MERGES,
+        }  # llama.cpp leaves out unknown bytes
+        merges = merges_of(s.get("ggml.merges", ()), ids, tokens)
+        found = byte_level_bpe(tokens, merges, GGUF_PATTERNS[pre], **settings)
     added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
     special_ids = {"bos_token": bos, "eos_token": eos, "unk_token": s.get("ggml.unknown_token_id", -1)}
     special = {key: names[id] for key, id in special_ids.items() if id >= 0}
@@ -1624,7 +1672,7 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 # ---- the files of a Hugging Face tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them has the vocabulary
-BAR = "▁"
+PLAIN_DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip")
 
 
 def note_nfc() -> None:
@@ -1667,7 +1715,7 @@ class TokenizerFolder:
             expected = "expected GPT2Tokenizer or Qwen2Tokenizer"
             raise ExportError(f"vocab.json of the tokenizer_class {name!r}, {expected}")
         qwen = name == "Qwen2Tokenizer"
-        lines = (self.folder / "merges.txt").read_text("utf-8").split("\n")
+        lines = read_text(self.folder / "merges.txt").split("\n")
         prefix = bool(self.config.get("add_prefix_space", False))
         encoder = {"type": "ByteLevel", "add_prefix_space": prefix, "use_regex": not qwen}
         split = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated"}
@@ -1686,7 +1734,7 @@ class TokenizerFolder:
         special = self.special().values()
         for name, id in self.read("added_tokens.json").items():
             found.setdefault(id, {"content": name, "special": name in special})
-        if any(type(id) is not int or not 0 <= id < 1 << 24 for id in (*found, *self.vocab.values())):
+        if any(type(id) is not int or not 0 <= id < 1 << 22 for id in (*found, *self.vocab.values())):
             raise ExportError("a token with an id out of range")
         return found
 
@@ -1694,11 +1742,8 @@ class TokenizerFolder:
         """bos_token, eos_token and so on, by their names."""
         found: dict[str, str] = {}
         if self.base:
-            ids = {
-                "bos_token": self.base.bos_id,
-                "eos_token": (*self.base.stop_ids, -1)[0],
-                "unk_token": self.base.unk_id,
-            }
+            ids = {"bos_token": self.base.bos_id, "unk_token": self.base.unk_id}
+            ids["eos_token"] = (*self.base.stop_ids, -1)[0]
             found = {key: self.base.tokens[id].text.decode() for key, id in ids.items() if id >= 0}
         for config in (self.special_map, self.config):
             for key, value in config.items():
@@ -1744,7 +1789,7 @@ class TokenizerFolder:
         """The vocabulary, the added tokens over it, and what no text becomes as control tokens."""
         rows = self.model_config.get("vocab_size")  # a model may have more, for speed's sake
         size = max([*vocabulary, *self.added, -1]) + 1
-        tokens = [Token(b"", UNUSED)] * max(size, rows if isinstance(rows, int) and rows < 1 << 24 else 0)
+        tokens = [Token(b"", UNUSED)] * max(size, rows if isinstance(rows, int) and rows < 1 << 22 else 0)
         for id, token in vocabulary.items():
             tokens[id] = token
         special = {self.ids[name] for name in self.special().values() if name in self.ids}
@@ -1752,13 +1797,8 @@ class TokenizerFolder:
         control |= {id for id, token in self.added.items() if token.get("special")}
         for id, entry in self.added.items():
             name = entry["content"]
-            type = (
-                CONTROL
-                if id in control
-                else USER_DEFINED_NORMALIZED
-                if entry.get("normalized")
-                else USER_DEFINED
-            )
+            type = USER_DEFINED_NORMALIZED if entry.get("normalized") else USER_DEFINED
+            type = CONTROL if id in control else type
             strange = [key for key in ("lstrip", "rstrip", "single_word") if entry.get(key)]
             if strange and type != CONTROL:  # it is not simply sought, the longest at each place of the text
                 raise ExportError(f"the added token {name!r} is {strange[0]} (not supported)")
@@ -1807,18 +1847,9 @@ class TokenizerFolder:
             if model.get(option):
                 raise ExportError(f"a tokenizer.json with {option} {model[option]!r} (not supported)")
         for step in flattened(self.json.get("decoder"), "decoders"):
-            plain = step.get("content") == " " or step["type"] in (
-                "ByteLevel",
-                "Metaspace",
-                "ByteFallback",
-                "Fuse",
-                "Strip",
-            )
-            if not plain:
-                say(
-                    "note",
-                    f"text is printed without this step of the tokenizer's decoder: {json.dumps(step):.200}",
-                )
+            if step["type"] not in PLAIN_DECODERS and step.get("content") != " ":
+                step = f"{json.dumps(step):.200}"
+                say("note", f"text is printed without this step of the tokenizer's decoder: {step}")
         kinds = flattened(self.json.get("pre_tokenizer"), "pretokenizers")
         normalizers = flattened(self.json.get("normalizer"), "normalizers")
         if any(normalizer["type"] == "NFC" for normalizer in normalizers):
@@ -1857,9 +1888,8 @@ class TokenizerFolder:
 
     def sentencepiece_token(self, name: str) -> Token:
         type = token_type(name.encode())
-        if not name or (type == BYTE and not self.json["model"].get("byte_fallback")):
-            type = UNUSED
-        return Token(token_text(name.encode(), type), type)
+        lost = type == BYTE and not self.json["model"].get("byte_fallback")
+        return token_of(name.encode(), UNUSED if lost else type)
 
     def sentencepiece_words(
         self, kinds: list[Any], normalizers: list[Any], tokens: list[Token]
@@ -1897,7 +1927,7 @@ class TokenizerFolder:
 
     def chat_template(self) -> str | None:
         if (self.folder / "chat_template.jinja").is_file():
-            return (self.folder / "chat_template.jinja").read_text("utf-8")
+            return read_text(self.folder / "chat_template.jinja")
         found = self.config.get("chat_template") or self.read("chat_template.json").get("chat_template")
         if isinstance(found, list):  # several of them, by name
             names = {str(t.get("name")): t.get("template") for t in found}
@@ -1946,12 +1976,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
     with naming(path):
         if path.is_dir():
             return TokenizerFolder(path).tokenizer()
-        data = path.read_bytes()
-        kind = kind_of(data[:512])
+        kind = kind_of_file(path)
         if kind == "a JSON file":
             return TokenizerFolder(path.parent, path).tokenizer()
         if kind == "a GGUF file":
             return tokenizer_of_gguf(read_gguf(path)[0])
+        data = path.read_bytes()
         if kind == "a twofiles tokenizer file":
             return Tokenizer.from_bytes(data)
         if kind == "a tiktoken vocabulary":
@@ -2048,7 +2078,7 @@ class Automaton:
         text = re.sub(rf"(?P<structure>{STRUCTURE})|(?P<set>{SET})|.", self.letter, pattern, flags=re.DOTALL)
         try:
             tree = _parser.parse(text)
-        except (re.error, RecursionError):
+        except (re.error, RecursionError, OverflowError):
             self.refuse()
         # (what it does, where it goes on, the set that it looks at)
         self.program: list[tuple[str, tuple[int, ...], str]] = [("match", (), "")]
@@ -2074,6 +2104,8 @@ class Automaton:
         return f"(?i:{found})" if any_case and found.isalpha() else found
 
     def add(self, what: str, to: tuple[int, ...], of: str = "") -> int:
+        if len(self.program) > 1 << 16:
+            self.refuse()
         self.program.append((what, to, of))
         return len(self.program) - 1
 
@@ -2206,79 +2238,56 @@ HAS_TEMPLATE, HAS_SYSTEM = 1, 2
 TRIMS = 4  # from this bit on, find_trimming's
 NEWLINES_AFTER_THOUGHT, SPACES_AFTER_THOUGHT, HAS_NO_THINK = 1 << 10, 1 << 11, 1 << 12  # which go, too
 
-THOUGHTS = [
-    (f"<{word}>", f"</{word}>") for word in ("think", "thinking", "thought", "seed:think", "reasoning")
+THOUGHTS = [  # how models mark what they think
+    *((f"<{word}>", f"</{word}>") for word in ("think", "thinking", "thought", "seed:think", "reasoning")),
+    *(("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")),
 ]
-THOUGHTS += [
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-]  # how models mark what they think
 ANY_SYSTEM, *ANY_TURNS = ["zqsystemqz", "zquseraqz", "zqanswerbqz", "zquseradqz", "zqanswerfqz", "zquserghqz"]
 ANY_THOUGHT = "zqthoughtqz"
-
-
-Parts = Mapping[str, str]
-Turns = Sequence[str]
-
-
-class TemplateError(Exception):
-    """Why a chat template cannot be used."""
 
 
 class ChatTemplate:
     """A checkpoint's own chat template, rendered as transformers does it."""
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
-        from jinja2 import TemplateError as JinjaError
-        from jinja2 import nodes
-        from jinja2.ext import Extension, loopcontrols
+        from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        class Generation(Extension):
-            """{% generation %} marks what training counts; its body is all that it renders."""
-
-            tags = {"generation"}  # noqa: RUF012
-
-            def parse(self, parser: Any) -> nodes.Node:
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-                return nodes.Scope(body, lineno=line)
+        if [int(n) for n in re.findall(r"\d+", version("jinja2"))] < [
+            3,
+            1,
+            6,
+        ]:  # they let templates out of the sandbox
+            raise ImportError(f"expected jinja2 3.1.6 or newer, found {version('jinja2')}")
 
         def raise_exception(message: str) -> NoReturn:
-            raise TemplateError(message)
+            raise ExportError(message)
 
         def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
             return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **options)
 
-        extensions = [loopcontrols, Generation]
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=extensions
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.source, self.special = source, special
-        try:
-            self.template = environment.from_string(source)
-        except JinjaError as error:
-            raise TemplateError(str(error)) from None
+        # {% generation %} marks what training counts; here it is a block like any other.
+        known = re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})", r"\1\2with", source)
+        with naming(None):
+            self.template = environment.from_string(known)
 
     def render(self, turns: Sequence[str], system: str | None = None, **options: Any) -> str:
         """A text of turns (the user's, an answer, the user's, ...), up to where the model starts to answer the last."""
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        given = {
-            "messages": messages,
-            "add_generation_prompt": len(turns) % 2 == 1,
-            "tools": None,
-            "documents": None,
-        }
-        try:
-            return self.template.render(**given, **self.special, **options)
-        except TemplateError:
-            raise
-        except Exception as error:  # noqa: BLE001 a template may do anything
-            raise TemplateError(f"{type(error).__name__}: {error}") from None
+        given: dict[str, Any] = {"messages": messages, "tools": None, "documents": None}
+        given["add_generation_prompt"] = len(turns) % 2 == 1
+        with naming(None):
+            text = self.template.render(**given, **self.special, **options)
+            text.encode()  # fails for half a pair of surrogates, which is no text
+            return text
 
 
 def cut(text: str, marks: Sequence[str]) -> list[str]:
@@ -2287,10 +2296,10 @@ def cut(text: str, marks: Sequence[str]) -> list[str]:
     for mark in marks:
         before, found, text = text.partition(mark)
         if not found:
-            raise TemplateError("a text is left out, changed, or moved")
+            raise ExportError("a text is left out, changed, or moved")
         between.append(before)
     if any(mark in part for part in [*between, text] for mark in (ANY_SYSTEM, *ANY_TURNS)):
-        raise TemplateError("a text occurs twice, or out of turn")
+        raise ExportError("a text occurs twice, or out of turn")
     return [*between, text]
 
 
@@ -2316,7 +2325,7 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
             with_system = parts | {"before_system": before_system, "after_system": after_system}
             check_template(chat, with_system, turns, ANY_SYSTEM)
             parts, flags = with_system, flags | HAS_SYSTEM
-        except TemplateError as error:
+        except ExportError as error:
             say("note", f"the chat template takes no system text: {error}")
         flags |= find_trimming(chat, ANY_SYSTEM if flags & HAS_SYSTEM else None)
         flags |= find_thoughts(chat, parts)
@@ -2326,7 +2335,7 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         *scripts, _ = (script_of(part, added) for part in parts.values())
         end_of_thought = (parts["end_of_thought"],) if parts["end_of_thought"] else ()
         return Template((*scripts, end_of_thought), flags)
-    except TemplateError as error:
+    except ExportError as error:
         say("note", f"no chat template is stored: {error}")
         return None
 
@@ -2339,24 +2348,22 @@ def common_start(a: str, b: str, added: Mapping[str, int]) -> str:
 
 def check_template(
     chat: ChatTemplate,
-    parts: Parts,
-    turns: Turns,
+    parts: Mapping[str, str],
+    turns: Sequence[str],
     system: str | None = None,
-    kept: Turns | None = None,
     **options: Any,
 ) -> None:
     """Compares what the template makes of conversations with what run.c makes of the parts.
 
-    `kept` is what should be left of each turn once it is history; without that, all of it.
+    The option `kept` is what should be left of each turn once it is history; without that, all of it.
     """
+    kept = options.pop("kept", turns)
     for length in range(1, len(turns) + 1, 2):  # those that the user has the last word in
-        expected = (
-            parts["before_user"]
-            if system is None
-            else parts["before_system"] + system + parts["after_system"]
-        )
+        expected = parts["before_user"]
+        if system is not None:
+            expected = parts["before_system"] + system + parts["after_system"]
         ends = []
-        for i, turn in enumerate((kept or turns)[:length]):
+        for i, turn in enumerate(kept[:length]):
             before = "before_answer" if i % 2 else "next_user" if i else ""
             expected += parts.get(before, "") + turn + parts["after_answer" if i % 2 else "after_user"]
             ends.append(len(expected))
@@ -2367,7 +2374,7 @@ def check_template(
             turn_number = next((i + 1 for i, end in enumerate(ends) if same < end), length)
             whose = "the user's" if turn_number % 2 else "an answer"
             where = f"turn {turn_number} of {length}, {whose}"
-            raise TemplateError(f"it treats some turn of a conversation differently from others: {where}")
+            raise ExportError(f"it treats some turn of a conversation differently from others: {where}")
 
 
 def find_trimming(chat: ChatTemplate, system: str | None) -> int:
@@ -2387,7 +2394,7 @@ def find_trimming(chat: ChatTemplate, system: str | None) -> int:
         if found == {"trimmed"}:
             flags |= TRIMS << bit
         elif found != {"kept"}:
-            raise TemplateError("spaces around a text are treated in an unknown way")
+            raise ExportError("spaces around a text are treated in an unknown way")
     return flags
 
 
@@ -2412,13 +2419,8 @@ def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
         gap = "" if spaces or newlines else "\n\n"
         kept = [gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
         check_template(chat, parts, with_thoughts("\n\n"), kept=kept)
-        return (
-            SPACES_AFTER_THOUGHT | NEWLINES_AFTER_THOUGHT
-            if spaces
-            else NEWLINES_AFTER_THOUGHT
-            if newlines
-            else 0
-        )
+        flags = SPACES_AFTER_THOUGHT * spaces
+        return flags | NEWLINES_AFTER_THOUGHT * (spaces or newlines)
     return 0
 
 
@@ -2429,10 +2431,10 @@ def find_no_think(chat: ChatTemplate, parts: dict[str, str]) -> int:
     try:
         before_user, opened = cut(chat.render(ANY_TURNS[:1], enable_thinking=False), ANY_TURNS[:1])
         if before_user != parts["before_user"] or not opened.startswith(parts["after_user"]):
-            raise TemplateError("it changes more than the start of an answer")
+            raise ExportError("it changes more than the start of an answer")
         opens = opened.removeprefix(parts["after_user"])
         check_template(chat, parts | {"opens_answer": opens}, ANY_TURNS, enable_thinking=False)
-    except TemplateError as error:
+    except ExportError as error:
         say("note", f"the model cannot be asked not to think: {error}")
         return 0
     parts["opens_answer_no_think"] = opens
@@ -2460,10 +2462,11 @@ def progress(what: str, total: int) -> tqdm[Any]:
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that appears as `path` when it is complete, or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp-{os.urandom(8).hex()}")
     try:
-        # Long writes let the kernel keep the file in large pages, which are faster to read.
-        with open(temporary, "wb", buffering=LONG_WRITE) as file:
+        # A file of its own, not what a link leads to. Long writes let the kernel keep it in large pages, which are
+        # faster to read.
+        with open(temporary, "xb", buffering=LONG_WRITE) as file:
             yield file
         os.replace(temporary, path)
     except OSError as error:
@@ -2478,14 +2481,25 @@ def tokenizer_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".bin") + ".tokenizer.bin")
 
 
-def padded(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """With unused tokens at the end: embeddings may have a few rows more, for a round number (as Qwen's)."""
-    missing = vocab_size - len(tokenizer.tokens)
-    if not 0 < missing <= vocab_size // 16 or vocab_size % 64:
-        return tokenizer
-    counts = f"the model has {vocab_size} tokens, the tokenizer {vocab_size - missing}"
-    say("warning", f"{counts}: the others print nothing")
-    return replace(tokenizer, tokens=tokenizer.tokens + [Token(b"", UNUSED)] * missing)
+def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """With as many tokens as the model has, if those that differ are at the end, and no text needs them.
+
+    Embeddings may have a few rows more, for a round number (as Qwen's); or one less, as someone added a padding token.
+    """
+    tokens, missing = tokenizer.tokens, vocab_size - len(tokenizer.tokens)
+    counts = f"the model has {vocab_size} tokens, the tokenizer {len(tokens)}"
+    if 0 < missing <= vocab_size // 16 and vocab_size % 64 == 0:
+        say("warning", f"{counts}: the others print nothing")
+        return replace(tokenizer, tokens=tokens + [Token(b"", UNUSED)] * missing)
+    if missing < 0 and not any(token.type in (NORMAL, BYTE) for token in tokens[vocab_size:]):
+        first = tokens[vocab_size].text.decode(errors="replace")
+        say("warning", f"{counts}, of which those from {first!r} on are left out")
+        stop_ids = tuple(id for id in tokenizer.stop_ids if id < vocab_size)
+        used = tokenizer.template.parts if tokenizer.template else ()
+        lost = any(isinstance(item, int) and item >= vocab_size for item in chain.from_iterable(used))
+        template = None if lost else tokenizer.template
+        return replace(tokenizer, tokens=tokens[:vocab_size], stop_ids=stop_ids, template=template)
+    return tokenizer
 
 
 def write_model(
@@ -2496,7 +2510,7 @@ def write_model(
     Leaves nothing behind if one cannot be written or does not fit the other.
     """
     config = model.config
-    tokenizer = padded(tokenizer, config.vocab_size)
+    tokenizer = fitted(tokenizer, config.vocab_size)
     if len(tokenizer.tokens) != config.vocab_size:
         raise ExportError(f"the model has {config.vocab_size} tokens, the tokenizer {len(tokenizer.tokens)}")
     tokenizer = replace(tokenizer, stop_ids=unique(tokenizer.stop_ids + model.stop_ids)[:MAX_STOP_IDS])
@@ -2601,21 +2615,38 @@ def context_length(model: Model, wanted: int | None) -> int:
     return model.window
 
 
-def export(args: argparse.Namespace) -> None:
+def open_model(args: argparse.Namespace) -> Model:
+    model = open_source(args.source)
+    return with_adapter(model, args.lora) if args.lora else model
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[Path, Tokenizer]:
+    """The tokenizer and its file; opens the model, too, just to see that this can be done."""
     with naming(args.source):
-        model = open_source(args.source)
-        if args.lora:
-            model = with_adapter(model, args.lora)
-        model.config = replace(model.config, max_seq_len=context_length(model, args.max_seq_len))
+        with redirect_stderr(io.StringIO()):
+            model = open_model(args)
         tokenizer = args.tokenizer or model.tokenizer_file
         if tokenizer is None:
             size = f"of {model.config.vocab_size} tokens ({', '.join(TOKENIZER_FILES)})"
             raise ExportError(f"no tokenizer {size} at hand, use --tokenizer FILE")
-        path = args.output.resolve()
-        folders = [folder for folder in (args.source, args.lora, tokenizer) if folder and folder.is_dir()]
+        return tokenizer, read_tokenizer(tokenizer)
+
+
+def export(args: argparse.Namespace) -> None:
+    with naming(args.source):
+        folders = [folder for folder in (args.source, args.lora) if folder and folder.is_dir()]
         beside = [file for folder in folders for file in folder.iterdir()]
-        check_outputs(path, [args.source, tokenizer, *beside, *{t.path for t in model.tensors.values()}])
-        dtype = write_model(path, model, read_tokenizer(tokenizer), args.dtype, args.verify)
+        if args.no_limits:
+            tokenizer_file, tokenizer = read_inputs(args)
+        else:  # torch maps files into memory
+            room = sum(file.stat().st_size for file in beside if file.suffix in (".bin", ".pth"))
+            tokenizer_file, tokenizer = limited(lambda: read_inputs(args), room)
+        model = open_model(args)
+        model.config = replace(model.config, max_seq_len=context_length(model, args.max_seq_len))
+        path = Path(os.path.realpath(args.output))
+        beside += tokenizer_file.iterdir() if tokenizer_file.is_dir() else []
+        check_outputs(path, [args.source, tokenizer_file, *beside, *{t.path for t in model.tensors.values()}])
+        dtype = write_model(path, model, tokenizer, args.dtype, args.verify)
     report(args.output, model, dtype, args.verify)
 
 
@@ -2636,6 +2667,8 @@ def main() -> int:
     parser.add_argument("--lora", metavar="DIR", type=Path, help="PEFT adapter to merge into the weights")
     parser.add_argument("--verify", action="store_true", help="compare the result with the source")
     parser.add_argument("--max-seq-len", metavar="N", type=positive, help="instead of the checkpoint's")
+    limits = f"read what takes more than {READ_SECONDS} s or {READ_BYTES >> 20} MB to read, too, before any weights"
+    parser.add_argument("--no-limits", action="store_true", help=limits)
     args = parser.parse_args()
     return exit_status(lambda: export(args))
 

@@ -30,7 +30,7 @@ from export import (
     Token,
     Tokenizer,
     atomic,
-    token_text,
+    token_of,
     word_tables,
     words_at_spaces,
 )
@@ -67,9 +67,9 @@ def token(id: int, piece: bytes) -> Token:
     if id < FIRST_BYTE:
         return Token(piece, UNKNOWN if id == 0 else CONTROL, 0.0)
     if id < FIRST_PIECE:
-        return Token(token_text(piece, BYTE), BYTE, 0.0)
-    text = token_text(piece, NORMAL)
-    return Token(text, NORMAL, -float(id - FIRST_PIECE) if text.strip(b" ") else -1e9)
+        return token_of(piece, BYTE)
+    found = token_of(piece, NORMAL)
+    return found._replace(score=-float(id - FIRST_PIECE) if found.text.strip(b" ") else -1e9)
 
 
 def main() -> None:

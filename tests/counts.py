@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # What the two programs have now, and must not exceed. The aims of the second edition were 2,200 and 1,650. Of run.c's
-# lines, 60 are section 12, "Several machines", and 56 are what the other sections need for it.
+# lines, 116 are for several machines (60 of them in section 12), and some 50 for busy machines and hostile tokenizers.
 RUN_LINES = 3070
-EXPORT_LINES = 2700
+EXPORT_LINES = 2694
 
 NOT_CODE = re.compile(r"\s*(//.*|/?\*.*)?")
 COMMENT_OR_LITERAL = re.compile(
