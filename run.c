@@ -1142,7 +1142,11 @@ static size_t next_char(Span text, uint32_t *codepoint) {
     return 1;
 }
 
-static Span from(Span text, size_t at) { return (Span){text.bytes + at, text.n - at}; }
+static Span from(Span text, size_t at) {
+    if (at == 0) // C has no NULL + 0, and an empty text may be NULL
+        return text;
+    return (Span){text.bytes + at, text.n - at};
+}
 
 // SentencePiece: U+2581, by which its vocabularies mean a space, becomes one. The result has room for a byte in front.
 static Span normalise(Tokenizer *t, Span text) {
