@@ -16,7 +16,7 @@
  *   - an error is not one line on standard error with status 1 or 2, or wrong usage prints a result (`check_end`)
  *   - a terminal gets a control character that is not ours, or --json prints something else than JSON (`check_output`)
  *   - the logits of tokens differ between one batch and single tokens (weights)
- *   - an encoded text does not decode to itself (text), or a token is not in the vocabulary.
+ *   - an encoded text does not decode to itself, or has control tokens (text), or a token is not in the vocabulary.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -69,8 +69,9 @@ static void fuzz_free(void *block) {
         __asan_poison_memory_region(block, get_size(block));
 }
 
+// run.c asks for a byte more than it needs.
 static int fuzz_posix_memalign(void **memory, size_t size) {
-    *memory = take_memory(size);
+    *memory = take_memory(size - 1);
     return *memory ? 0 : ENOMEM;
 }
 
@@ -381,6 +382,13 @@ static void check_output(bool json, bool colours) {
     }
 }
 
+// No text becomes a control token; bos may stand in front of all.
+static void check_no_control(const Tokenizer *t, Tokens tokens) {
+    for (size_t i = t->h.flags & ADD_BOS ? 1 : 0; i < tokens.n; i++)
+        if (t->pieces[tokens.data[i]].type == CONTROL)
+            FINDING("a text has become the control token %u", tokens.data[i]);
+}
+
 static void check_tokens(const Tokenizer *t, Tokens tokens) {
     for (size_t i = 0; i < tokens.n; i++)
         if (tokens.data[i] >= t->h.vocab_size)
@@ -403,6 +411,28 @@ static Blob load_file(const char *path) {
     blob.size = fread(blob.bytes, 1, 1 << 20, file);
     fclose(file);
     return blob;
+}
+
+static const void *own_block(const void *array, size_t count, size_t size) {
+    void *block = allocate(count, size, "a copy");
+    if (count)
+        memcpy(block, array, count * size);
+    return block;
+}
+
+// Gives each array of a tokenizer a block of memory of its own: then AddressSanitizer sees what reads past its end.
+static void separate_arrays(Tokenizer *t) {
+    const TokenizerHeader *h = &t->h;
+    t->byte_id = own_block(t->byte_id, 256, sizeof *t->byte_id);
+    t->longest = own_block(t->longest, 256, sizeof *t->longest);
+    t->pieces = own_block(t->pieces, h->vocab_size, sizeof *t->pieces);
+    t->by_text = own_block(t->by_text, h->n_by_text, sizeof *t->by_text);
+    t->merges = own_block(t->merges, h->n_merges, sizeof *t->merges);
+    t->transitions = own_block(t->transitions, (size_t)h->n_states * h->n_classes, sizeof *t->transitions);
+    t->items = own_block(t->items, h->template_ends[N_TEMPLATES - 1], sizeof *t->items);
+    t->class_block = own_block(t->class_block, h->n_classes ? N_PAGES : 0, sizeof *t->class_block);
+    t->classes = own_block(t->classes, h->n_class_blocks, 256);
+    t->text = own_block(t->text, h->n_text, 1);
 }
 
 #define CORPUS "tests/corpus/"
@@ -428,6 +458,7 @@ static void open_all(void) {
         tokenizer_blobs[i] = load_file(tokenizer_paths[i]);
         fuzz_files[1] = (FuzzFile){tokenizer_paths[i], tokenizer_blobs[i].bytes, tokenizer_blobs[i].size};
         tokenizers[i] = open_tokenizer(tokenizer_paths[i]);
+        separate_arrays(tokenizers[i]);
         saved[i] = *tokenizers[i];
     }
 }
@@ -497,6 +528,7 @@ static void render_two_turns(Tokenizer *t, bool system, bool no_think) {
 static void tokenizer_target(void) {
     fuzz_files[0] = (FuzzFile){"t.bin", input, input_size};
     Tokenizer *t = open_tokenizer("t.bin");
+    separate_arrays(t);
     Tokens tokens = {0};
     Span texts[] = {span_of("the cat <think>  h\xc3\xa9\xe2\x96\x81\xff</think> <s>1234"),
                     {t->text, t->h.n_text},
@@ -547,6 +579,7 @@ static void text_target(void) {
     size_t n = tokens.n;
     encode(t, &tokens, text); // once more behind the first
     check_tokens(t, tokens);
+    check_no_control(t, tokens);
     stream_text(&(Printer){.terminal = true}, text, 0, true);
     for (size_t i = 0; i < n; i++)
         is_utf8(decode(t, tokens.data[i], i + 1));
@@ -829,12 +862,12 @@ static size_t resize_array(uint8_t *data, size_t size, size_t max_size) {
             h->template_ends[i] += change;
     array_sizes(&old, before);
     array_sizes(h, after);
-    size_t wanted = (size_t)min((size_t)(sizeof *h + sum_of(after, ARRAYS)), SIZE_MAX);
-    if ((double)size != sizeof *h + sum_of(before, ARRAYS) || wanted > min(max_size, sizeof other)) {
+    double wanted = sizeof *h + sum_of(after, ARRAYS);
+    if ((double)size != sizeof *h + sum_of(before, ARRAYS) || wanted > (double)min(max_size, sizeof other)) {
         *h = old;
         return size;
     }
-    memset(other, 0, wanted);
+    memset(other, 0, (size_t)wanted);
     memcpy(other, h, sizeof *h);
     size_t from_at = sizeof *h, to = sizeof *h;
     for (size_t i = 0; i < ARRAYS; i++) {
@@ -845,8 +878,8 @@ static size_t resize_array(uint8_t *data, size_t size, size_t max_size) {
         from_at += n;
         to += m;
     }
-    memcpy(data, other, wanted);
-    return wanted;
+    memcpy(data, other, (size_t)wanted);
+    return (size_t)wanted;
 }
 
 static size_t mutate_tokenizer(uint8_t *data, size_t size, size_t max_size) {
