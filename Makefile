@@ -39,12 +39,19 @@ build/run-debug: run.c Makefile
 	@mkdir -p build
 	$(CC) $(RULES) -march=native $(SANITIZE) run.c -o $@ -lm
 
+# run-debug that also counts which lines it runs: tests/lines.py
+build/run-covered: run.c Makefile
+	@mkdir -p build
+	rm -f $@-*.gcda
+	$(CC) $(RULES) -march=native $(SANITIZE) --coverage run.c -o $@ -lm
+
 # The tests' own programs include run.c; build/NAME-VARIANT is one of them for one kind of CPU or compiler.
 build/%-native: FLAGS = -O2 -march=native $(OPENMP)
 build/%-portable: FLAGS = -O2
 build/%-v3: FLAGS = -O2 -march=x86-64-v3
 build/%-v4: FLAGS = -O2 -march=x86-64-v4
 build/%-sanitized: FLAGS = -march=native $(SANITIZE)
+build/%-covered: FLAGS = -march=native $(SANITIZE) --coverage
 build/%-clang: CC = clang
 build/%-clang: FLAGS = -O2 -march=native
 build/%-amx: FLAGS = -O3 -march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -include tests/amx.h $(OPENMP)
@@ -60,6 +67,17 @@ build/probe-%: tests/probe.c tests/amx.h run.c Makefile
 	$(COMPILE)
 build/roofline-%: tests/roofline.c run.c Makefile
 	$(COMPILE)
+
+# For tests/gates.py: ThreadSanitizer does not understand the barriers of gcc's libgomp, so tests/threads.c is in its
+# place; and valgrind knows no AVX-512.
+THREADS = gcc $(RULES) -O1 -g $(X86_V3) -fsanitize=thread
+build/run-threads: run.c tests/threads.c Makefile
+	@mkdir -p build
+	$(THREADS) -fopenmp -c run.c -o $@.o
+	$(THREADS) $@.o tests/threads.c -o $@ -lm
+build/run-valgrind: run.c Makefile
+	@mkdir -p build
+	$(CC) $(RULES) -O1 -g $(X86_V3) run.c -o $@ -lm
 
 # Without trace-cmp, which makes an execution take three times as long and found less in the same time.
 FUZZ_FLAGS = $(X86_V3) -fsanitize=fuzzer,address -fno-sanitize-coverage=trace-cmp
@@ -84,14 +102,19 @@ models/smollm2.bin: .venv/installed
 test: run .venv/installed ## all tests, in a Python environment of their own, .venv
 	$(PYTHON) -m pytest -q -rs -n 2 tests
 
-check: build/run-debug run .venv/installed lint ## more: sanitizers, other compilers and CPUs, fuzzing, linters
-	RUN=build/run-debug $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py tests/test_tokenizer.py \
-		tests/test_think.py tests/test_chat.py
-	VARIANTS=sanitized,clang,neon,neon-bf16 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
+# What libgcov cannot write (some tests run as another user) must not look like an error of run.
+check: export GCOV_ERROR_FILE = /dev/null
+check: build/run-covered run .venv/installed lint ## more: sanitizers, other compilers and CPUs, fuzzing, linters
+	rm -f build/run-covered-*.gcda build/unit-covered-*.gcda
+	RUN=build/run-covered $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py \
+		tests/test_tokenizer.py tests/test_think.py tests/test_chat.py
+	VARIANTS=covered,clang,neon,neon-bf16 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
+	$(PYTHON) tests/lines.py build/run-covered build/unit-covered
 	VARIANTS=sanitized $(PYTHON) -m pytest -q -rs -n 2 tests/test_bytelevel.py
 	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py
 	VARIANTS=v3,portable $(PYTHON) -m pytest -q -rs -n 2 tests/test_reference.py
 	VARIANTS=amx $(PYTHON) -m pytest -q -rs tests/test_reference.py -k 'wide and transformers'
+	$(PYTHON) -m pytest -q -rs tests/gates.py
 	$(PYTHON) tests/fuzz.py --seconds 20
 
 SECONDS = 600

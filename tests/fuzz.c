@@ -16,6 +16,7 @@
  *   - an error is not one line on standard error with status 1 or 2, or wrong usage prints a result (`check_end`)
  *   - a terminal gets a control character that is not ours, or --json prints something else than JSON (`check_output`)
  *   - the logits of tokens differ between one batch and single tokens (weights)
+ *   - the KV cache at the end of a conversation is not that of its tokens, or --draft changes the text (chat)
  *   - an encoded text does not decode to itself, or has control tokens (text), or a token is not in the vocabulary.
  */
 #define _GNU_SOURCE
@@ -158,6 +159,12 @@ static ssize_t capture(void *cookie, const char *bytes, size_t n) {
 }
 
 static void on_sigint(int signal);
+static size_t n_ctrl_c; // in this execution
+
+static void press_ctrl_c(void) {
+    n_ctrl_c++;
+    on_sigint(SIGINT);
+}
 
 // What -f and standard input read. In a conversation, the byte 3 is a Ctrl-C at this place.
 static bool has_ctrl_c;
@@ -173,7 +180,7 @@ static ssize_t read_text(void *cookie, char *to, size_t n) {
     if (count > 0 || text_at == text_size)
         return (ssize_t)count;
     text_at++;
-    on_sigint(SIGINT);
+    press_ctrl_c();
     errno = EINTR;
     return -1;
 }
@@ -209,7 +216,7 @@ static long ticks_to_interrupt; // Ctrl-C when the output has been flushed this 
 
 static int fuzz_fflush(FILE *file) {
     if (file == stdout && ticks_to_interrupt && --ticks_to_interrupt == 0)
-        on_sigint(SIGINT);
+        press_ctrl_c();
     return fflush(file);
 }
 
@@ -281,6 +288,7 @@ static void execute(void (*body)(void)) {
     text_at = 0;
     clock_ticks = 0;
     interrupts = 0;
+    n_ctrl_c = 0;
     end_status = RETURNED;
     if (!setjmp(end_of_execution))
         body();
@@ -636,6 +644,25 @@ static void cli_target(void) {
 // Ctrl-C is pressed, and the seed. The rest are the messages.
 enum { CHAT_BYTES = 8 };
 static Options chat_options;
+static bool without_draft;
+static Captured first_out;
+
+// The KV cache has the keys and values that the tokens have in one batch, with an empty cache.
+static void check_kv_cache(const Session *s) {
+    const Model *m = &s->model;
+    const Context *c = &s->context;
+    if (c->n_past > c->tokens.n)
+        FINDING("more tokens in the KV cache than in the text");
+    if (c->n_past == 0)
+        return;
+    RunState fresh = alloc_run_state(m, c->max_tokens, 1, 1);
+    forward_parallel(m, &fresh, c->tokens.data, c->n_past, 0, 1);
+    for (size_t pos = 0; pos < c->n_past; pos++)
+        for (size_t i = 0; i < m->h.head_dim; i++) // the model has one layer and one kv head
+            if (float_bits(cached_k(m, &fresh, 0, 0, pos, i)) != float_bits(cached_k(m, &s->run, 0, 0, pos, i)) ||
+                float_bits(cached_v(m, &fresh, 0, 0, pos, i)) != float_bits(cached_v(m, &s->run, 0, 0, pos, i)))
+                FINDING("the KV cache is wrong at position %zu of %zu", pos, c->n_past);
+}
 
 static void chat_body(void) {
     size_t which = FIRST_OF_CHAT + input[0] % (TOKENIZERS - FIRST_OF_CHAT);
@@ -648,7 +675,7 @@ static void chat_body(void) {
     o->temperature = flags & 1 ? 0 : 1;
     o->json = flags & 2;
     o->probs = flags & 4;
-    o->draft = flags & 8 ? 3 : 0;
+    o->draft = flags & 8 && !without_draft ? 3 : 0;
     o->system = flags & 16 && t->h.template_flags & HAS_SYSTEM ? " be kind <s>\n" : NULL;
     o->no_think = flags & 32 && t->h.template_flags & HAS_NO_THINK;
     o->prompt = flags & 64 ? "he <think>" : NULL;
@@ -659,9 +686,17 @@ static void chat_body(void) {
     s.context.max_tokens = more & 32 ? longest : more & 64 ? 4 : 12;
     chat(&s);
     check_tokens(t, s.context.tokens);
-    if (s.context.n_past > s.context.tokens.n)
-        FINDING("more tokens in the KV cache than in the text");
+    check_kv_cache(&s);
     flush_output();
+}
+
+static void chat_once(bool draft) {
+    without_draft = !draft;
+    ticks_to_interrupt = input[5] % 32;
+    execute(chat_body);
+    check_end(true);
+    if (end_status <= 0)
+        check_output(chat_options.json, chat_options.probs);
 }
 
 static void chat_target(void) {
@@ -670,13 +705,18 @@ static void chat_target(void) {
     text_bytes = input + CHAT_BYTES;
     text_size = input_size - CHAT_BYTES;
     on_terminal = input[3] & 128;
-    ticks_to_interrupt = input[5] % 32;
     has_ctrl_c = true;
     environment[0] = environment[1] = NULL;
-    execute(chat_body);
-    check_end(true);
-    if (end_status <= 0)
-        check_output(chat_options.json, chat_options.probs);
+    chat_once(true);
+    // The same without guesses. After a Ctrl-C, other tokens are cached, and --json prints how many.
+    if (input[3] & 8 && end_status == RETURNED && n_ctrl_c == 0) {
+        memcpy(first_out.bytes, captured_out.bytes, captured_out.n);
+        first_out.n = captured_out.n;
+        forget_memory();
+        chat_once(false);
+        if (first_out.n != captured_out.n || memcmp(first_out.bytes, captured_out.bytes, first_out.n))
+            FINDING("--draft has changed the text: %.*s", (int)first_out.n, (const char *)first_out.bytes);
+    }
     on_terminal = false;
     ticks_to_interrupt = 0;
 }
