@@ -88,7 +88,9 @@ NOT_RUN = {
     "make peers": "needs the network, and builds for minutes",
     "make smollm2": "needs the network",
     "pip install -r requirements.txt": "needs the network",
-    "apt-get install clang libomp-dev shellcheck qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross": "root",
+    "apt-get install clang llvm libclang-rt-dev libomp-dev shellcheck valgrind cppcheck": "root",
+    "apt-get install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross": "root",
+    "make fuzz": "takes an hour",
     "tests/speed.py --rounds 9 --shapes 1b": "needs llama-cpp-python, which make peers builds",
 }
 # Commands that run are these.
@@ -274,7 +276,7 @@ def test_commands_that_are_not_run(text: str) -> None:
                 assert importlib.metadata.version(re.split("[<=>]", line)[0])
     elif program == "apt-get":  # what CI installs
         found = (ROOT / ".ci/run").read_text().replace("\\\n", " ").split("apt-get install -y -qq ")[1]
-        assert found.split()[: len(arguments) - 1] == arguments[1:]
+        assert set(arguments[1:]) <= set(found.split(">")[0].split())
     else:
         script = (ROOT / program).read_text()
         assert all(f'"{flag}"' in script for flag in arguments if flag.startswith("--"))
@@ -316,7 +318,7 @@ def test_modes(run: Program) -> None:
 def test_the_code_is_that_of_run_c() -> None:
     """Each piece stands once in sections 2 to 4."""
     blocks = re.findall(r"^```c\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 7
+    assert len(blocks) >= 6
     part = SOURCE[SOURCE.index("\n// 2 The Transformer") : SOURCE.index("\n// 5 The tokenizer")]
     for block in blocks:
         assert part.count(block) == 1, block
