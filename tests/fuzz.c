@@ -944,7 +944,9 @@ static size_t mutate_tokenizer(uint8_t *data, size_t size, size_t max_size) {
         if (sum_of(sizes, array + 1) + (double)start > (double)size || sizes[array] < 4)
             break;
         start += (size_t)sum_of(sizes, array);
-        if (roll(3))
+        if (array == CLASS_BLOCK && roll(2))
+            damage_word(data + start, 1); // the block of ASCII, which the texts have
+        else if (roll(3))
             damage_word(data + start, (size_t)sizes[array] / 4);
         else
             LLVMFuzzerMutate(data + start, (size_t)sizes[array], (size_t)sizes[array]);
