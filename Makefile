@@ -13,6 +13,7 @@ RULES = -std=c11 -ffp-contract=off -fno-math-errno $(WARNINGS)
 LIBOMP := $(shell brew --prefix libomp 2>/dev/null)
 OPENMP := $(or $(call known,-fopenmp),$(if $(LIBOMP),\
 	$(call known,-Xpreprocessor -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp)))
+X86_V3 := $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3)
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 PYTHON = .venv/bin/python
 ZIG = $(PYTHON) -m ziglang cc
@@ -29,7 +30,7 @@ build/command: always
 	@mkdir -p build
 	@echo '$(COMPILE_RUN)' | cmp -s - $@ || echo '$(COMPILE_RUN)' > $@
 
-.PHONY: always demo portable static mpi plain debug smollm2 test check bench peers scaling lint clean help
+.PHONY: always demo portable static mpi plain debug smollm2 test check fuzz bench peers scaling lint clean help
 
 demo: run ## a story by the small model that ships in models/, another one each time
 	./run -t 0.8
@@ -55,12 +56,19 @@ build/run-debug: run.c Makefile
 	@mkdir -p build
 	$(CC) $(RULES) $(NATIVE) $(SANITIZE) run.c -o $@ -lm
 
+# run-debug that also counts which lines it runs: tests/lines.py
+build/run-covered: run.c Makefile
+	@mkdir -p build
+	rm -f $@-*.gcda
+	$(CC) $(RULES) -march=native $(SANITIZE) --coverage run.c -o $@ -lm
+
 # The tests' own programs include run.c; build/NAME-VARIANT is one of them for one kind of CPU or compiler.
 build/%-native: FLAGS = -O2 $(NATIVE) $(OPENMP)
 build/%-portable: FLAGS = -O2
 build/%-v3: FLAGS = -O2 -march=x86-64-v3
 build/%-v4: FLAGS = -O2 -march=x86-64-v4
 build/%-sanitized: FLAGS = $(NATIVE) $(SANITIZE)
+build/%-covered: FLAGS = $(NATIVE) $(SANITIZE) --coverage
 build/%-clang: CC = clang
 build/%-clang: FLAGS = -O2 -march=native
 build/%-amx: FLAGS = -O3 -march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -include tests/amx.h $(OPENMP)
@@ -82,6 +90,25 @@ build/probe-%: tests/probe.c tests/amx.h run.c Makefile
 build/roofline-%: tests/roofline.c run.c Makefile
 	$(COMPILE)
 
+# For tests/gates.py: ThreadSanitizer does not understand the barriers of gcc's libgomp, so tests/threads.c is in its
+# place; and valgrind knows no AVX-512.
+THREADS = gcc $(RULES) -O1 -g $(X86_V3) -fsanitize=thread
+build/run-threads: run.c tests/threads.c Makefile
+	@mkdir -p build
+	$(THREADS) -fopenmp -c run.c -o $@.o
+	$(THREADS) $@.o tests/threads.c -o $@ -lm
+build/run-valgrind: run.c Makefile
+	@mkdir -p build
+	$(CC) $(RULES) -O1 -g $(X86_V3) run.c -o $@ -lm
+
+# Without trace-cmp, which makes an execution take three times as long and found less in the same time.
+FUZZ_FLAGS = $(X86_V3) -fsanitize=fuzzer,address -fno-sanitize-coverage=trace-cmp
+build/fuzz-checked build/fuzz-covered: CC = clang
+build/fuzz-checked: FLAGS = $(FUZZ_FLAGS) -O2 -g -fsanitize=undefined -fno-sanitize-recover=all
+build/fuzz-covered: FLAGS = $(FUZZ_FLAGS) -O1 -fprofile-instr-generate -fcoverage-mapping
+build/fuzz-checked build/fuzz-covered: tests/fuzz.c run.c Makefile
+	$(COMPILE)
+
 .venv/installed: requirements.txt tests/requirements.txt
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
@@ -97,15 +124,24 @@ models/smollm2.bin: .venv/installed
 test: run .venv/installed ## all tests, in a Python environment of their own, .venv
 	$(PYTHON) -m pytest -q -rs -n 2 tests
 
-check: build/run-debug run .venv/installed lint ## more: sanitizers, other compilers and CPUs, fuzzing, linters
-	RUN=build/run-debug $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py tests/test_tokenizer.py \
-		tests/test_think.py tests/test_chat.py
-	VARIANTS=sanitized,clang,neon,neon-bf16 SYSTEMS=1 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
+check: build/run-covered run .venv/installed lint ## more: sanitizers, other compilers and CPUs, fuzzing, linters
+	rm -f build/run-covered-*.gcda build/unit-covered-*.gcda
+	build/run-covered --version
+	chmod a+rw build/run-covered-*.gcda # for a test that runs it as another user
+	RUN=build/run-covered $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py \
+		tests/test_tokenizer.py tests/test_think.py tests/test_chat.py
+	VARIANTS=covered,clang,neon,neon-bf16 SYSTEMS=1 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
+	$(PYTHON) tests/lines.py build/run-covered build/unit-covered
 	VARIANTS=sanitized $(PYTHON) -m pytest -q -rs -n 2 tests/test_bytelevel.py
 	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py
 	VARIANTS=v3,portable $(PYTHON) -m pytest -q -rs -n 2 tests/test_reference.py
 	VARIANTS=amx $(PYTHON) -m pytest -q -rs tests/test_reference.py -k 'wide and transformers'
-	$(PYTHON) tests/fuzz.py --run build/run-debug --seconds 30
+	$(PYTHON) -m pytest -q -rs tests/gates.py
+	$(PYTHON) tests/fuzz.py --seconds 20
+
+SECONDS = 600
+fuzz: .venv/installed ## looks for inputs that break run.c, SECONDS=600 for each of five kinds: tests/fuzz.c
+	$(PYTHON) tests/fuzz.py --seconds $(SECONDS)
 
 bench: build/roofline-native .venv/installed ## tokens a second for 15M to 70B parameters; needs up to 30 GB of disk for a while
 	$(PYTHON) tests/bench.py

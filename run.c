@@ -168,7 +168,7 @@ typedef struct {
 
 // map_file maps a file that starts with `magic`. check_header refuses impossible values. Section 9.
 static File map_file(const char *path, const char *magic, size_t min_size, const char *what);
-static void check_header(const char *path, const Header *h);
+static void check_header(const Model *m);
 
 // Returns the next tensor of the file.
 static Tensor next_tensor(Model *m, size_t rows, size_t cols) {
@@ -179,8 +179,8 @@ static Tensor next_tensor(Model *m, size_t rows, size_t cols) {
 
 static Model open_model(const char *path) {
     Model m = {.file = map_file(path, "twofiles", HEADER_SPACE, "a weights file"), .end = HEADER_SPACE};
-    check_header(path, (const Header *)m.file.bytes);
-    memcpy(&m.h, m.file.bytes, sizeof m.h);
+    memcpy(&m.h, m.file.bytes, sizeof m.h); // what is checked is this copy, as the file might still change
+    check_header(&m);
     size_t D = m.h.dim, F = m.h.hidden_dim, V = m.h.vocab_size, d = m.h.head_dim;
     size_t Q = m.q_dim = m.h.n_heads * d;
     size_t K = m.kv_dim = m.h.n_kv_heads * d;
@@ -1171,7 +1171,11 @@ static size_t next_char(Span text, uint32_t *codepoint) {
     return 1;
 }
 
-static Span from(Span text, size_t at) { return (Span){text.bytes + at, text.n - at}; }
+static Span from(Span text, size_t at) {
+    if (at == 0) // C has no NULL + 0, and an empty text may be NULL
+        return text;
+    return (Span){text.bytes + at, text.n - at};
+}
 
 // SentencePiece: U+2581, by which its vocabularies mean a space, becomes one. The result has room for a byte in front.
 static Span normalise(Tokenizer *t, Span text) {
@@ -2581,7 +2585,9 @@ _Static_assert(sizeof(Header) == 96, "the compiler added padding to Header");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are little-endian and used as they are");
 
 // Refuses a damaged header. The bounds also keep every size that is computed from it below 2^63.
-static void check_header(const char *path, const Header *h) {
+static void check_header(const Model *m) {
+    const char *path = m->file.path;
+    const Header *h = &m->h;
     check(path, "version", h->version, 1, 1);
     check(path, "dtype", h->dtype, BF16, F16);
     check(path, "flags", h->flags, 0, ALL_FLAGS);
@@ -2606,8 +2612,8 @@ static void check_header(const char *path, const Header *h) {
         check(path, "rope_high_freq_factor", h->rope_high_freq_factor, h->rope_low_freq_factor * 1.001f, 1e7f);
         check(path, "rope_original_max_seq_len", h->rope_original_max_seq_len, 1, 1 << 28);
     }
-    for (const uint8_t *p = (const uint8_t *)(h + 1); p < (const uint8_t *)h + HEADER_SPACE; p++)
-        check(path, "the unused bytes of the header", *p, 0, 0);
+    for (size_t i = sizeof *h; i < HEADER_SPACE; i++)
+        check(path, "the unused bytes of the header", m->file.bytes[i], 0, 0);
 }
 
 static File map_file(const char *path, const char *magic, size_t min_size, const char *what) {

@@ -22,6 +22,7 @@ NEEDS: dict[str, list[str]] = {
     "portable": [],
     "plain": [],  # the plain loops of run.c alone, as `make plain`
     "sanitized": [],
+    "covered": [],  # sanitized, and counts the lines of run.c that it runs: tests/lines.py
     "v3": ["avx2", "fma", "f16c"],
     "v4": ["avx512f", "avx512bw", "avx512dq", "avx512vl"],
     "amx": ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"],  # tiles in plain C: tests/amx.h
