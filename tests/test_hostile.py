@@ -92,8 +92,8 @@ class Exports:
 
 @pytest.fixture
 def exports(tmp_path: Path) -> Exports:
-    """The limit of time is lower than that of a user, so that the tests take less of it."""
-    return Exports(tmp_path, 3)
+    """The limit of time is a little lower than that of a user, so that the tests take less of it."""
+    return Exports(tmp_path, 8)
 
 
 BEYOND = "--no-limits, if you trust it"
@@ -158,8 +158,10 @@ def test_templates_that_take_what_there_is(exports: Exports, name: str) -> None:
 
 @pytest.mark.parametrize("name", ENDLESS_TEMPLATES)
 def test_templates_without_end(exports: Exports, name: str) -> None:
-    tokenizer = folder_with_template(exports.folder / "t", ENDLESS_TEMPLATES[name])
-    exports.refused(None, BEYOND, options=("--tokenizer", tokenizer))
+    """The model is refused, or, if memory ends before the time does, the template is left out."""
+    found = exports(None, "--tokenizer", folder_with_template(exports.folder / "t", ENDLESS_TEMPLATES[name]))
+    lines = found.notes if found.status == 0 else [found.line]
+    assert any(BEYOND in line for line in lines), found
 
 
 def test_the_limit_of_a_user(tmp_path: Path) -> None:
