@@ -3556,7 +3556,8 @@ static void matmul_amx(RunState *s, float *out, Tensor w, Rows own, Tensor x, Up
 static Rows rows_of(int p, size_t rows) {
     size_t blocks = (rows + AMX_BLOCK - 1) / AMX_BLOCK, n = (size_t)n_processes;
     size_t first = blocks * (size_t)p / n, end = blocks * ((size_t)p + 1) / n;
-    return (Rows){first * AMX_BLOCK, min(end * AMX_BLOCK, rows)};
+    end = min(end * AMX_BLOCK, rows);
+    return (Rows){first * AMX_BLOCK, end};
 }
 
 // Splits the rows of w among the processes, and then among the threads. One token: each thread has a range of rows to

@@ -477,6 +477,7 @@ static Tokenizer *tokenizer_again(size_t i) {
     t->h = saved[i].h;
     t->prefix = false;
     t->prompt = t->normalised = (Bytes){0};
+    memset(&t->states, 0, sizeof t->states);
     memset(&t->symbols, 0, sizeof t->symbols);
     t->pairs = (Heap){0};
     return t;

@@ -165,7 +165,7 @@ def test_a_race_is_found(name: str, wide_model: Path, tmp_path: Path) -> None:
     for path in ("Makefile", "tests"):
         (tmp_path / path).symlink_to(ROOT / path)
     program = make("build/run-threads", tmp_path)
-    assert any("data race" in races(program, wide_model, "next", threads) for threads in (2, 4, 2, 4))
+    assert any("data race" in races(program, wide_model, "next", threads) for threads in (2, 4) * 6)
 
 
 # ---------------------------------------------------------------------------------------------------------
