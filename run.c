@@ -703,7 +703,7 @@ static size_t start_generation(Session *s); // allocates memory; returns the mos
 static void print_prompt(Session *s);
 // prints nothing for a stop token; the logits are for --probs and --json, which show probabilities
 static void print_token(Session *s, uint32_t token, const float *logits);
-static void end_reply(Session *s);                                        // ends the line
+static void end_reply(Session *s); // ends the line
 static void print_stats(const Session *s);
 // make_room returns whether the context has room for another token. A chat forgets its oldest turns for that: the
 // tokens after them get other positions, n_past goes back, and evaluate computes them again.
@@ -838,7 +838,7 @@ static size_t default_threads(void);
 static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits, size_t threads);
 static void allow_fewer_threads(Team *team);
 static void check_finite(const Model *m, const float *logits, size_t n, size_t pos); // exits if logits contain NaN
-static const char *isa(void); // the instruction set
+static const char *isa(void);                                                        // the instruction set
 static void prepare_process(char **argv);
 
 // Several processes that run a model together, see section 12. Without -DMPI, process 0 is alone.
@@ -940,14 +940,14 @@ struct Tokenizer {
     const uint32_t *class_block; // (N_PAGES)   the block of each 256 code points; only with automata
     const uint8_t *classes;      // (n_class_blocks, 256)   the class of each code point of a block
     const unsigned char *text;   // (n_text)
-    uint32_t starts[0x10001]; // where in by_text the texts with the same first_bytes start; the next one is their end
-    bool prefix;              // encode: the next text gets a space in front
-    Bytes prompt;             // read_prompt: the text of -f
-    Bytes normalised;         // encode: the text, with room for that space
+    uint32_t starts[0x10001];   // where in by_text the texts with the same first_bytes start; the next one is their end
+    bool prefix;                // encode: the next text gets a space in front
+    Bytes prompt;               // read_prompt: the text of -f
+    Bytes normalised;           // encode: the text, with room for that space
     const unsigned char *words; // encode_words: where the text starts
     Tokens states;              // match_word: for each byte of that text, the state that read on from it last
     ARRAY(Symbol) symbols;      // encode_word: the symbols of a word
-    Heap pairs;               // encode_word: neighbours that can be merged, the next merge on top
+    Heap pairs;                 // encode_word: neighbours that can be merged, the next merge on top
 };
 
 static void append_bytes(Bytes *array, Span text) {
