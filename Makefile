@@ -11,8 +11,8 @@ WARNINGS = -Wall -Wextra -Wshadow -Wconversion -Wno-unknown-pragmas
 RULES = -std=c11 -ffp-contract=off -fno-math-errno $(WARNINGS)
 # Apple's compiler has OpenMP without its library, which Homebrew has.
 LIBOMP := $(shell brew --prefix libomp 2>/dev/null)
-OPENMP := $(or $(call known,-fopenmp),$(if $(LIBOMP),\
-	$(call known,-Xpreprocessor -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp)))
+OPENMP := $(strip $(or $(call known,-fopenmp),$(if $(LIBOMP),\
+	$(call known,-Xpreprocessor -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp))))
 X86_V3 := $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3)
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 PYTHON = .venv/bin/python
