@@ -1294,7 +1294,7 @@ static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
 //
 // A search may read far beyond the word that it finds, and the next search starts right after that word. If it comes
 // to a character in the same state as the search before it, it cannot find more than that one did, and stops. Without
-// this, the pattern "[a-z]*!|[a-z]" would take quadratic time.                                             (Reps 1998)
+// this, the pattern "[a-z]*!|[a-z]" would take quadratic time, as do patterns that count.                  (Reps 1998)
 static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
     uint32_t *states = t->states.data + (text.bytes - t->words);
     size_t word = 0, at = 0;
