@@ -179,7 +179,7 @@ static Tensor next_tensor(Model *m, size_t rows, size_t cols) {
 
 static Model open_model(const char *path) {
     Model m = {.file = map_file(path, "twofiles", HEADER_SPACE, "a weights file"), .end = HEADER_SPACE};
-    memcpy(&m.h, m.file.bytes, sizeof m.h); // what is checked is this copy, as the file might still change
+    memcpy(&m.h, m.file.bytes, sizeof m.h); // the copy is checked, because the file may change
     check_header(&m);
     size_t D = m.h.dim, F = m.h.hidden_dim, V = m.h.vocab_size, d = m.h.head_dim;
     size_t Q = m.q_dim = m.h.n_heads * d;
@@ -259,7 +259,7 @@ typedef struct Team Team;     // section 10
 // The memory of a running model: the KV cache, and the numbers that are computed for one batch of tokens.
 typedef struct {
     size_t threads;  // the number of threads
-    Team *team;      // section 10's record of how fast how many threads are
+    Team *team;      // how long a pass takes with each number of threads, see section 10
     size_t context;  // C: the number of positions in the KV cache
     size_t batch;    // the largest T, a limit for the memory of the arrays below: longer prompts take several batches
     uint16_t *k, *v; // the KV cache: layers*G*C*d numbers of keys, and as many of values; section 10 chooses the order
@@ -1294,7 +1294,8 @@ static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
 //
 // A search may read far beyond the word that it finds, and the next search starts right after that word. If it comes
 // to a character in the same state as the search before it, it cannot find more than that one did, and stops. Without
-// this, the pattern "[a-z]*!|[a-z]" would take quadratic time, as do patterns that count.                  (Reps 1998)
+// this, the pattern "[a-z]*!|[a-z]" would take quadratic time. Patterns that count still do, such as "(aa)*!|a": each
+// search passes a character in another state than the one before.                                          (Reps 1998)
 static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
     uint32_t *states = t->states.data + (text.bytes - t->words);
     size_t word = 0, at = 0;
