@@ -36,15 +36,27 @@ class Outcome:
     notes: list[str]
 
 
+# Runs a command and writes the seconds and the kilobytes of its largest process to a file. Linux counts the memory of
+# the process that starts another one as that one's, so a small process must start the command, not pytest.
+MEASURE = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[2:]).returncode
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss, file=file)
+sys.exit(status if status >= 0 else 128 - status)
+"""
+
+
 def measured(command: list[str], folder: Path, env: dict[str, str] | None = None) -> Outcome:
     """Runs a program whose children it waits for: all of them within the limits of time and memory."""
+    measure = [sys.executable, "-S", "-c", MEASURE, str(folder / "usage")]
     with (folder / "said").open("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=env)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process = subprocess.run([*measure, *command], check=False, stdout=said, stderr=said, env=env)
         said.seek(0)
         text = said.read()
-    took, megabytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    seconds, kilobytes = (folder / "usage").read_text().split()
+    took, megabytes = float(seconds), int(kilobytes) / 1024
     assert took < SECONDS and megabytes < MEGABYTES, (took, megabytes, text)
     assert "Traceback" not in text, text
     lines = text.splitlines()
