@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Recipe:
     dropout: float = 0.0
     decay_from: float = 0.35  # the rate is constant until this part of the training is done
     suffixes: float = 0.25  # share of stories that are told from a later sentence on
+    unlikelihood: float = 1.0  # weight of the loss against repetition
+    unlikelihood_rate: float = 0.1  # learning rate of its steps, relative to the peak; it falls to 0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -85,6 +87,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (batch, heads, length, head_dim): the two halves of a head are the pairs' two coordinates."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+KVCache = tuple[
+    Tensor, Tensor
+]  # the keys and the values of a layer, each (batch, kv heads, positions, head_dim)
 
 
 class Dropout(nn.Module):
@@ -114,7 +121,11 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, start: int = 0
+    ) -> Tensor:
+        """With a KV cache, x is what follows `start` tokens that are in the cache."""
+
         def heads(y: Tensor) -> Tensor:
             return y.view(*y.shape[:2], -1, self.c.head_dim)
 
@@ -122,10 +133,15 @@ class Attention(nn.Module):
         k = self.k_norm(heads(self.k_proj(x))).transpose(1, 2)
         v = heads(self.v_proj(x)).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            keys, values = cache
+            end = start + x.shape[1]
+            keys[:, :, start:end], values[:, :, start:end] = k, v
+            q, k, v = q.to(keys), keys[:, :, :end], values[:, :, :end]
         group = self.c.n_heads // self.c.n_kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         # On a CPU, this is faster than scaled_dot_product_attention once torch.compile has fused it.
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(start + 1)
         scores = (q @ k.mT).float() / math.sqrt(self.c.head_dim)
         weights = scores.masked_fill(later, -math.inf).softmax(-1)
         out: Tensor = self.o_proj((weights @ v).transpose(1, 2).flatten(2))
@@ -153,8 +169,10 @@ class Layer(nn.Module):
         self.mlp = FeedForward(c)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, start: int = 0
+    ) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache, start))
         out: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return out
 
@@ -178,12 +196,12 @@ class Llama(nn.Module):
                 last = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * c.n_layers) if last else 1))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, caches: list[KVCache] | None = None, start: int = 0) -> Tensor:
         """tokens (batch, length) -> logits (batch, length, vocab_size)."""
-        cos, sin = rope(tokens.shape[1], self.c)
+        cos, sin = (x[start:] for x in rope(start + tokens.shape[1], self.c))
         x = self.model.dropout(self.model.embed_tokens(tokens))
-        for layer in self.model.layers:
-            x = layer(x, cos, sin)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, caches[i] if caches else None, start)
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
 
@@ -229,6 +247,7 @@ class Texts:
     tokens: NDArray[np.uint16]
     starts: NDArray[np.int64]  # and at last the end
     sentences: NDArray[np.int64]  # where in `tokens` a sentence begins with a space
+    begins_word: NDArray[np.bool_]  # of each piece of the vocabulary
     bos: int
     n_bytes: int
 
@@ -254,7 +273,8 @@ def encode(stories: list[str], processor: sentencepiece.SentencePieceProcessor) 
     ends = np.array([piece.rstrip('"').endswith((".", "!", "?")) for piece in pieces])
     spaced = np.array([piece.startswith("\u2581") for piece in pieces])
     sentences = np.flatnonzero(ends[tokens[:-1]] & spaced[tokens[1:]]) + 1
-    return Texts(tokens, starts, sentences, processor.bos_id(), sum(len(text.encode()) for text in stories))
+    n_bytes = sum(len(text.encode()) for text in stories)
+    return Texts(tokens, starts, sentences, spaced, processor.bos_id(), n_bytes)
 
 
 def slices(texts: Texts, suffixes: float, random: np.random.Generator) -> Iterator[tuple[int, int]]:
@@ -306,6 +326,85 @@ def bits_per_byte(model: Llama, texts: Texts) -> float:
             total += loss_of(model, inputs, targets, "sum").item()
     model.train()
     return total / math.log(2) / texts.n_bytes
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Unlikelihood training: the model continues beginnings, and what it repeats becomes less likely
+
+
+@dataclass
+class Told:
+    """Continuations by the model. A token is unlikely if it belongs to words that repeat earlier ones."""
+
+    tokens: Tensor  # (rows, length), with bos
+    unlikely: Tensor  # (rows, length), bool
+
+    N_ROWS = 64  # half of them are greedy continuations of a few words, half are sampled stories
+    N_STEPS = 8  # of training that use them
+    LENGTH = 192
+    TEMPERATURE, TOP_P = 0.8, 0.9
+
+
+def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """logits (rows, vocab_size) -> tokens (rows), from the nucleus among the likeliest 128."""
+    best, ids = logits.topk(128)
+    p = (best / temperature).softmax(-1)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+    return ids.gather(1, torch.multinomial(p, 1)).flatten()
+
+
+def repeats(tokens: list[int], begins_word: NDArray[np.bool_], n: int = 4) -> list[int]:
+    """The positions of the tokens of all n-grams of words that occurred before."""
+    starts = [i for i, token in enumerate(tokens) if begins_word[token]]
+    bounds = [*starts, len(tokens)]
+    found: set[int] = set()
+    known: set[tuple[int, ...]] = set()
+    for first, last in zip(bounds, bounds[n:], strict=False):
+        gram = tuple(tokens[first:last])
+        if gram in known:
+            found.update(range(first, last))
+        known.add(gram)
+    return sorted(found)
+
+
+def tell(model: Llama, texts: Texts, random: np.random.Generator) -> Told:
+    """Lets the model continue beginnings of the stories by itself."""
+    eos, bos = int(texts.tokens[-1]), texts.bos
+    n_greedy = Told.N_ROWS // 2
+    beginnings = [[bos] for _ in range(Told.N_ROWS)]
+    everywhere = np.concatenate([texts.starts[:-1], texts.sentences])
+    for row, start in zip(beginnings, random.choice(everywhere, n_greedy), strict=False):
+        row += texts.tokens[start : start + random.integers(3, 16)].tolist()
+    tokens = torch.full((Told.N_ROWS, Told.LENGTH), eos)
+    for row, beginning in zip(tokens, beginnings, strict=True):
+        row[: len(beginning)] = torch.tensor(beginning)
+    lengths = torch.tensor([len(beginning) for beginning in beginnings])
+    c = model.c
+    shape = (Told.N_ROWS, c.n_kv_heads, Told.LENGTH, c.head_dim)
+    caches = [torch.zeros(2, *shape, dtype=torch.bfloat16).unbind() for _ in range(c.n_layers)]
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for i in range(Told.LENGTH - 1):
+            logits = model(tokens[:, i : i + 1], caches, i)[:, 0].float()
+            chosen = logits.argmax(-1)
+            chosen[n_greedy:] = sample(logits[n_greedy:], Told.TEMPERATURE, Told.TOP_P)
+            ended = (tokens[:, i] == eos) & (lengths <= i)
+            tokens[:, i + 1] = torch.where((lengths <= i + 1) & ~ended, chosen, tokens[:, i + 1])
+    model.train()
+    unlikely = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, marks, length in zip(tokens.tolist(), unlikely, lengths.tolist(), strict=True):
+        end = row.index(eos, length) if eos in row[length:] else len(row)
+        marks[[i for i in repeats(row[:end], texts.begins_word) if i >= length]] = True
+    return Told(tokens, unlikely)
+
+
+def unlikelihood_of(model: Llama, tokens: Tensor, unlikely: Tensor) -> Tensor:
+    """The mean of -log(1 - p) over all tokens, where p is an unlikely token's probability (Welleck et al., 2019)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens[:, :-1])
+    log_p = -F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    loss = -torch.log1p(-log_p.exp().clamp(max=1 - 1e-5))
+    return (loss * unlikely[:, 1:].flatten()).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -370,9 +469,12 @@ def optimizers_of(model: Llama, r: Recipe) -> list[torch.optim.Optimizer]:
 class Run:
     """A training that can stop at any time and go on from its last checkpoint."""
 
-    def __init__(self, work: Path, r: Recipe, steps: int, minutes: float = math.inf) -> None:
+    def __init__(
+        self, work: Path, r: Recipe, steps: int, minutes: float = math.inf, unlikelihood_steps: int = 0
+    ) -> None:
         torch.manual_seed(1)
         self.work, self.r, self.steps, self.minutes, self.step, self.seconds = work, r, steps, minutes, 0, 0.0
+        self.unlikelihood_steps = unlikelihood_steps
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.model = Llama(CONFIG, r.dropout)
@@ -387,13 +489,20 @@ class Run:
                     group["peak"] = peak
             self.step, self.seconds = state["step"], state["seconds"]
         torch.manual_seed(1000 * self.step + self.rank)
-        self.loss, self.clock = loss_of, 0.0
+        self.loss, self.unlikelihood, self.clock = loss_of, unlikelihood_of, 0.0
+        self.told: Told | None = None
 
     def done(self) -> float:
         return min(1, max(self.step / self.steps, self.seconds / 60 / self.minutes))
 
+    def ended(self) -> bool:
+        in_time = self.seconds / 60 < self.minutes
+        return not in_time or self.step >= self.steps + self.unlikelihood_steps
+
     def rate(self) -> float:
-        """Relative to the peak: a warm-up, a plateau, and then down to 0."""
+        """Relative to the peak: a warm-up, a plateau, and then down to 0; a second, lower slope against repetition."""
+        if self.step >= self.steps and self.unlikelihood_steps:
+            return self.r.unlikelihood_rate * (1 - (self.step - self.steps) / self.unlikelihood_steps)
         return min(1, (self.step + 1) / WARMUP, (1 - self.done()) / (1 - self.r.decay_from))
 
     def save(self) -> None:
@@ -418,12 +527,19 @@ class Run:
             writer.writerow(row)
         print(*row, flush=True)
 
-    def take_step(self, inputs: Tensor, targets: Tensor) -> float:
+    def repetition(self, texts: Texts) -> Tensor:
+        """The unlikelihood loss of the next rows that the model told."""
+        turn = (self.step - self.steps) % Told.N_STEPS
+        if turn == 0 or self.told is None:
+            self.told = tell(self.model, texts, np.random.default_rng([self.step, self.rank]))
+        rows = slice(turn, None, Told.N_STEPS)
+        return self.unlikelihood(self.model, self.told.tokens[rows], self.told.unlikely[rows])
+
+    def take_step(self, loss: Tensor) -> float:
         """Returns the loss; it, the gradients and the clock are the same in all processes."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * self.rate()
-        loss = self.loss(self.model, inputs, targets)
         torch.autograd.backward(loss)
         parameters = list(self.model.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -453,10 +569,13 @@ class Run:
         for number, chosen in enumerate(epochs(texts, self.r.suffixes)):
             if number < self.step * self.ranks or number % self.ranks != self.rank:
                 continue  # it has seen this batch before it stopped, or another process sees it
-            if self.done() >= 1:
+            if self.ended():
                 break
-            losses.append(self.take_step(*texts.rows(chosen)))
-            if self.rank == 0 and (time.monotonic() - saved >= every or self.done() >= 1):
+            loss = self.loss(self.model, *texts.rows(chosen))
+            if self.step >= self.steps:
+                loss = loss + self.r.unlikelihood * self.repetition(texts)
+            losses.append(self.take_step(loss))
+            if self.rank == 0 and (time.monotonic() - saved >= every or self.ended()):
                 self.log(sum(losses) / len(losses), heldout)
                 self.save()
                 losses.clear()
@@ -484,9 +603,8 @@ def work(rank: int, args: argparse.Namespace) -> None:
         lines = [json.dumps({"text": text}) + "\n" for text in held]
         (args.work / "heldout.jsonl").write_text("".join(lines))
     texts, heldout = encode(stories, processor), encode(held[:LOGGED], processor)
-    names = ("muon_rate", "adam_rate", "decay", "dropout", "decay_from", "suffixes")
-    recipe = Recipe(**{name: getattr(args, name) for name in names})
-    run = Run(args.work, recipe, args.steps, args.minutes)
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+    run = Run(args.work, recipe, args.steps, args.minutes, args.unlikelihood_steps)
     if rank == 0:
         numbers = f"{len(stories):,} stories, {len(texts.tokens):,} tokens, {texts.n_bytes:,} bytes"
         print(
@@ -494,6 +612,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
         )
     if args.compile:
         run.loss = torch.compile(loss_of, dynamic=True)
+        run.unlikelihood = torch.compile(unlikelihood_of, dynamic=True)
     run.train(texts, heldout, args.every)
     if rank == 0:
         export(run.model, args.work / "tokenizer.model", args.output)
@@ -508,13 +627,14 @@ def main() -> int:
         "--work", type=Path, default=TOP / "build" / "stories", help="where all but the model goes"
     )
     parser.add_argument("--steps", type=int, default=3800)
+    parser.add_argument("--unlikelihood-steps", type=int, default=300, help="more steps, against repetition")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end by then, if not by the steps")
     parser.add_argument("--every", type=float, default=300, help="seconds from one checkpoint to the next")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    for name in ("muon_rate", "adam_rate", "decay", "dropout", "decay_from", "suffixes"):
-        parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(Recipe, name))
+    for field in fields(Recipe):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=float, default=field.default)
     parser.add_argument("-o", "--output", type=Path, default=TOP / "models" / "stories.bin")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

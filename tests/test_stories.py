@@ -45,6 +45,9 @@ def data(tmp_path: Path) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vocabulary that such texts can fill."""
     monkeypatch.setattr(train, "CONFIG", replace(train.CONFIG, vocab_size=400, n_layers=2))
+    torch.set_num_threads(
+        1
+    )  # so small matrices are not faster with more, and other tests run at the same time
 
 
 def prepared(data: Path, work: Path) -> tuple[train.Texts, train.Texts]:
@@ -150,6 +153,60 @@ def test_training_ends_in_time(data: Path, tmp_path: Path) -> None:
     hurried.train(heldout, heldout, every=1e9)
     assert hurried.step == 1 and hurried.done() == 1
     assert hurried.rate() == 0
+
+
+def test_words_that_repeat_are_found() -> None:
+    begins = np.array([True] * 8 + [False] * 2)  # 8 and 9 go on with a word
+    assert train.repeats([0, 1, 2, 3, 4, 0, 1, 2, 3, 5], begins) == [5, 6, 7, 8]
+    assert train.repeats([0, 1, 8, 2, 3, 4, 0, 1, 9, 2, 3], begins) == []
+    assert train.repeats([0, 1, 8, 2, 3, 4, 0, 1, 8, 2, 3], begins) == [6, 7, 8, 9, 10]
+    assert train.repeats([7] * 6, begins) == [1, 2, 3, 4, 5]
+    assert train.repeats([1, 2, 3], begins) == []
+
+
+@pytest.mark.usefixtures("small")
+def test_the_model_is_told_what_it_repeats(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its greedy tokens are those that it finds likeliest without a KV cache, and they become less likely."""
+    texts, heldout = prepared(data, tmp_path)
+    monkeypatch.setattr(train.Told, "LENGTH", 48)
+    monkeypatch.setattr(train, "BATCH_TOKENS", 512)
+    run = train.Run(tmp_path, train.Recipe(), steps=30)
+    run.train(texts, heldout, every=1e9)
+    run.unlikelihood_steps = 3
+    told = train.tell(run.model, texts, np.random.default_rng(1))
+    eos = int(texts.tokens[-1])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        likeliest = run.model(told.tokens).argmax(-1)
+    greedy = slice(0, train.Told.N_ROWS // 2)
+    before, after = told.tokens[greedy, 20:-1], told.tokens[greedy, 21:]
+    same = (likeliest[greedy, 20:-1] == after)[before != eos].float().mean()
+    assert same > 0.95  # bfloat16 sums differ
+    assert told.unlikely.any() and not told.unlikely[:, 0].any()
+
+    rows = (told.tokens, told.unlikely)
+    first = train.unlikelihood_of(run.model, *rows)
+    run.take_step(first)
+    assert train.unlikelihood_of(run.model, *rows) < first
+
+
+@pytest.mark.usefixtures("small")
+def test_training_goes_on_against_repetition(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, heldout = prepared(data, tmp_path)
+    monkeypatch.setattr(train.Told, "LENGTH", 24)
+    run = train.Run(tmp_path, train.Recipe(), steps=2, unlikelihood_steps=3)
+    rates = []
+    while not run.ended():
+        rates.append(run.rate())
+        run.take_step(run.loss(run.model, *heldout.rows([(0, 20)])))
+    assert rates[2:] == pytest.approx([0.1, 0.2 / 3, 0.1 / 3]) and run.rate() == 0
+    again = train.Run(tmp_path / "again", train.Recipe(), steps=2, unlikelihood_steps=3)
+    again.work.mkdir()
+    again.train(heldout, heldout, every=1e9)
+    assert again.step == 5 and again.told is not None
 
 
 @pytest.mark.usefixtures("small")
