@@ -68,8 +68,8 @@ class Recipe:
     dropout: float = 0.0
     decay_from: float = 0.35  # the rate is constant until this part of the training is done
     suffixes: float = 0.25  # share of stories that are told from a later sentence on
-    unlikelihood: float = 1.0  # weight of the loss against repetition
-    unlikelihood_rate: float = 0.1  # learning rate of its steps, relative to the peak; it falls to 0
+    unlikelihood: float = 20.0  # weight of the loss against repetition
+    unlikelihood_rate: float = 0.2  # learning rate of its steps, relative to the peak; it falls to 0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -627,7 +627,7 @@ def main() -> int:
         "--work", type=Path, default=TOP / "build" / "stories", help="where all but the model goes"
     )
     parser.add_argument("--steps", type=int, default=3800)
-    parser.add_argument("--unlikelihood-steps", type=int, default=300, help="more steps, against repetition")
+    parser.add_argument("--unlikelihood-steps", type=int, default=400, help="more steps, against repetition")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end by then, if not by the steps")
     parser.add_argument("--every", type=float, default=300, help="seconds from one checkpoint to the next")
     parser.add_argument("--processes", type=int, default=2)

@@ -202,7 +202,7 @@ def test_training_goes_on_against_repetition(
     while not run.ended():
         rates.append(run.rate())
         run.take_step(run.loss(run.model, *heldout.rows([(0, 20)])))
-    assert rates[2:] == pytest.approx([0.1, 0.2 / 3, 0.1 / 3]) and run.rate() == 0
+    assert rates[2:] == pytest.approx([0.2, 0.4 / 3, 0.2 / 3]) and run.rate() == 0
     again = train.Run(tmp_path / "again", train.Recipe(), steps=2, unlikelihood_steps=3)
     again.work.mkdir()
     again.train(heldout, heldout, every=1e9)
