@@ -844,19 +844,11 @@ static void prepare_process(char **argv);
 // Several processes that run a model together, see section 12. Without -DMPI, process 0 is alone.
 static int process, n_processes = 1; // the number of this process, from 0 on, and how many there are
 static int error_fd = STDERR_FILENO; // where the last message goes
-static int exit_status;              // if it is not 0 at the exit, the other processes end, too
-static void share_text(Bytes *text); // copies a text of process 0 to the others
-#ifdef MPI
+static int exit_status;              // if it is not 0, the exit ends the other processes, too
 static void start_processes(int argc, char **argv);
-static void check_files(File weights, uint64_t tokenizer);  // exits unless all processes have the same files
-static void share(void *data, size_t size);                 // copies data of process 0 to the others
-static void gather_rows(float *out, size_t rows, size_t T); // completes a matrix product
-#else
-static void start_processes(int argc, char **argv) { (void)argc, (void)argv; }
-static void check_files(File weights, uint64_t tokenizer) { (void)weights, (void)tokenizer; }
-static void share(void *data, size_t size) { (void)data, (void)size; }
-static void gather_rows(float *out, size_t rows, size_t T) { (void)out, (void)rows, (void)T; }
-#endif
+static void share(void *data, size_t size);                               // copies data of process 0 to the others
+static void gather_columns(float *out, size_t T, size_t n);               // completes a matrix product
+static void expect_same(const char *what, const void *data, size_t size); // exits if process 0 has other data
 
 enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
 // Piece.type. NORMAL and BYTE tokens are results of merging. USER_DEFINED ones are found in the text as it is written,
@@ -1664,11 +1656,7 @@ static void chat_turn(Session *s, Span message) {
 // Ctrl-C sets this. The handler of a signal can only reach a global variable.
 static volatile sig_atomic_t interrupts;
 
-static bool interrupted(void) {
-    bool stop = interrupts;
-    share(&stop, sizeof stop);
-    return stop;
-}
+static bool interrupted(void) { return interrupts; }
 
 // Exits from a signal handler, which may call very few functions.
 static _Noreturn void exit_from_signal(int status, const char *message) {
@@ -1684,20 +1672,30 @@ static void on_sigint(int signal) {
     interrupts = 1;
 }
 
-// With SA_RESTART, Ctrl-C does not disturb output. Without, it ends the wait for a line.
+// With SA_RESTART, Ctrl-C does not disturb output. Without, it ends the wait for a line. Several processes end at once.
 static void install_sigint(int flags) {
-    struct sigaction action = {.sa_handler = process ? SIG_IGN : on_sigint, .sa_flags = flags};
+    struct sigaction action = {.sa_handler = n_processes > 1 ? SIG_DFL : on_sigint, .sa_flags = flags};
     sigaction(SIGINT, &action, NULL);
 }
 
-// Reads a message: a line, and as long as a line ends in a backslash, the next one. Returns false at the end of input.
+// Process 0 has read a text, or found none, for all.
+static bool share_text(Bytes *text, bool found) {
+    share(&found, sizeof found);
+    share(&text->n, sizeof text->n);
+    text->data = grow(text->data, &text->capacity, text->n, 1);
+    share(text->data, text->n);
+    return found;
+}
+
+// Reads a message: a line, and as long as a line ends in a backslash, the next one; on a terminal, no empty message.
+// Returns false at the end of input.
 static bool read_message(Chat *chat) {
     Bytes *message = &chat->message;
     char *line = NULL;
     size_t capacity = 0, start = 0; // where the line starts in the message
     bool more = true;
     message->n = 0;
-    while (more) {
+    while (more && process == 0) {
         // wait for a line
         install_sigint(0);
         if (chat->terminal)
@@ -1727,21 +1725,14 @@ static bool read_message(Chat *chat) {
             fputc('\n', stderr);
         while (message->n > start && (message->data[message->n - 1] == '\n' || message->data[message->n - 1] == '\r'))
             message->n--;
-        more = message->n > start && message->data[message->n - 1] == '\\';
-        if (more)
+        bool joined = message->n > start && message->data[message->n - 1] == '\\';
+        if (joined)
             message->data[message->n - 1] = '\n';
+        more = joined || (chat->terminal && message->n == 0);
         start = message->n;
     }
     free(line);
-    return !more || message->n;
-}
-
-// The same for all processes: process 0 reads.
-static bool next_message(Chat *chat) {
-    bool found = process == 0 && read_message(chat);
-    share(&found, sizeof found);
-    share_text(&chat->message);
-    return found;
+    return share_text(message, !more || message->n);
 }
 
 // Answers -i, and then each message from the terminal, from standard input, or from -f.
@@ -1758,15 +1749,13 @@ static void chat(Session *s) {
     s->chat = allocate(1, sizeof *s->chat, "the conversation");
     *s->chat = (Chat){.input = open_text(s->options->prompt_file)};
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
-    share(&s->chat->terminal, sizeof s->chat->terminal);
     start_run(s, s->context.max_tokens);
     install_sigint(SA_RESTART);
     if (s->options->prompt)
         chat_turn(s, span_of(s->options->prompt));
     Bytes *message = &s->chat->message;
-    while (next_message(s->chat))
-        if (message->n || !s->chat->terminal)
-            chat_turn(s, (Span){message->data, message->n});
+    while (read_message(s->chat))
+        chat_turn(s, (Span){message->data, message->n});
     print_stats(s);
 }
 
@@ -2476,7 +2465,6 @@ int main(int argc, char **argv) {
     prepare_process(argv);
     start_processes(argc, argv);
     Options o = parse_options(argc, argv);
-    share(&o.seed, sizeof o.seed);
     const Mode *mode = find_mode(o.mode);
     if (!o.model && !(mode->run == tokenize && o.tokenizer)) // tokenize needs no model
         o.model = DEFAULT_MODEL;
@@ -2498,7 +2486,9 @@ int main(int argc, char **argv) {
            "%016llx",
            s.tokenizer->file.path, o.model, s.model.h.vocab_size, (unsigned long long)s.model.h.vocab_hash,
            t->vocab_size, (unsigned long long)t->vocab_hash);
-    check_files(s.model.file, t->hash);
+    expect_same("weights file", s.model.file.bytes, s.model.file.size);
+    expect_same("tokenizer file", s.tokenizer->file.bytes, s.tokenizer->file.size);
+    share(&o.seed, sizeof o.seed);
     mode->run(&s);
     flush_output();
     exit(0); // instead of return, so that no memory counts as lost
@@ -2515,12 +2505,11 @@ static _Noreturn void die(int status, const char *format, ...) {
     va_start(args, format);
     fflush(stdout);
     sleep((unsigned)process); // if several processes fail alike, the first one speaks for all
-    dup2(error_fd, STDERR_FILENO);
-    fputs("run: ", stderr);
+    dprintf(error_fd, "run: ");
     if (process)
-        fprintf(stderr, "process %d: ", process);
-    vfprintf(stderr, format, args);
-    fputs(status == EXIT_USAGE ? " (run --help shows the usage)\n" : "\n", stderr);
+        dprintf(error_fd, "process %d: ", process);
+    vdprintf(error_fd, format, args);
+    dprintf(error_fd, status == EXIT_USAGE ? " (run --help shows the usage)\n" : "\n");
     va_end(args);
     exit_status = status;
     exit(status);
@@ -2653,16 +2642,6 @@ static File read_file(const char *path, const char *magic, size_t min_size, cons
     return f;
 }
 
-// Process 0 has read a text, for all.
-static void share_text(Bytes *text) {
-    size_t n = text->n;
-    share(&n, sizeof n);
-    text->n = 0;
-    reserve(text, n);
-    text->n = n;
-    share(text->data, n);
-}
-
 // Opens a file for reading. NULL and "-" mean standard input. Only process 0 reads.
 static FILE *open_text(const char *path) {
     if (process || !path || !strcmp(path, "-"))
@@ -2687,7 +2666,7 @@ static Span read_prompt(Session *s) {
     expect(!ferror(file), "%s: cannot read the prompt: %s", o->prompt_file, strerror(errno));
     if (file != stdin)
         fclose(file);
-    share_text(text);
+    share_text(text, true);
     return (Span){text->data, text->n};
 }
 
@@ -3552,13 +3531,11 @@ static void matmul_amx(RunState *s, float *out, Tensor w, Rows own, Tensor x, Up
 }
 #endif
 
-// Returns the rows of a matrix that process p multiplies: all, if it is alone. AMX handles whole blocks of rows, and
-// those that are left in another way, so every part but the last one consists of whole blocks.
-static Rows rows_of(int p, size_t rows) {
-    size_t blocks = (rows + AMX_BLOCK - 1) / AMX_BLOCK, n = (size_t)n_processes;
-    size_t first = blocks * (size_t)p / n, end = blocks * ((size_t)p + 1) / n;
-    end = min(end * AMX_BLOCK, rows);
-    return (Rows){first * AMX_BLOCK, end};
+// The first of the rows of a matrix that process p multiplies; it has all, if it is alone. AMX handles whole blocks of
+// rows, and those that are left in another way, so every part but the last one consists of whole blocks.
+static size_t first_row(int p, size_t rows) {
+    size_t blocks = (rows + AMX_BLOCK - 1) / AMX_BLOCK;
+    return min(blocks * (size_t)p / (size_t)n_processes * AMX_BLOCK, rows);
 }
 
 // Splits the rows of w among the processes, and then among the threads. One token: each thread has a range of rows to
@@ -3569,13 +3546,13 @@ static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update up
         matmul_ref(out, w, x, update);
         return;
     }
-    Rows own = rows_of(process, w.rows);
+    Rows own = {first_row(process, w.rows), first_row(process + 1, w.rows)};
 #pragma omp master
     page_weights(s->paging, slice(w, own.first, own.end - own.first, 0, w.cols));
 #ifdef AMX
     if (x.dtype == BF16_AMX) {
         matmul_amx(s, out, w, own, x, update);
-        gather_rows(out, w.rows, x.rows);
+        gather_columns(out, x.rows, w.rows);
         return;
     }
 #endif
@@ -3587,7 +3564,7 @@ static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update up
 #pragma omp for schedule(static)
     for (size_t r = own.first; r < own.end; r += block)
         gemm(out + r, w.rows, slice(w, r, min(block, own.end - r), 0, w.cols), x, update);
-    gather_rows(out, w.rows, x.rows);
+    gather_columns(out, x.rows, w.rows);
 }
 
 // ---- Attention
@@ -3834,8 +3811,7 @@ static void page_weights(Paging *p, Tensor w) {
     }
     p->at = start;
     // Checks pieces before the system reads them ahead, but none of other processes.
-    size_t ahead = n_processes > 1 ? 0 : PIECES_AHEAD * PIECE_BYTES;
-    size_t end = min(start + size + ahead, p->m->file.size);
+    size_t end = min(start + size + (n_processes > 1 ? 0 : PIECES_AHEAD * PIECE_BYTES), p->m->file.size);
     p->n_checked = max(p->n_checked, start / PIECE_BYTES);
     while (p->active && p->n_checked * PIECE_BYTES < end)
         check_resident(p, p->n_checked++);
@@ -3869,48 +3845,24 @@ static Paging *open_paging(const Model *m) { return (void)m, NULL; }
 #ifdef MPI
 #include <mpi.h>
 
-enum { MAX_PROCESSES = 256 };
-
-// Completes out (T, rows), of which each process has computed some columns. To MPI, a column is T numbers that are
-// `rows` apart, and the next column begins one number after it.
-static void gather_rows(float *out, size_t rows, size_t T) {
-#pragma omp master
+// Completes out (T, n), of which each process has computed some columns. All of them send at the same time.
+static void gather_columns(float *out, size_t T, size_t n) {
+#pragma omp single
     {
-        int counts[MAX_PROCESSES], starts[MAX_PROCESSES];
+        MPI_Request requests[n_processes];
         for (int p = 0; p < n_processes; p++) {
-            starts[p] = (int)rows_of(p, rows).first;
-            counts[p] = (int)rows_of(p, rows).end - starts[p];
+            size_t first = first_row(p, n), end = first_row(p + 1, n);
+            MPI_Datatype columns; // T times end - first numbers, n apart
+            MPI_Type_vector((int)T, (int)(end - first), (int)n, MPI_FLOAT, &columns);
+            MPI_Type_commit(&columns);
+            MPI_Ibcast(out + first, 1, columns, p, MPI_COMM_WORLD, &requests[p]);
+            MPI_Type_free(&columns);
         }
-        MPI_Datatype numbers, column;
-        MPI_Type_vector((int)T, 1, (int)rows, MPI_FLOAT, &numbers);
-        MPI_Type_create_resized(numbers, 0, sizeof(float), &column);
-        MPI_Type_commit(&column);
-        MPI_Allgatherv(MPI_IN_PLACE, 0, column, out, counts, starts, column, MPI_COMM_WORLD);
-        MPI_Type_free(&column);
-        MPI_Type_free(&numbers);
+        MPI_Waitall(n_processes, requests, MPI_STATUSES_IGNORE);
     }
-#pragma omp barrier
 }
 
 static void share(void *data, size_t size) { MPI_Bcast(data, (int)size, MPI_BYTE, 0, MPI_COMM_WORLD); }
-
-static void expect_same(const char *what, const void *data, size_t n) {
-    uint64_t hash = n, hashes[MAX_PROCESSES];
-    for (size_t i = 0; i < n; i++)
-        hash = hash * 31 + ((const unsigned char *)data)[i];
-    MPI_Allgather(&hash, 1, MPI_UINT64_T, hashes, 1, MPI_UINT64_T, MPI_COMM_WORLD);
-    for (int p = 1; p < n_processes; p++)
-        expect(hashes[p] == hashes[0], "process %d: expected the %s of process 0, found others", p, what);
-}
-
-// Compares 64 KB of every 256th part of the weights, because a machine may have no room for all of them.
-static void check_files(File weights, uint64_t tokenizer) {
-    uint64_t hash = weights.size;
-    for (size_t at = 0; at < weights.size; at += round_up(weights.size / 256 + 1, 1 << 16))
-        hash = hash * 31 + hash_of(weights.bytes + at, min(1 << 16, weights.size - at));
-    expect_same("weights file", &hash, sizeof hash);
-    expect_same("tokenizer file", &tokenizer, sizeof tokenizer);
-}
 
 static void end_processes(void) {
     if (exit_status)
@@ -3919,11 +3871,10 @@ static void end_processes(void) {
 }
 
 static void start_processes(int argc, char **argv) {
-    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &(int){0}); // only the first thread of a process calls MPI
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &(int){0}); // one thread at a time calls MPI
     MPI_Comm_rank(MPI_COMM_WORLD, &process);
     MPI_Comm_size(MPI_COMM_WORLD, &n_processes);
     atexit(end_processes);
-    expect(n_processes <= MAX_PROCESSES, "expected at most %d processes, found %d", MAX_PROCESSES, n_processes);
     if (process) { // prints nothing but the message of die
         error_fd = dup(STDERR_FILENO);
         (void)!freopen("/dev/null", "w", stdout);
@@ -3935,4 +3886,19 @@ static void start_processes(int argc, char **argv) {
     for (int i = 1; i < argc; i++)
         expect_same("flags", argv[i], strlen(argv[i]));
 }
+#else
+static void start_processes(int argc, char **argv) { (void)argc, (void)argv; }
+static void share(void *data, size_t size) { (void)data, (void)size; }
+static void gather_columns(float *out, size_t T, size_t n) { (void)out, (void)T, (void)n; }
 #endif
+
+// Compares 64 KB of every 256th part of the data, because a machine may have no room for all weights.
+static void expect_same(const char *what, const void *data, size_t size) {
+    uint64_t hash = size;
+    for (size_t start = 0; n_processes > 1 && start < size; start += max(1 << 16, size / 256))
+        for (size_t i = start; i < min(start + (1 << 16), size); i++)
+            hash = hash * 31 + ((const unsigned char *)data)[i];
+    uint64_t first = hash;
+    share(&first, sizeof first);
+    expect(hash == first, "expected the %s of process 0, found others", what);
+}
