@@ -30,7 +30,7 @@ build/command: always
 	@mkdir -p build
 	@echo '$(COMPILE_RUN)' | cmp -s - $@ || echo '$(COMPILE_RUN)' > $@
 
-.PHONY: always demo portable static mpi plain debug smollm2 test check coverage fuzz bench peers scaling lint clean help
+.PHONY: always demo portable static mpi plain debug smollm2 test check coverage fuzz soak bench peers scaling lint clean help
 
 demo: run ## a story by the small model that ships in models/, another one each time
 	./run -t 0.8
@@ -89,6 +89,8 @@ build/probe-%: tests/probe.c tests/amx.h run.c Makefile
 	$(COMPILE)
 build/roofline-%: tests/roofline.c run.c Makefile
 	$(COMPILE)
+build/soak-%: tests/soak.c run.c Makefile
+	$(COMPILE)
 
 # For tests/gates.py: ThreadSanitizer does not understand the barriers of gcc's libgomp, so tests/threads.c is in its
 # place; and valgrind knows no AVX-512.
@@ -124,29 +126,35 @@ models/smollm2.bin: .venv/installed
 test: run .venv/installed ## all tests, in a Python environment of their own, .venv
 	$(PYTHON) -m pytest -q -rs -n 2 tests
 
-# One run of the tests serves the sanitizers and the count of lines. What libgcov cannot write (some tests run as another
+# One run of some tests serves the sanitizers and the count of lines. What libgcov cannot write (some tests run as another
 # user) must not look like an error of run.
 check coverage: export GCOV_ERROR_FILE = /dev/null
 check: coverage run lint ## more: sanitizers, lines run by the tests, other compilers and CPUs, fuzzing, linters
-	VARIANTS=clang,neon,neon-bf16 SYSTEMS=1 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
-	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py
-	VARIANTS=v3,portable $(PYTHON) -m pytest -q -rs -n 2 tests/test_reference.py
+	VARIANTS=clang,neon,neon-bf16 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py
+	SYSTEMS=1 $(PYTHON) -m pytest -q -rs -n 2 tests/test_builds.py -k other_systems
+	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py -k 70b_runs_whole
+	VARIANTS=v3,portable $(PYTHON) -m pytest -q -rs -n 2 tests/test_reference.py -k 'transformers or bits'
 	VARIANTS=amx $(PYTHON) -m pytest -q -rs tests/test_reference.py -k 'wide and transformers'
-	$(PYTHON) -m pytest -q -rs -n 2 --dist loadgroup tests/gates.py
+	$(PYTHON) -m pytest -q -rs -n 2 tests/gates.py
 	$(PYTHON) tests/fuzz.py --seconds 20
 
-coverage: build/run-covered .venv/installed ## the tests with sanitizers: 97 % of run.c's lines have to run; prints the others
+coverage: build/run-covered .venv/installed ## tests with sanitizers; at least 97 % of the lines of run.c have to run
 	rm -f build/run-covered-*.gcda build/unit-covered-*.gcda
 	build/run-covered --version
 	chmod a+rw build/run-covered-*.gcda # for a test that runs it as another user
 	RUN=build/run-covered $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py \
 		tests/test_tokenizer.py tests/test_think.py tests/test_chat.py
-	VARIANTS=covered $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_bytelevel.py
+	VARIANTS=covered $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py
 	$(PYTHON) tests/lines.py build/run-covered build/unit-covered
 
 SECONDS = 600
 fuzz: .venv/installed ## looks for inputs that break run.c, SECONDS=600 for each of five kinds: tests/fuzz.c
 	$(PYTHON) tests/fuzz.py --seconds $(SECONDS)
+
+TOKENS = 10000000
+soak: build/soak-native ## TOKENS=10000000 through all modes in one process: memory stays as it is, and so does the output
+	for i in $$(seq 20); do cat tests/heldout.txt; done > build/soak.txt
+	build/soak-native $(TOKENS) build/soak.txt
 
 bench: build/roofline-native .venv/installed ## tokens a second for 15M to 70B parameters; needs up to 30 GB of disk for a while
 	$(PYTHON) tests/bench.py
