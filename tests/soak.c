@@ -3,12 +3,13 @@
  *     build/soak-native TOKENS TEXT    # at the top of the repository; or: make soak
  *
  * A mode ends in exit(), as a process does, which here jumps back. What it has allocated, mapped and opened is then
- * given back, as the system would do. Resident memory is looked at before that, when the mode has ended. In each round,
+ * given back, as the system would do. Resident memory, but for the mapped files, is looked at before that. In each round,
  * it must be at most 1 % more than in the round after the first one, and each output must be that of the first round,
  * but for the speed. The chat runs a tiny model whose context is 24 tokens, so it forgets turns all the time.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <malloc.h>
 #include <setjmp.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -26,22 +27,22 @@ enum { MAX_LEFT = 1 << 16, FIRST_FD = 3, LAST_FD = 63 };
 static struct {
     void *start;
     size_t mapped; // bytes; 0 if the block was allocated
-} left[MAX_LEFT];
+} leftovers[MAX_LEFT];
 static size_t n_left;
 
 static void remember(void *start, size_t mapped) {
     if (n_left == MAX_LEFT)
         abort();
-    left[n_left].start = start;
-    left[n_left].mapped = mapped;
+    leftovers[n_left].start = start;
+    leftovers[n_left].mapped = mapped;
     n_left++;
 }
 
 // The C library's own blocks, such as the line that getline returns, are not in the list.
 static void forget(const void *start) {
     for (size_t i = n_left; i-- > 0;)
-        if (left[i].start == start) {
-            left[i] = left[--n_left];
+        if (leftovers[i].start == start) {
+            leftovers[i] = leftovers[--n_left];
             return;
         }
 }
@@ -79,11 +80,12 @@ static int soak_munmap(void *start, size_t size) {
 
 static void give_back(void) {
     for (size_t i = 0; i < n_left; i++)
-        if (left[i].mapped)
-            munmap(left[i].start, left[i].mapped);
+        if (leftovers[i].mapped)
+            munmap(leftovers[i].start, leftovers[i].mapped);
         else
-            free(left[i].start);
+            free(leftovers[i].start);
     n_left = 0;
+    malloc_trim(0); // what the C library keeps for later would count as the next mode's
     for (int fd = FIRST_FD; fd <= LAST_FD; fd++)
         close(fd);
 }
@@ -133,16 +135,17 @@ typedef struct {
 
 static Said first[N_KINDS];      // what each work has printed in the first round
 static size_t resident[N_KINDS]; // pages, in the second round
-static double tokens, most = 0;  // processed so far, and the largest resident memory, as a share of the second round's
+static double tokens, most = 0;  // processed so far, and the most memory, as a share of the second round's
 static const char *text_path;
 
-static size_t resident_pages(void) {
-    size_t all, pages = 0;
+// Pages of the process's own. The system maps and unmaps those of the weights file as it likes.
+static size_t own_pages(void) {
+    size_t all, pages, shared;
     FILE *file = fopen("/proc/self/statm", "r");
-    if (!file || fscanf(file, "%zu %zu", &all, &pages) != 2)
+    if (!file || fscanf(file, "%zu %zu %zu", &all, &pages, &shared) != 3)
         abort();
     fclose(file);
-    return pages;
+    return pages - shared;
 }
 
 // Adds the tokens that a work reports: as generation and chat do on standard error, or as perplexity.
@@ -179,7 +182,7 @@ static void soak_work(size_t i, size_t round) {
     stderr = open_memstream(&notes.bytes, &notes.n);
     stdin = fmemopen(messages, sizeof messages - 1, "r");
     run_once(kinds[i]);
-    size_t pages = resident_pages();
+    size_t pages = own_pages();
     fclose(stdout);
     fclose(stderr);
     fclose(stdin);
@@ -220,6 +223,7 @@ int main(int argc, char **argv) {
         return 2;
     }
     text_path = argv[2];
+    mallopt(M_MMAP_THRESHOLD, 1 << 17);  // else the C library changes it as it goes
     setenv("GOMP_SPINCOUNT", "3000", 0); // else run.c would start the program again
     size_t round = 0;
     for (; round < 3 || tokens < atof(argv[1]); round++)
@@ -228,6 +232,6 @@ int main(int argc, char **argv) {
     printf(
         "soak: %.0f tokens in %zu rounds of %d kinds of work: the outputs are those of the first round, memory is at "
         "most %.2f %% above that of the second, %zu MB\n",
-        tokens, round, (int)N_KINDS, (most - 1) * 100, resident_pages() * 4096 >> 20);
+        tokens, round, (int)N_KINDS, (most - 1) * 100, own_pages() * 4096 >> 20);
     return 0;
 }

@@ -195,7 +195,7 @@ def test_32_processes_share_the_weights(run: Program, tmp_path: Path) -> None:
         path,
         "-z",
         ROOT / "models" / "stories.tokenizer.bin",
-        *"-n 0 -t 0 -j 1 --json --probs".split(),
+        *["-n", "0", "-t", "0", "-j", "1", "--json", "--probs"],
     ]
     pipes: dict[str, Any] = {
         "stdout": subprocess.PIPE,
