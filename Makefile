@@ -30,7 +30,7 @@ build/command: always
 	@mkdir -p build
 	@echo '$(COMPILE_RUN)' | cmp -s - $@ || echo '$(COMPILE_RUN)' > $@
 
-.PHONY: always demo portable static mpi plain debug smollm2 test check coverage fuzz soak bench peers scaling lint clean help
+.PHONY: always demo portable static mpi plain debug smollm2 test check coverage fuzz bench peers scaling lint clean help
 
 demo: run ## a story by the small model that ships in models/, another one each time
 	./run -t 0.8
@@ -88,8 +88,6 @@ build/unit-%: tests/unit.c tests/amx.h run.c Makefile
 build/probe-%: tests/probe.c tests/amx.h run.c Makefile
 	$(COMPILE)
 build/roofline-%: tests/roofline.c run.c Makefile
-	$(COMPILE)
-build/soak-%: tests/soak.c run.c Makefile
 	$(COMPILE)
 
 # For tests/gates.py: ThreadSanitizer does not understand the barriers of gcc's libgomp, so tests/threads.c is in its
@@ -150,11 +148,6 @@ coverage: build/run-covered .venv/installed ## tests with sanitizers; at least 9
 SECONDS = 600
 fuzz: .venv/installed ## looks for inputs that break run.c, SECONDS=600 for each of five kinds: tests/fuzz.c
 	$(PYTHON) tests/fuzz.py --seconds $(SECONDS)
-
-TOKENS = 10000000
-soak: build/soak-native ## TOKENS=10000000 through all modes in one process: memory stays as it is, and so does the output
-	for i in $$(seq 20); do cat tests/heldout.txt; done > build/soak.txt
-	build/soak-native $(TOKENS) build/soak.txt
 
 bench: build/roofline-native .venv/installed ## tokens a second for 15M to 70B parameters; needs up to 30 GB of disk for a while
 	$(PYTHON) tests/bench.py
