@@ -7,6 +7,7 @@ Where a tool is not installed, its tests are skipped.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -44,7 +45,10 @@ def need(*programs: str) -> None:
 
 
 def make(target: str, folder: Path = ROOT) -> Path:
-    done = subprocess.run(["make", "-s", target], cwd=folder, capture_output=True, text=True, check=False)
+    (folder / "build").mkdir(exist_ok=True)
+    with (folder / "build" / "lock").open("w") as lock:  # pytest-xdist's workers may want the same program
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(["make", "-s", target], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     return folder / target
 

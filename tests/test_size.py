@@ -7,6 +7,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -168,3 +169,53 @@ def test_a_model_larger_than_memory(run: Program, tmp_path: Path) -> None:
 
 def test_a_text_that_never_ends(run: Program) -> None:
     run.fails(1, "-z", TOKENIZER, "-m", "tokenize", "-f", "/dev/zero", says=["1073741824 bytes, found more"])
+
+
+def mapping_of(process: int, path: Path) -> dict[str, int]:
+    """What a process has in memory of a file, in KB: Rss, Pss (pages divided by how many have them), Private_Dirty..."""
+    found: dict[str, int] = {}
+    here = False
+    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            here = line.endswith(str(path))
+        elif here and rest[-1] == "kB":
+            found[first[:-1]] = found.get(first[:-1], 0) + int(rest[0])
+    return found
+
+
+def test_32_processes_share_the_weights(run: Program, tmp_path: Path) -> None:
+    """All are in the middle of a text, as nobody reads what they print, and have been through the whole file."""
+    if run.sanitized or not Path("/proc/self/smaps").exists():
+        pytest.skip("needs /proc, and no sanitizers, which take memory of their own")
+    path, n = tmp_path / "m.bin", 32
+    shutil.copy(ROOT / "models" / "stories.bin", path)
+    command = [
+        run.path,
+        path,
+        "-z",
+        ROOT / "models" / "stories.tokenizer.bin",
+        *["-n", "0", "-t", "0", "-j", "1", "--json", "--probs"],
+    ]
+    pipes: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,
+        "pipesize": 4096,
+        "bufsize": 0,
+    }
+    processes = [subprocess.Popen(command, **pipes) for _ in range(n)]
+    try:
+        for process in processes:
+            assert process.stdout
+            process.stdout.read(1)  # then it has computed some tokens
+        found = [mapping_of(process.pid, path) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    size = path.stat().st_size / 1024
+    shared = sum(one["Pss"] for one in found)
+    print(f"{n} processes: {size:.0f} KB of weights, {shared} KB in memory", file=sys.stderr)
+    assert all(one["Rss"] > 0.5 * size for one in found)
+    assert all(one["Private_Dirty"] == 0 for one in found)
+    assert shared < 1.1 * size
