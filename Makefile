@@ -124,19 +124,19 @@ models/smollm2.bin: .venv/installed
 test: run .venv/installed ## all tests, in a Python environment of their own, .venv
 	$(PYTHON) -m pytest -q -rs -n 2 tests
 
-# One run of some tests serves the sanitizers and the count of lines. What libgcov cannot write (some tests run as another
-# user) must not look like an error of run.
-check coverage: export GCOV_ERROR_FILE = /dev/null
-check: coverage run lint ## more: sanitizers, lines run by the tests, other compilers and CPUs, fuzzing, linters
-	VARIANTS=clang,neon,neon-bf16 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py
-	SYSTEMS=1 $(PYTHON) -m pytest -q -rs -n 2 tests/test_builds.py -k other_systems
-	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py -k 70b_runs_whole
-	VARIANTS=v3,portable $(PYTHON) -m pytest -q -rs -n 2 tests/test_reference.py -k 'transformers or bits'
+check: build/run-debug run .venv/installed lint ## more: sanitizers, other compilers and CPUs, fuzzing, linters
+	RUN=build/run-debug $(PYTHON) -m pytest -q -rs -n 2 tests/test_cli.py tests/test_badinput.py tests/test_tokenizer.py \
+		tests/test_think.py tests/test_chat.py
+	VARIANTS=sanitized,clang,neon,neon-bf16 SYSTEMS=1 $(PYTHON) -m pytest -q -rs -n 2 tests/test_unit.py tests/test_builds.py
+	LARGE=1 $(PYTHON) -m pytest -q -rs tests/test_size.py
+	VARIANTS=v3,portable $(PYTHON) -m pytest -q -rs -n 2 tests/test_reference.py
 	VARIANTS=amx $(PYTHON) -m pytest -q -rs tests/test_reference.py -k 'wide and transformers'
-	$(PYTHON) -m pytest -q -rs -n 2 tests/gates.py
+	$(PYTHON) -m pytest -q -rs tests/gates.py
 	$(PYTHON) tests/fuzz.py --seconds 20
 
-coverage: build/run-covered .venv/installed ## tests with sanitizers; at least 97 % of the lines of run.c have to run
+# What libgcov cannot write (some tests run as another user) must not look like an error of run.
+coverage: export GCOV_ERROR_FILE = /dev/null
+coverage: build/run-covered .venv/installed ## how many lines of run.c the tests run, and which they do not
 	rm -f build/run-covered-*.gcda build/unit-covered-*.gcda
 	build/run-covered --version
 	chmod a+rw build/run-covered-*.gcda # for a test that runs it as another user
