@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -691,6 +692,22 @@ def check_one_line(stderr: str) -> None:
     assert stderr.startswith("run: ") and stderr.endswith("\n") and stderr.count("\n") == 1, repr(stderr)
 
 
+def read_terminal(process: subprocess.Popen[bytes], master: int, slave: int) -> bytes:
+    """What it writes until it ends. The slave stays open, because Linux may lose output when the last one closes it."""
+    output = b""
+    ended = False
+    while True:
+        if select.select([master], [], [], 0.1)[0]:
+            output += os.read(master, 65536)
+        elif ended:
+            break
+        else:
+            ended = process.poll() is not None
+    os.close(slave)
+    os.close(master)
+    return output
+
+
 def on_terminal(run: Program, *args: object, columns: int = 0, stderr_too: bool = False) -> tuple[str, str]:
     """What it writes to a terminal, of so many columns, and to standard error."""
     master, slave = pty.openpty()
@@ -698,17 +715,7 @@ def on_terminal(run: Program, *args: object, columns: int = 0, stderr_too: bool 
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     command, other = [str(run.path), *map(str, args)], slave if stderr_too else subprocess.PIPE
     process = subprocess.Popen(command, stdout=slave, stderr=other, env=run.env)
-    os.close(slave)
-    output = b""
-    while True:
-        try:
-            chunk = os.read(master, 65536)
-        except OSError:  # EIO: the other side is closed
-            break
-        output += chunk
-        if not chunk:
-            break
-    os.close(master)
+    output = read_terminal(process, master, slave)
     stderr = (process.communicate()[1] or b"").decode()
     check_sanitizers(stderr + output.decode(errors="replace"))
     assert process.returncode == 0, stderr

@@ -244,7 +244,7 @@ def test_threads_do_not_change_the_text(run: Program, tmp_path: Path, dtype: str
 @pytest.mark.parametrize("draft", [1, 2, 7, 15])
 def test_guesses_change_nothing_but_the_time(run: Program, root: Path, draft: int) -> None:
     """The bits of a guess's logits are those of a token alone; and as many random numbers are used up."""
-    text = "Lily had a red ball. Lily had a red ball. Lily had a red ball. Lily"
+    text = "One, two, three. One, two, three. One, two, three. One, two, three. One, two"
     saved = 0
     for args in (["-t", 0.5], ["-t", 1, "-p", 0.5], ["-t", 0, "-j", 2], ["-k", 3, "-n", 70, "-j", 2]):
         command = [root / "models" / "stories.bin", "-i", text, "-s", 3, "--json", "--probs", *args]

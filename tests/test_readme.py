@@ -11,13 +11,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from files import ROOT, Program
+from files import ROOT, Program, read_terminal
 
 README = (ROOT / "README.md").read_text()
 SOURCE = (ROOT / "run.c").read_text()
@@ -195,12 +194,7 @@ def on_terminal(folder: Path, command: str) -> str:
         stderr=slave,
         env=environment(),
     )
-    os.close(slave)
-    output = b""
-    with suppress(OSError):  # EIO: the other side is closed
-        while chunk := os.read(master, 65536):
-            output += chunk
-    os.close(master)
+    output = read_terminal(process, master, slave)
     assert process.wait(timeout=120) == 0, output
     return output.decode().replace("\r\n", "\n")
 
