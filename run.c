@@ -2505,11 +2505,12 @@ static _Noreturn void die(int status, const char *format, ...) {
     va_start(args, format);
     fflush(stdout);
     sleep((unsigned)process); // if several processes fail alike, the first one speaks for all
-    dprintf(error_fd, "run: ");
+    dup2(error_fd, STDERR_FILENO);
+    fputs("run: ", stderr);
     if (process)
-        dprintf(error_fd, "process %d: ", process);
-    vdprintf(error_fd, format, args);
-    dprintf(error_fd, status == EXIT_USAGE ? " (run --help shows the usage)\n" : "\n");
+        fprintf(stderr, "process %d: ", process);
+    vfprintf(stderr, format, args);
+    fputs(status == EXIT_USAGE ? " (run --help shows the usage)\n" : "\n", stderr);
     va_end(args);
     exit_status = status;
     exit(status);
