@@ -4,14 +4,14 @@
  * vocabulary. The place of a token in the list is its id. From the tokens so far, the model computes one score for each
  * token of the vocabulary: how well it would fit as the next one. These scores are called logits. They are computed
  * with billions of fixed numbers, the weights, also called parameters. The weights were found beforehand, by training:
- * they were adjusted, little by little, until the scores suited a very large amount of text. The program chooses the
- * next token with the help of the logits, appends it to the text, and repeats. Stories, answers and programs are all
- * written in this way, token by token. The model itself works with ids only. A third, small file lists the vocabulary,
- * to turn a text into ids and back.
+ * they were adjusted, little by little, until, in a very large amount of text, the token that really came next usually
+ * had a high score. The program chooses the next token with the help of the logits, appends it to the text, and
+ * repeats. Stories, answers and programs are all written in this way, token by token. The model itself works with ids
+ * only. A small file beside the two lists the vocabulary, to turn a text into ids and back.
  *
- * The program runs every model of the Llama family that export.py has converted to a weights file, in which each
- * parameter takes 2 bytes. It does not train models. It needs libc and libm, and it uses OpenMP, if the compiler has
- * it, to run on all cores.
+ * The program runs every model of the Llama family, which has the form that section 2 describes. export.py converts it
+ * to a weights file, in which each parameter takes 2 bytes. The program does not train models. It needs libc and libm,
+ * and it uses OpenMP, if the compiler has it, to run on all cores.
  *
  *    1 The model file       what it contains, and how it is mapped into memory
  *    2 The Transformer      from token ids to logits
@@ -27,20 +27,20 @@
  *   12 Several machines     how machines share a model, with MPI
  *
  * Sections 1 to 4 are the language model, written as plain loops. Two functions take nearly all of the time: the matrix
- * product and attention. Section 2 shows both as plain loops, matmul_ref and attention_ref. Section 10 computes the
- * same sums with the vector instructions of the CPU, in another order, so the last bits may differ. Such functions are
- * called kernels. `make plain` builds a program from the plain loops alone. Everything else that sections 1 to 4 call
- * is explained where it is declared.
+ * product and attention, which section 2 explains and shows as plain loops, matmul_ref and attention_ref. Section 10
+ * has a fast version of each, called a kernel. It computes the same sums with the vector instructions of the CPU, in
+ * another order, so the last bits may differ. `make plain` builds a program from the plain loops alone. Everything else
+ * that sections 1 to 4 call is explained where it is declared.
+ *
+ * Several tokens can pass through the model together, as a batch. The context is the text so far, as far as the model
+ * can look back. Logits are the same bit for bit, however a text is split into batches and however many threads run:
+ * each sum is computed by one thread, in an order that depends on neither. Section 4 relies on this.
  *
  * Comments give the shape of an array as (rows, columns), stored row after row, with letters that sections 1 and 2
  * explain:
  *
- *   T tokens in this batch    D dim            H n_heads       d head_dim    Q = H*d
- *   C tokens in the context   F hidden_dim     G n_kv_heads    V vocab_size  K = G*d
- *
- * The context is the text so far, as far as the model can look back. Several tokens can pass through the model
- * together, as a batch. Logits are the same bit for bit, however a text is split into batches and however many threads
- * run: each sum is computed by one thread, in an order that depends on neither. Section 4 relies on this.
+ *   T tokens in this batch             D dim            H n_heads       d head_dim    Q = H*d
+ *   C most tokens that a context has   F hidden_dim     G n_kv_heads    V vocab_size  K = G*d
  */
 #define _GNU_SOURCE // for sched_getaffinity
 #include <math.h>
@@ -99,6 +99,7 @@ typedef struct {
 
 enum { TIED = 1, QKV_BIAS = 2, QK_NORM = 4, ALL_FLAGS = 7 }; // Header.flags
 enum { ROPE_PLAIN, ROPE_LINEAR, ROPE_LLAMA3 };               // Header.rope_scaling
+// Bytes before the weights; each tensor starts at a multiple of ALIGNMENT bytes, a cache line.
 enum { HEADER_SPACE = 4096, ALIGNMENT = 64, MAX_HEAD_DIM = 1024 };
 
 // The start of a weights file, byte for byte.
@@ -119,8 +120,8 @@ typedef struct {
     float rope_theta;            // the base of RoPE's frequencies; rope_frequency explains this and the next five
     uint32_t rope_scaling;       // how RoPE was adapted to texts longer than those of the first training
     float rope_factor;           // ROPE_LINEAR, ROPE_LLAMA3: the factor by which frequencies are divided
-    float rope_low_freq_factor;  // ROPE_LLAMA3: pairs that make fewer turns than this are slowed down
-    float rope_high_freq_factor; // ROPE_LLAMA3: pairs that make more turns than this are kept
+    float rope_low_freq_factor;  // ROPE_LLAMA3: pairs of numbers that make fewer turns are slowed down
+    float rope_high_freq_factor; // ROPE_LLAMA3: pairs of numbers that make more turns are kept
     uint32_t rope_original_max_seq_len; // ROPE_LLAMA3: the longest text of the first training, in tokens
     uint64_t file_size;                 // the size of the file, in bytes
     uint64_t vocab_hash;                // a hash of the vocabulary: a tokenizer file with another one is refused
@@ -179,7 +180,7 @@ static Tensor next_tensor(Model *m, size_t rows, size_t cols) {
 
 static Model open_model(const char *path) {
     Model m = {.file = map_file(path, "twofiles", HEADER_SPACE, "a weights file"), .end = HEADER_SPACE};
-    memcpy(&m.h, m.file.bytes, sizeof m.h); // the copy is checked, because the file may change
+    memcpy(&m.h, m.file.bytes, sizeof m.h); // a copy: another program may change the file after the check
     check_header(&m);
     size_t D = m.h.dim, F = m.h.hidden_dim, V = m.h.vocab_size, d = m.h.head_dim;
     size_t Q = m.q_dim = m.h.n_heads * d;
@@ -213,45 +214,47 @@ static Model open_model(const char *path) {
 // The Transformer is the function that computes logits from token ids. Each token is represented by a vector x of D
 // numbers, at first its row of the embedding matrix. The vectors pass through n_layers layers of the same form, each
 // with its own weights. A layer has two blocks. Each of them takes a copy of x, scaled to a standard magnitude
-// (RMSNorm), computes a vector from it, and adds this to x. What earlier blocks have added stays part of the sum, so
-// later blocks can use it, and each block only has to add a correction (a "residual"). Therefore x is called the
-// residual stream.
+// (RMSNorm), computes a vector from this copy, and adds it to x. What earlier blocks have added stays part of the sum,
+// so later blocks can use it, and each block only has to add a correction (a "residual"). Therefore x, which passes
+// through all blocks, is called the residual stream.
 //
-//   Attention collects information from earlier tokens. For each token, a weight matrix makes from x a query (what the
-//   token looks for), a key (what it can be found by) and a value (what it passes on), three vectors of d numbers. The
-//   dot product of a query with the key of a token is an attention score: it says how well the two match. Softmax turns
-//   attention scores into attention weights, which add up to 1, and the result is the sum of the values, each
-//   multiplied by its weight. A token looks at itself and at earlier tokens, never at later ones, because the model was
-//   trained to predict those.
+//   Attention collects information from earlier tokens. For each token, a weight matrix makes from the copy a query
+//   (what the token looks for), a key (what it can be found by) and a value (what it passes on), three vectors of d
+//   numbers. The dot product of a query with the key of a token is an attention score: it says how well the two match.
+//   Softmax turns attention scores into attention weights, which add up to 1, and the result is the sum of the values,
+//   each multiplied by its weight. A token looks at itself and at earlier tokens, never at later ones: in training, it
+//   had to predict those, and would only have copied them.
 //
 //   All this is done H times side by side, each time with other rows of the weight matrix, so that each looks for
-//   something else. Each of them is called a head. The results of all heads stand side by side, and a second matrix
-//   makes from these Q numbers the D numbers that are added to x. In grouped-query attention, H/G query heads use the
-//   same keys and values. A head of keys and values is called a kv head, and there are only G of them, so that fewer
-//   keys and values have to be kept and read. Models lose little by it.
+//   something else. Each of them is called a head. The results of all heads stand side by side, Q = H*d numbers, and a
+//   second matrix makes from these the D numbers that are added to x. In many models, each head has its own queries,
+//   but shares its keys and values with others, so that fewer of them have to be kept and read. Models lose little by
+//   it. This is called grouped-query attention: there are H query heads and only G heads of keys and values, called kv
+//   heads, each for H/G query heads.
 //
-//   The feed-forward block works on the vector of each token alone. A matrix makes 2F numbers from x, a non-linear
-//   function makes F numbers from these, and a second matrix makes the D numbers that are added to x. Without the
-//   function, the two matrices could do no more than one. Most of the weights are in these blocks, and much of what a
-//   model knows.
+//   The feed-forward block works on the vector of each token alone. A matrix makes two vectors of F numbers from the
+//   copy, a non-linear function (SwiGLU) makes one vector of F numbers from the two, and a second matrix makes the D
+//   numbers that are added to x. Without the function, the product of the two matrices, a single matrix, could do the
+//   same. Most of the weights are in these blocks, and much of what a model knows.
 //
 // After the last layer and one more RMSNorm, a matrix called the classifier turns the vector of a token into logits.
 // Below, the logits of a token are those that are computed from its vector: they score the token that follows it.
 //
 // The keys and values of a token depend on this token and earlier ones only, so they never change. They are kept in the
-// KV cache. Thanks to it, only the new token has to pass through the layers at each step, not the whole text again.
+// KV cache. Thanks to it, only the new token has to pass through the layers at each step, not the whole text again. A
+// query serves its own token only and is not kept.
 //
 // The prompt is the text that the model is given to continue. To read it is called prefill: its tokens are all known,
 // so they pass through the layers together, as a batch. In each layer, first the keys and values of all of them are
 // computed, then each token looks at the earlier ones. Each weight that is loaded from memory serves all tokens of the
 // batch. Prefill is limited by how fast the CPU multiplies. Generation is called decode: each token depends on the one
-// before, so T = 1, each token needs all weights, and the limit is how fast memory delivers them. The longer the text,
-// the more keys and values each token has to read as well.
+// before, so T = 1 (or a few, with the guesses of section 4). Each pass needs all weights, and the limit is how fast
+// memory delivers them. The longer the text, the more keys and values each token has to read as well.
 //
 // All threads call the functions of this section at the same time. `omp for` gives each thread a share of the loop that
 // follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. A function without
-// such a loop is called from inside one, for a single row, or it only calls other functions. matmul_ref and
-// attention_ref are the exception: only the plain program runs them, and it has one thread.
+// such a loop is either called by one thread for its share of a loop, or it only calls functions that have one.
+// matmul_ref and attention_ref are the exception: only the plain program runs them, and it has one thread.
 
 typedef struct Paging Paging; // section 11
 typedef struct Team Team;     // section 10
@@ -259,7 +262,7 @@ typedef struct Team Team;     // section 10
 // The memory of a running model: the KV cache, and the numbers that are computed for one batch of tokens.
 typedef struct {
     size_t threads;  // the number of threads
-    Team *team;      // how long a pass takes with each number of threads, see section 10
+    Team *team;      // measured times, by which the number of threads is chosen, see section 10
     size_t context;  // C: the number of positions in the KV cache
     size_t batch;    // the largest T, a limit for the memory of the arrays below: longer prompts take several batches
     uint16_t *k, *v; // the KV cache: layers*G*C*d numbers of keys, and as many of values; section 10 chooses the order
@@ -267,7 +270,7 @@ typedef struct {
     float *x;        // (T, D)       the residual stream
     float *qkv;      // (T, Q + 2K)  queries, keys and values of one layer
     float *gate_up;  // (T, 2F)      inside the feed-forward block; uses the memory of qkv, which is free by then
-    void *xb;        // x inside a block: the input of the next matrix product, in the form that it reads fastest
+    void *xb;        // (T, cols)    the input of the next matrix product, in the form that the product reads fastest
     Dtype xb_type;   // the type of these numbers
     float *logits;   // (n, V)       of the last n tokens of a batch
     float *rope_cos; // (T, d/2)     RoPE's rotations for the positions of the batch
@@ -319,7 +322,7 @@ static void matmul_ref(float *out, Tensor w, Tensor x, Update update) {
 
 // matmul_update, in section 10, is the fast version, shared by all threads. In the plain program it calls matmul_ref.
 static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update);
-// out (T, rows) = x . w^T, and out (T, rows) += x . w^T
+// out (T, rows) = the product of x and w transposed; matmul_add adds it to out.
 static void matmul(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, SET); }
 static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_update(s, out, w, x, ADD); }
 
@@ -330,8 +333,8 @@ static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_upd
 // much this number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
-    // The sum of squares: 16 sums side by side, so that compilers can use vector instructions, as they must not reorder
-    // a single sum; then what is left.
+    // The sum of squares. Compilers may not reorder a sum, so they make vector code only if there are several: here 16
+    // side by side, which are then added up. The last n % 16 squares follow.
     float sums[16] = {0}, squares = 0;
     for (size_t i = 0; i + 16 <= n; i += 16)
         for (size_t j = 0; j < 16; j++)
@@ -378,11 +381,11 @@ static void rope(float *x, const float *rope_cos, const float *rope_sin, size_t 
 
 // Returns the frequency of pair i: the angle, in radians, by which it turns per position. It is theta^(-2i/d): the
 // first pairs turn fast and tell neighbours apart; the last ones turn slowly and tell near from far. Some models were
-// trained on short texts first and then adapted to longer ones by slower rotations, so that far positions get angles
-// which the first training has seen. ROPE_LINEAR divides all frequencies by rope_factor. In ROPE_LLAMA3, pairs that
-// turned completely many times in the first training keep their frequency, since no angle is new to them; pairs that
-// make fewer than low_freq_factor turns within original_max_seq_len tokens are divided, and between the two it
-// interpolates.
+// trained on short texts first and then adapted to longer ones by slower rotations, so that a far position gets an
+// angle that a nearer one had in the first training. ROPE_LINEAR divides all frequencies by rope_factor. ROPE_LLAMA3
+// asks how many turns a pair makes within rope_original_max_seq_len tokens. If these are more than
+// rope_high_freq_factor, the pair keeps its frequency, since no angle is new to it. If they are fewer than
+// rope_low_freq_factor, the frequency is divided by rope_factor. Between the two, it is interpolated.
 static float rope_frequency(const Header *h, size_t i) {
     float freq = 1.0f / powf(h->rope_theta, (float)(2 * i) / (float)h->head_dim);
     if (h->rope_scaling == ROPE_PLAIN)
@@ -434,9 +437,10 @@ static void rope_and_cache_kv(const Model *m, RunState *s, size_t layer, size_t 
     }
 }
 
-// Softmax turns scores into weights, or probabilities: all are positive, they add up to 1, and a score that is larger
-// by 1 gets e times the weight. To subtract the maximum keeps e^x from overflowing and changes nothing in the result,
-// because a factor common to all e^x cancels out.
+// Softmax turns scores into weights, or probabilities, which are positive and add up to 1. Scores may be negative, so
+// it takes e^x of each, which is positive, and divides by the sum of these. A score that is larger by 1 gets e times
+// the weight. Subtracting the maximum first keeps e^x from overflowing. It changes nothing in the result, because a
+// factor common to all e^x cancels out.
 static void softmax(float *x, size_t n) {
     float largest = -INFINITY;
     for (size_t i = 0; i < n; i++)
@@ -455,7 +459,7 @@ static void softmax(float *x, size_t n) {
 //                                                                                                 (Vaswani et al. 2017)
 static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
-    float result[MAX_HEAD_DIM], *attn = thread_scratch(s); // (d), and the attention weight of each position
+    float result[MAX_HEAD_DIM], *attn = thread_scratch(s); // (d), and (n) attention scores, then attention weights
     for (size_t t = 0; t < out.rows; t++)
         for (size_t head = 0; head < H; head++) {
             const float *q = s->qkv + (t * (H + 2 * G) + head) * d;
@@ -486,8 +490,10 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
 // attention, in section 10, is the fast version, shared by all threads. In the plain program it calls attention_ref.
 static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos);
 
-// SwiGLU, the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up. silu(x) = x / (1 + e^-x), so
-// a gate far below 0 blocks its number of "up", and a gate far above 0 multiplies it by itself.       (Shazeer 2020)
+// SwiGLU (Swish-gated linear unit), the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up.
+// The gate decides, for each token, how much of each number of "up" passes: silu(x) = x / (1 + e^-x) is almost 0 if x
+// is far below 0, and almost x if x is far above. Models learn more with it than with a function of one vector.
+//                                                                                                        (Shazeer 2020)
 static void swiglu(RunState *s, Tensor out, const float *gate_up) {
     size_t F = out.cols;
 #pragma omp for
@@ -508,8 +514,8 @@ static void compute_logits(const Model *m, RunState *s, size_t t, size_t n) {
 }
 
 // The Transformer: takes T tokens at the positions pos, pos + 1, ..., adds their keys and values to the KV cache, and
-// leaves the logits of the last n_logits of them in s->logits. For the last batch of a prompt, n_logits is 1, and for
-// the others 0: what follows their tokens is known.
+// leaves the logits of the last n_logits of them in s->logits. The earlier batches of a prompt need no logits, because
+// what follows their tokens is known. Its last batch needs those of its last token.
 static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos, size_t n_logits) {
     // The inputs of the matrix products. Only one is in use at a time, so all three are views of s->xb.
     Tensor normed = xb_view(s, T, m->h.dim);
@@ -551,8 +557,8 @@ static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens
 //
 //   temperature   the logits are divided by it: below 1, likely tokens get more likely; at 0, the most likely is taken
 //   top-k         then only the k most likely tokens can be drawn                                  (Fan et al. 2018)
-//   top-p         and of these only the most likely, as many as it takes to have the part p of their probabilities;
-//                 also called nucleus sampling                                                (Holtzman et al. 2020)
+//   top-p         and of these the most likely, until their probabilities add up to the share p of the total of
+//                 these; also called nucleus sampling                                         (Holtzman et al. 2020)
 
 // An entry of a heap: an array from which the entry with the largest key is removed quickly. Section 9.
 typedef struct {
@@ -592,18 +598,18 @@ static uint32_t argmax(const float *values, size_t n) {
     return (uint32_t)best;
 }
 
-// Fills the empty list of candidates, the most likely token first. It takes the top_k most likely tokens (all, if top_k
-// is 0), and of these only as few as have the part top_p of the probability of all of these. Returns the sum of the
-// probabilities of the candidates.
+// Fills the empty list of candidates, the most likely token first: the top_k most likely tokens (all, if top_k is 0).
+// Of this list it keeps the shortest beginning whose probabilities reach top_p times the sum of all in the list.
+// Returns the sum of the probabilities of the candidates.
 static double top_k_top_p(Sampler *s, size_t n) {
     const float *p = s->probabilities;
     size_t k = s->top_k ? s->top_k : n;
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
-    double enough = s->top_k ? 1 : top_p; // with top-k, k ends the first while loop, and the second applies top_p
+    double enough = s->top_k ? 1 : top_p; // the sum of the list. With top-k, top_p is applied to the list afterwards.
 
-    // A heap gives the most likely tokens without sorting all. Tokens that are less likely than `least` have together
-    // less than 1 - enough, as there are at most n of them. So the more likely tokens are enough, and the unlikely ones
-    // do not need to enter the heap. With top-k, least is 0, and all tokens enter it.
+    // A heap gives the most likely tokens without sorting all. Unlikely tokens do not need to enter it: each token
+    // below `least` has less than (1 - enough) / n, so all of these have less than 1 - enough together, and the others
+    // reach `enough` without them. With top-k, least is 0, and all tokens enter it.
     double least = (1 - enough) / (double)n;
     s->heap.n = 0;
     for (size_t i = 0; i < n; i++)
@@ -619,7 +625,7 @@ static double top_k_top_p(Sampler *s, size_t n) {
     if (s->top_k == 0)
         return sum;
 
-    // top-p after top-k: the most likely of these candidates that have top_p of their sum
+    // top-p after top-k: the shortest beginning of the list that has top_p times its sum
     double kept = 0;
     size_t count = 0;
     while (count < s->candidates.n && kept < top_p * sum)
@@ -634,7 +640,7 @@ static uint32_t sample(Sampler *s, const float *logits, size_t n) {
     if (s->temperature == 0)
         return best;
     float *p = s->probabilities;
-    for (size_t i = 0; i < n; i++) // minus the largest, so that a very small temperature does not make infinity
+    for (size_t i = 0; i < n; i++) // minus the largest, as the division by a very small temperature could overflow
         p[i] = (logits[i] - logits[best]) / s->temperature;
     softmax(p, n);
 
@@ -677,9 +683,9 @@ typedef struct {
 
 // What the statistics at the end are computed from.
 typedef struct {
-    size_t n_prompt, n_generated; // tokens that were read, and tokens that were generated
-    size_t n_decoded;             // generated tokens except the first of each answer, whose logits come from prefill
-    size_t n_accepted;            // decoded tokens that had been guessed: see generate_reply
+    size_t n_prompt, n_generated;     // tokens that were read, and tokens that were generated
+    size_t n_decoded;                 // all but the first of each answer, which is chosen from the logits of prefill
+    size_t n_accepted;                // decoded tokens that had been guessed: see generate_reply
     double prefill_time, decode_time; // in seconds
 } Stats;
 
@@ -697,7 +703,7 @@ typedef struct {
 
 static bool interrupted(void); // has Ctrl-C been pressed in a chat? Elsewhere, Ctrl-C ends the program. Section 6
 static void encode(Tokenizer *t, Tokens *tokens, Span text); // appends the tokens of a text; section 5
-static bool is_stop(const Tokenizer *t, uint32_t token);     // does this token end a text or an answer? section 5
+static bool is_stop(const Tokenizer *t, uint32_t token);     // the model says by it that it has ended; section 5
 static Span read_prompt(Session *s);                         // the text of the flags -i or -f
 static size_t start_generation(Session *s); // allocates memory; returns the most tokens to generate, 0: no limit
 static void print_prompt(Session *s);
@@ -705,24 +711,24 @@ static void print_prompt(Session *s);
 static void print_token(Session *s, uint32_t token, const float *logits);
 static void end_reply(Session *s); // ends the line
 static void print_stats(const Session *s);
-// make_room returns whether the context has room for another token. A chat forgets its oldest turns for that: the
-// tokens after them get other positions, n_past goes back, and evaluate computes them again.
+// make_room returns whether the last token has a place in the KV cache. If not, a chat makes one: it forgets its oldest
+// turns. Then the tokens after these have other positions, n_past is smaller, and evaluate computes them again.
 static bool make_room(Session *s);
 // draft guesses the next tokens: it takes the last few tokens of the text, looks for an earlier place where the same
 // ones stand, and copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how
-// many: never more than fit in a batch and in the context, and 0 without --draft. It also returns 0 if more than one
-// token is not in the KV cache, because evaluate needs the last token and all guesses in one batch. Section 10.
+// many: never more than fit in a batch and in the context, and 0 without --draft. It also returns 0 if make_room has
+// just forgotten turns, because evaluate needs the last token and all guesses in one batch. Section 10.
 static size_t draft(Session *s);
 
-// Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch. n_draft guesses stand behind the
-// last token and are in the same batch as it. Then row 0 of the logits scores what follows the last token, and row i
+// Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch. n_draft guesses follow the last
+// token in the same batch. Then row 0 of the logits scores what follows the last token, and row i
 // what follows the i-th guess. Guesses do not count in n_past: the keys and values of wrong ones are overwritten before
 // any token looks at them. Ctrl-C ends it early.
 static void evaluate(Session *s, size_t n_draft) {
     Context *c = &s->context;
     while (c->n_past < c->tokens.n && !interrupted()) {
         size_t T = min(s->run.batch, c->tokens.n + n_draft - c->n_past);
-        size_t n_logits = c->n_past + T < c->tokens.n ? 0 : 1 + n_draft;
+        size_t n_logits = c->n_past + T < c->tokens.n ? 0 : 1 + n_draft; // of the last token and each guess
         forward_parallel(&s->model, &s->run, c->tokens.data + c->n_past, T, c->n_past, n_logits);
         c->n_past = min(c->n_past + T, c->tokens.n);
     }
@@ -731,11 +737,11 @@ static void evaluate(Session *s, size_t n_draft) {
 // Continues the text by up to max_new tokens (0: no limit), until a stop token, Ctrl-C or the end of the context.
 //
 // The loop also does speculative decoding. Guesses of the next tokens pass through the Transformer together with the
-// last token. This takes little longer than the last token alone, because the time is that of loading the weights,
-// which are loaded once for all. Each token is still chosen by sampling. If it is the one that was guessed, the logits
-// that follow it are already there; if not, the other guesses are dropped. The text is the same as without guesses:
-// logits do not depend on how a text is split into batches, and each token that is chosen takes one random number.
-//                                                                                         (prompt lookup: Saxena 2023)
+// last token. This takes little longer than the last token alone, because most of the time goes into loading the
+// weights, once for the whole batch. Each token is still chosen by sampling. If it is the one that was guessed, the
+// logits that follow it are already there; if not, the other guesses are dropped. The text is the same as without
+// guesses: logits do not depend on how a text is split into batches, and guesses take no random numbers, only tokens
+// that are chosen do. Guesses that are copied from the text are called prompt lookup.                    (Saxena 2023)
 static void generate_reply(Session *s, size_t max_new) {
     Context *c = &s->context;
     size_t vocab_size = s->model.h.vocab_size, n_new = 0;
@@ -757,7 +763,7 @@ static void generate_reply(Session *s, size_t max_new) {
         if (is_stop(s->tokenizer, token)) // it does not become part of the text
             break;
 
-        // append it; draft has left the next guess in the place where it will be stored, so compare them first
+        // append it. If there is a next guess, it stands at data[n], which push overwrites, so compare them first
         bool guessed = n_used < n_draft && c->tokens.data[c->tokens.n] == token;
         push(&c->tokens, token);
         if (n_new == max_new || !make_room(s))
@@ -765,7 +771,7 @@ static void generate_reply(Session *s, size_t max_new) {
 
         // decode: get the logits that follow it
         s->stats.n_decoded++;
-        if (guessed) { // the last pass has computed its keys, values and logits; guesses always fit in the context
+        if (guessed) { // the last pass has computed its keys, values and logits, as guesses always fit in the context
             c->n_past++;
             n_used++;
             s->stats.n_accepted++;
