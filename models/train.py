@@ -272,9 +272,10 @@ def encode(stories: list[str], processor: sentencepiece.SentencePieceProcessor) 
     pieces = [processor.id_to_piece(id) for id in range(processor.vocab_size())]
     ends = np.array([piece.rstrip('"').endswith((".", "!", "?")) for piece in pieces])
     spaced = np.array([piece.startswith("\u2581") for piece in pieces])
+    begins_word = spaced | np.array([piece in ("\n", "<0x0A>") for piece in pieces])
     sentences = np.flatnonzero(ends[tokens[:-1]] & spaced[tokens[1:]]) + 1
     n_bytes = sum(len(text.encode()) for text in stories)
-    return Texts(tokens, starts, sentences, spaced, processor.bos_id(), n_bytes)
+    return Texts(tokens, starts, sentences, begins_word, processor.bos_id(), n_bytes)
 
 
 def slices(texts: Texts, suffixes: float, random: np.random.Generator) -> Iterator[tuple[int, int]]:
@@ -341,7 +342,7 @@ class Told:
 
     N_ROWS = 64  # half of them are greedy continuations of a few words, half are sampled stories
     N_STEPS = 8  # of training that use them
-    LENGTH = 192
+    LENGTH = 256
     TEMPERATURE, TOP_P = 0.8, 0.9
 
 
@@ -353,7 +354,7 @@ def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return ids.gather(1, torch.multinomial(p, 1)).flatten()
 
 
-def repeats(tokens: list[int], begins_word: NDArray[np.bool_], n: int = 4) -> list[int]:
+def repeats(tokens: list[int], begins_word: NDArray[np.bool_], n: int = 3) -> list[int]:
     """The positions of the tokens of all n-grams of words that occurred before."""
     starts = [i for i, token in enumerate(tokens) if begins_word[token]]
     bounds = [*starts, len(tokens)]
