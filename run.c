@@ -1476,7 +1476,6 @@ struct Chat {
     FILE *input;   // where the user's messages come from
     bool terminal; // they are typed on a terminal
     ARRAY(Turn) turns;
-    size_t first_turn;  // the turns before this one are forgotten
     size_t reply_start; // the index of the first token of the last turn's answer
     Bytes pending;      // text that is to follow the tokens; text that meets is encoded as one
     Bytes message;      // the message that is being read
@@ -1617,18 +1616,20 @@ static bool make_room(Session *s) {
     if (!chat)
         return false;
     keep_reply(s);
-    size_t first = chat->first_turn;
+    size_t first = 0; // the first turn that is kept
     while (first + 1 < chat->turns.n && c->tokens.n > c->max_tokens / 2)
         render_chat(s, ++first);
     if (c->tokens.n > c->max_tokens || c->tokens.n == 0) {
         fprintf(stderr, "this message and its answer alone take %zu\n", c->tokens.n);
         return false;
     }
-    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first - chat->first_turn);
-    for (; chat->first_turn < first; chat->first_turn++) {
-        free(chat->turns.data[chat->first_turn].user.data);
-        free(chat->turns.data[chat->first_turn].assistant.data);
+    fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first);
+    for (size_t i = 0; i < first; i++) {
+        free(chat->turns.data[i].user.data);
+        free(chat->turns.data[i].assistant.data);
     }
+    chat->turns.n -= first;
+    memmove(chat->turns.data, chat->turns.data + first, chat->turns.n * sizeof *chat->turns.data);
     return true;
 }
 
@@ -1638,7 +1639,7 @@ static void chat_turn(Session *s, Span message) {
     Turn turn = {0};
     append_bytes(&turn.user, message);
     push(&chat->turns, turn);
-    render_chat(s, chat->first_turn);
+    render_chat(s, 0);
     bool empty = s->context.tokens.n == 0;
     if (empty)
         fputs("run: an empty message is left out: the chat template adds no tokens to it\n", stderr);
