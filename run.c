@@ -824,6 +824,8 @@ static int omp_get_thread_num(void) { return 0; }
 
 typedef ARRAY(unsigned char) Bytes;
 
+#define expect_usage(condition, ...) ((condition) ? (void)0 : die(EXIT_USAGE, __VA_ARGS__))
+
 #define VERSION "0.2.0"
 #define DEFAULT_MODEL "models/stories.bin"
 
@@ -976,12 +978,7 @@ static int compare(Span a, Span b) {
 }
 
 // The first two bytes of a text as a number. Texts that are sorted by their bytes are sorted by this number, too.
-static size_t first_bytes(Span text) {
-    size_t second = 0;
-    if (text.n > 1)
-        second = text.bytes[1];
-    return (size_t)*text.bytes << 8 | second;
-}
+static size_t first_bytes(Span text) { return (size_t)text.bytes[0] << 8 | (text.n > 1 ? text.bytes[1] : 0u); }
 
 // Of the tokens that start with the same two bytes, the last one in the order of bytes that does not come after this
 // text, found by bisection; NONE if all come after it. If a token has this text, it is this one.
@@ -1249,12 +1246,10 @@ static void merge_symbols(Tokenizer *t) {
 // Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes a token for each byte, or one
 // <unk> for all.
 static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
-    if (t->h.flags & IGNORE_MERGES) {
-        uint32_t whole = find_piece(t, word);
-        if (whole != NONE) {
-            push(tokens, whole);
-            return;
-        }
+    uint32_t whole = t->h.flags & IGNORE_MERGES ? find_piece(t, word) : NONE;
+    if (whole != NONE) {
+        push(tokens, whole);
+        return;
     }
     split_symbols(t, word);
     merge_symbols(t);
@@ -1390,14 +1385,13 @@ static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t typ
 // Appends the tokens of a text to those before it. If there are none, the tokenizer may want bos, and a space in front
 // of the text; the space also after a control or user-defined token.
 static void encode(Tokenizer *t, Tokens *tokens, Span text) {
-    uint32_t flag = ADD_DUMMY_PREFIX;
+    t->prefix = t->h.flags & ADD_DUMMY_PREFIX;
     if (tokens->n) {
         uint32_t last = t->pieces[tokens->data[tokens->n - 1]].type;
-        flag = last == NORMAL || last == BYTE ? 0 : PREFIX_AFTER_SPECIAL;
-    }
-    t->prefix = t->h.flags & flag;
-    if (tokens->n == 0 && t->h.flags & ADD_BOS)
+        t->prefix = t->h.flags & PREFIX_AFTER_SPECIAL && last != NORMAL && last != BYTE;
+    } else if (t->h.flags & ADD_BOS) {
         push(tokens, (uint32_t)t->h.bos_id);
+    }
     encode_specials(t, tokens, text, USER_DEFINED);
 }
 
@@ -1476,8 +1470,7 @@ static void encode_pending(Session *s) {
 
 static void append_template(Session *s, size_t which) {
     const Tokenizer *t = s->tokenizer;
-    size_t start = which ? t->h.template_ends[which - 1] : 0;
-    for (size_t i = start; i < t->h.template_ends[which]; i++) {
+    for (size_t i = which ? t->h.template_ends[which - 1] : 0; i < t->h.template_ends[which]; i++) {
         TemplateItem item = t->items[i];
         if (item.token == NONE) {
             append_bytes(&s->chat->pending, (Span){t->text + item.offset, item.length});
@@ -2059,8 +2052,8 @@ static size_t start_generation(Session *s) {
 
 // Encodes the prompt, which some modes cannot do without.
 static void encode_text(Session *s) {
-    if (!s->options->prompt && !s->options->prompt_file)
-        die(EXIT_USAGE, "-m %s: expected a text, -i or -f", s->options->mode);
+    const Options *o = s->options;
+    expect_usage(o->prompt || o->prompt_file, "-m %s: expected a text, -i or -f", o->mode);
     encode(s->tokenizer, &s->context.tokens, read_prompt(s));
 }
 
@@ -2174,16 +2167,15 @@ static void window_nll(Session *s, double *nll, const uint32_t *tokens, size_t n
 static void perplexity(Session *s) {
     const Options *o = s->options;
     size_t context = s->context.max_tokens;
-    if (context < 2)
-        die(EXIT_USAGE, "-c: perplexity expected at least 2, found %zu", context);
-    if (o->stride > context)
-        die(EXIT_USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
+    size_t stride = o->stride;
+    expect_usage(context >= 2, "-c: perplexity expected at least 2, found %zu", context);
+    expect_usage(stride <= context, "--stride: expected at most %zu, the context, found %zu", context, stride);
     encode_text(s);
     uint32_t *tokens = s->context.tokens.data;
     size_t all = s->context.tokens.n;
     context = min(context, all);
     expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
-    size_t stride = min(o->stride ? o->stride : context - 1, context);
+    stride = min(stride ? stride : context - 1, context);
     start_model(s, context, SCORED_AT_ONCE);
     double *nll = allocate(context, sizeof *nll, "the scores of a window");
     double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
@@ -2240,9 +2232,9 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
         context = min(context, 4096);
     size_t prefill = o->prefill ? o->prefill : min(512, context);
     size_t decode = o->decode ? o->decode : min(64, context);
-    if (max(prefill, decode) > context)
-        die(EXIT_USAGE, "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
-            max(prefill, decode));
+    expect_usage(max(prefill, decode) <= context,
+                 "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
+                 max(prefill, decode));
     size_t tail = context - decode;
     s->context.max_tokens = context;
     start_model(s, context, 1);
@@ -2359,9 +2351,8 @@ static void set_option(const Option *option, const char *text) {
         good = !errno && value >= option->min && value <= option->max;
         *(uint64_t *)option->target = (uint64_t)value;
     }
-    if (!good || (end && (end == text || *end)))
-        die(EXIT_USAGE, "%s: expected a %s from %lld to %lld, found '%s'", option->flag,
-            option->kind == INTEGER ? "whole number" : "number", option->min, option->max, text);
+    expect_usage(good && (!end || (end > text && !*end)), "%s: expected a %s from %lld to %lld, found '%s'",
+                 option->flag, option->kind == INTEGER ? "whole number" : "number", option->min, option->max, text);
 }
 
 #define NEXT_LINE "\n                 " // in the description of a flag
@@ -2413,8 +2404,7 @@ static Options parse_options(int argc, char **argv) {
         while (option < end && (!*option->flag || strcmp(argv[i], option->flag)))
             option++;
         if (*argv[i] != '-') {
-            if (o.model)
-                die(EXIT_USAGE, "expected one MODEL, found '%s' and '%s'", o.model, argv[i]);
+            expect_usage(!o.model, "expected one MODEL, found '%s' and '%s'", o.model, argv[i]);
             o.model = argv[i];
         } else if (option == end) {
             die(EXIT_USAGE, "unknown flag '%s'", argv[i]);
@@ -2444,10 +2434,10 @@ static Options parse_options(int argc, char **argv) {
         flush_output();
         exit(0);
     }
-    if (o.prompt && o.prompt_file && strcmp(o.mode, "chat"))
-        die(EXIT_USAGE, "expected one of -i and -f, found both");
+    bool chats = !strcmp(o.mode, "chat");
+    expect_usage(chats || !o.prompt || !o.prompt_file, "expected one of -i and -f, found both");
     if (o.steps == UINT64_MAX) // no -n
-        o.steps = strcmp(o.mode, "chat") ? 256 : 0;
+        o.steps = chats ? 0 : 256;
     return o;
 }
 
@@ -2705,8 +2695,7 @@ static inline float exp_f32(float x) {
     float n = shifted - round;
     float r =
         fma_f32(n, -1.42860677e-6f, fma_f32(n, -0.693145752f, y)); // ln 2 in two parts: n times the first is exact
-    float p = 1.0f / 720;
-    p = fma_f32(p, r, 1.0f / 120);
+    float p = fma_f32(1.0f / 720, r, 1.0f / 120);
     p = fma_f32(p, r, 1.0f / 24);
     p = fma_f32(p, r, 1.0f / 6);
     p = fma_f32(p, r, 0.5f);
@@ -2808,10 +2797,7 @@ static size_t cpu_quota(void) {
 
 static size_t default_threads(void) { return min(physical_cores(), cpu_quota()); }
 #else
-static size_t default_threads(void) {
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    return cores > 0 ? (size_t)cores : 1;
-}
+static size_t default_threads(void) { return (size_t)fmax(1, (double)sysconf(_SC_NPROCESSORS_ONLN)); }
 #endif
 
 // A page of the mapped file cannot be read: its disk failed, or another program has made the file shorter.
@@ -3695,8 +3681,7 @@ static void evict(const Paging *p, size_t piece) {
 static void page_weights(Paging *p, Tensor w) {
     if (!p)
         return;
-    const unsigned char *data = w.data;
-    size_t start = (size_t)(data - p->m->file.bytes), size = w.rows * w.cols * sizeof(uint16_t);
+    size_t start = (size_t)((unsigned char *)w.data - p->m->file.bytes), size = w.rows * w.cols * sizeof(uint16_t);
     if (start < p->at) { // another pass begins
         while (p->n_used < p->n_checked)
             evict(p, p->n_used++);
@@ -3817,9 +3802,8 @@ int main(int argc, char **argv) {
         s.model = open_model(o.model);
         uint32_t longest = s.model.h.max_seq_len;
         s.context.max_tokens = o.context ? o.context : longest;
-        if (s.context.max_tokens > longest)
-            die(EXIT_USAGE, "-c: expected at most %u, the context of %s, found %zu", longest, o.model,
-                s.context.max_tokens);
+        expect_usage(s.context.max_tokens <= longest, "-c: expected at most %u, the context of %s, found %zu", longest,
+                     o.model, s.context.max_tokens);
         o.adapt_threads = o.threads == 0;
         o.threads = min(o.adapt_threads ? default_threads() : o.threads, max_useful_threads(&s.model));
     }
