@@ -3790,6 +3790,7 @@ static void gather_columns(float *out, size_t T, size_t n) { (void)out, (void)T,
 // ------------------------------------------------------------------------------------------------
 
 #ifndef NO_MAIN // the tests include this file and have their own main
+// Opens the files that the command line names, and runs the mode.
 int main(int argc, char **argv) {
     prepare_process(argv);
     start_processes(argc, argv);
