@@ -830,31 +830,29 @@ static int omp_get_thread_num(void) { return 0; }
 
 typedef ARRAY(unsigned char) Bytes;
 
+#define expect_usage(condition, ...) ((condition) ? (void)0 : die(EXIT_USAGE, __VA_ARGS__))
+
 #define VERSION "0.2.0"
 #define DEFAULT_MODEL "models/stories.bin"
 
-static File read_file(const char *path, const char *magic, size_t min_size, const char *what);
-static FILE *open_text(const char *path);
-static void print_ids(Tokens tokens, const char *between);
-static size_t n_params(const Model *m);
-static size_t layer_params(const Model *m);
 static double kv_cache_bytes(const Model *m, size_t context);
-static size_t max_useful_threads(const Model *m);
-static size_t default_threads(void);
 static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits, size_t threads);
 static void allow_fewer_threads(Team *team);
-static void check_finite(const Model *m, const float *logits, size_t n, size_t pos); // exits if logits contain NaN
-static const char *isa(void);                                                        // the instruction set
-static void prepare_process(char **argv);
+static const char *isa(void); // the instruction set
+
+// FAST: the kernels of section 10. `make plain`: the plain loops of section 2.
+#ifdef PLAIN
+#define FAST 0
+#else
+#define FAST 1
+#endif
 
 // Several processes that run a model together, see section 12. Without -DMPI, process 0 is alone.
-static int process, n_processes = 1; // the number of this process, from 0 on, and how many there are
-static int error_fd = STDERR_FILENO; // where the last message goes
-static int exit_status;              // if it is not 0, the exit ends the other processes, too
-static void start_processes(int argc, char **argv);
-static void share(void *data, size_t size);                               // copies data of process 0 to the others
-static void gather_columns(float *out, size_t T, size_t n);               // completes a matrix product
-static void expect_same(const char *what, const void *data, size_t size); // exits if process 0 has other data
+static int process, n_processes = 1;        // the number of this process, from 0 on, and how many there are
+static int error_fd = STDERR_FILENO;        // where the last message goes
+static int exit_status;                     // if it is not 0, the exit ends the other processes, too
+static void share(void *data, size_t size); // copies data of process 0 to the others
+static void gather_columns(float *out, size_t T, size_t n); // completes a matrix product
 
 enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
 // Piece.type. NORMAL and BYTE tokens are results of merging. USER_DEFINED ones are found in the text as it is written,
@@ -918,7 +916,8 @@ typedef struct {
     uint32_t token, offset, length;
 } TemplateItem;
 
-// A part of a word that is on its way to becoming a token. Neighbours are linked by their indices, NONE at the ends.
+// A part of a word that is on its way to becoming a token. Neighbours are linked by their indices. NONE is before the
+// first symbol, and the number of symbols after the last one.
 typedef struct {
     Span text;   // empty once it has been merged into the symbol before it
     uint32_t id; // NONE: not in the vocabulary
@@ -985,12 +984,7 @@ static int compare(Span a, Span b) {
 }
 
 // The first two bytes of a text as a number. Texts that are sorted by their bytes are sorted by this number, too.
-static size_t first_bytes(Span text) {
-    size_t second = 0;
-    if (text.n > 1)
-        second = text.bytes[1];
-    return (size_t)*text.bytes << 8 | second;
-}
+static size_t first_bytes(Span text) { return (size_t)text.bytes[0] << 8 | (text.n > 1 ? text.bytes[1] : 0u); }
 
 // Of the tokens that start with the same two bytes, the last one in the order of bytes that does not come after this
 // text, found by bisection; NONE if all come after it. If a token has this text, it is this one.
@@ -1022,11 +1016,8 @@ static int compare_merges(const void *a, const void *b) {
     return (x->right > y->right) - (x->right < y->right);
 }
 
-static bool is_user_defined(uint32_t type) { return type == USER_DEFINED || type == LATE_USER_DEFINED; }
-
 static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
-    if (h->version == 2)
-        die(EXIT_ERROR, "%s: version: expected 3, found 2: run export.py again to make a new file", path);
+    expect(h->version != 2, "%s: version: expected 3, found 2: run export.py again to make a new file", path);
     check(path, "version", h->version, 3, 3);
     check(path, "kind", h->kind, SENTENCEPIECE_BPE, BYTE_LEVEL_BPE);
     check(path, "flags", h->flags, 0, ALL_TOKENIZER_FLAGS);
@@ -1072,8 +1063,8 @@ static void check_tokenizer(const Tokenizer *t) {
     for (size_t i = 0; i < h->n_by_text; i++) {
         check(path, "a sorted token", t->by_text[i], 0, last_id);
         uint32_t type = t->pieces[t->by_text[i]].type;
-        expect(type == NORMAL || is_user_defined(type), "%s: expected tokens of text to be sorted, found type %u", path,
-               type);
+        expect(type == NORMAL || type == USER_DEFINED || type == LATE_USER_DEFINED,
+               "%s: expected tokens of text to be sorted, found type %u", path, type);
         expect(i == 0 || compare(piece_text(t, t->by_text[i - 1]), piece_text(t, t->by_text[i])) < 0,
                "%s: expected tokens sorted by their bytes, found token %u too late", path, t->by_text[i]);
     }
@@ -1106,7 +1097,12 @@ static const void *next_array(const Tokenizer *t, size_t *at, size_t count, size
 
 static Tokenizer *open_tokenizer(const char *path) {
     Tokenizer *t = allocate(1, sizeof *t, "the tokenizer");
-    *t = (Tokenizer){.file = read_file(path, "twotoken", sizeof t->h, "a tokenizer file")};
+    *t = (Tokenizer){.file = map_file(path, "twotoken", sizeof t->h, "a tokenizer file")};
+    // Unlike the mapped file, a copy of it cannot change after it has been checked.
+    void *mapped = t->file.bytes;
+    t->file.bytes = memcpy(allocate(t->file.size, 1, "a tokenizer file"), mapped, t->file.size);
+    munmap(mapped, t->file.size);
+    close(t->file.fd);
     memcpy(&t->h, t->file.bytes, sizeof t->h);
     const TokenizerHeader *h = &t->h;
     check_tokenizer_header(path, h);
@@ -1199,7 +1195,6 @@ static Span normalise(Tokenizer *t, Span text) {
 // Cuts a word into the symbols that merging starts from.
 static void split_symbols(Tokenizer *t, Span word) {
     t->symbols.n = 0;
-    reserve(&t->symbols, word.n);
     for (size_t at = 0; at < word.n;) {
         Span text = {word.bytes + at, 1};
         uint32_t id = t->byte_id[*text.bytes], codepoint, n = (uint32_t)t->symbols.n;
@@ -1211,31 +1206,25 @@ static void split_symbols(Tokenizer *t, Span word) {
         if (id != NONE || t->h.kind == SENTENCEPIECE_BPE) // byte-level: a byte without a token is left out
             push(&t->symbols, ((Symbol){text, id, n - 1, n + 1}));
     }
-    if (t->symbols.n)
-        t->symbols.data[t->symbols.n - 1].next = NONE;
 }
 
 // Adds the pair of the symbol `first` and the next one to the heap, if they can be merged.
 static void push_pair(Tokenizer *t, uint32_t first) {
     const Symbol *symbols = t->symbols.data;
-    if (first == NONE || symbols[first].next == NONE)
+    if (first == NONE || symbols[first].next == t->symbols.n)
         return;
     const Symbol *a = &symbols[first], *b = &symbols[a->next];
-    HeapEntry pair = {.index = first, .length = (uint32_t)(a->text.n + b->text.n)};
+    uint32_t length = (uint32_t)(a->text.n + b->text.n);
     if (t->h.flags & MERGES_BY_RANK) {
         Merge key = {a->id, b->id, NONE, 0};
         const Merge *merge = bsearch(&key, t->merges, t->h.n_merges, sizeof key, compare_merges);
-        if (!merge)
-            return;
-        pair.merged = merge->merged;
-        pair.key = -(float)merge->rank;
+        if (merge)
+            heap_push(&t->pairs, (HeapEntry){-(float)merge->rank, first, merge->merged, length});
     } else {
-        pair.merged = find_piece(t, (Span){a->text.bytes, pair.length});
-        if (pair.merged == NONE)
-            return;
-        pair.key = t->pieces[pair.merged].score;
+        uint32_t merged = find_piece(t, (Span){a->text.bytes, length});
+        if (merged != NONE)
+            heap_push(&t->pairs, (HeapEntry){t->pieces[merged].score, first, merged, length});
     }
-    heap_push(&t->pairs, pair);
 }
 
 // Merges the best pair, of equals the leftmost, until none is left. With the heap, this takes n log n steps.
@@ -1246,15 +1235,14 @@ static void merge_symbols(Tokenizer *t) {
         push_pair(t, i);
     while (t->pairs.n) {
         HeapEntry pair = heap_pop(&t->pairs);
-        Symbol *first = &symbols[pair.index];
-        if (first->text.n == 0 || first->next == NONE || first->text.n + symbols[first->next].text.n != pair.length)
+        Symbol *first = &symbols[pair.index], *second = &symbols[first->next];
+        if (first->text.n == 0 || first->next == t->symbols.n || first->text.n + second->text.n != pair.length)
             continue; // one of the two has been merged with another symbol since
-        Symbol *second = &symbols[first->next];
         first->text.n += second->text.n;
         first->id = pair.merged;
         second->text.n = 0;
         first->next = second->next;
-        if (first->next != NONE)
+        if (first->next < t->symbols.n)
             symbols[first->next].previous = pair.index;
         push_pair(t, first->previous);
         push_pair(t, pair.index);
@@ -1264,12 +1252,10 @@ static void merge_symbols(Tokenizer *t) {
 // Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes a token for each byte, or one
 // <unk> for all.
 static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
-    if (t->h.flags & IGNORE_MERGES) {
-        uint32_t whole = find_piece(t, word);
-        if (whole != NONE) {
-            push(tokens, whole);
-            return;
-        }
+    uint32_t whole = t->h.flags & IGNORE_MERGES ? find_piece(t, word) : NONE;
+    if (whole != NONE) {
+        push(tokens, whole);
+        return;
     }
     split_symbols(t, word);
     merge_symbols(t);
@@ -1405,14 +1391,13 @@ static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t typ
 // Appends the tokens of a text to those before it. If there are none, the tokenizer may want bos, and a space in front
 // of the text; the space also after a control or user-defined token.
 static void encode(Tokenizer *t, Tokens *tokens, Span text) {
-    uint32_t flag = ADD_DUMMY_PREFIX;
+    t->prefix = t->h.flags & ADD_DUMMY_PREFIX;
     if (tokens->n) {
         uint32_t last = t->pieces[tokens->data[tokens->n - 1]].type;
-        flag = last == NORMAL || last == BYTE ? 0 : PREFIX_AFTER_SPECIAL;
-    }
-    t->prefix = t->h.flags & flag;
-    if (tokens->n == 0 && t->h.flags & ADD_BOS)
+        t->prefix = t->h.flags & PREFIX_AFTER_SPECIAL && last != NORMAL && last != BYTE;
+    } else if (t->h.flags & ADD_BOS) {
         push(tokens, (uint32_t)t->h.bos_id);
+    }
     encode_specials(t, tokens, text, USER_DEFINED);
 }
 
@@ -1490,8 +1475,7 @@ static void encode_pending(Session *s) {
 
 static void append_template(Session *s, size_t which) {
     const Tokenizer *t = s->tokenizer;
-    size_t start = which ? t->h.template_ends[which - 1] : 0;
-    for (size_t i = start; i < t->h.template_ends[which]; i++) {
+    for (size_t i = which ? t->h.template_ends[which - 1] : 0; i < t->h.template_ends[which]; i++) {
         TemplateItem item = t->items[i];
         if (item.token == NONE) {
             append_bytes(&s->chat->pending, (Span){t->text + item.offset, item.length});
@@ -1512,11 +1496,6 @@ static Span trimmed(const Session *s, Span text, Role role) {
     while (trim & 2 && text.n && is_space(text.bytes[text.n - 1]))
         text.n--;
     return text;
-}
-
-// Appends what someone said. It is only ever text: it cannot become a control token.
-static void append_message(Session *s, Span text, Role role) {
-    append_bytes(&s->chat->pending, trimmed(s, text, role));
 }
 
 // Appends an earlier answer as its tokens were sampled. But where the template drops what the model thought, up to the
@@ -1550,7 +1529,8 @@ static void append_answer(Session *s, Tokens answer) {
     free(said.data);
 }
 
-// Renders the conversation to tokens, from turn `first` on.
+// Renders the conversation to tokens, from turn `first` on. What someone said is only ever text: it cannot become a
+// control token.
 static void render_chat(Session *s, size_t first) {
     Chat *chat = s->chat;
     Context *c = &s->context;
@@ -1559,20 +1539,19 @@ static void render_chat(Session *s, size_t first) {
     c->tokens = (Tokens){0};
     append_template(s, system ? BEFORE_SYSTEM : BEFORE_USER);
     if (system) {
-        append_message(s, span_of(system), SYSTEM_TEXT);
+        append_bytes(&chat->pending, trimmed(s, span_of(system), SYSTEM_TEXT));
         append_template(s, AFTER_SYSTEM);
     }
     for (size_t i = first; i < chat->turns.n; i++) {
         const Turn *turn = &chat->turns.data[i];
-        if (i > first) {
+        Role role = system && i == first ? FIRST_USER_AFTER_SYSTEM : OTHER_USER;
+        append_bytes(&chat->pending, trimmed(s, (Span){turn->user.data, turn->user.n}, role));
+        append_template(s, AFTER_USER);
+        if (i + 1 < chat->turns.n) {
+            append_answer(s, turn->assistant);
             append_template(s, AFTER_ANSWER);
             append_template(s, NEXT_USER);
         }
-        bool after_system = system && i == first;
-        append_message(s, (Span){turn->user.data, turn->user.n}, after_system ? FIRST_USER_AFTER_SYSTEM : OTHER_USER);
-        append_template(s, AFTER_USER);
-        if (i + 1 < chat->turns.n)
-            append_answer(s, turn->assistant);
     }
     append_template(s, s->options->no_think ? OPENS_ANSWER_NO_THINK : OPENS_ANSWER);
     encode_pending(s);
@@ -1597,13 +1576,6 @@ static void keep_reply(Session *s) {
         push(assistant, s->context.tokens.data[i]);
 }
 
-// A note on standard error starts on a line of its own.
-static void start_note(const Session *s) {
-    bool in_reply = !s->chat || s->context.tokens.n > s->chat->reply_start;
-    if (s->printer->terminal && in_reply)
-        fputc('\n', stderr);
-}
-
 // Shifts the context: if it is full, forgets turns from the oldest on, until half of it is free. Returns whether there
 // is room now. If not even the last turn fits, nothing is forgotten.
 static bool make_room(Session *s) {
@@ -1611,7 +1583,8 @@ static bool make_room(Session *s) {
     Chat *chat = s->chat;
     if (c->tokens.n <= c->max_tokens)
         return true;
-    start_note(s);
+    if (s->printer->terminal && (!chat || c->tokens.n > chat->reply_start)) // the cursor is behind a part of the reply
+        fputc('\n', stderr);
     fprintf(stderr, "run: the context of %zu tokens is full%s", c->max_tokens, chat ? ": " : "\n");
     if (!chat)
         return false;
@@ -1631,6 +1604,11 @@ static bool make_room(Session *s) {
     chat->turns.n -= first;
     memmove(chat->turns.data, chat->turns.data + first, chat->turns.n * sizeof *chat->turns.data);
     return true;
+}
+
+static void print_ids(Tokens tokens, const char *between) {
+    for (size_t i = 0; i < tokens.n; i++)
+        printf("%s%u", i ? between : "", tokens.data[i]);
 }
 
 // Answers a message. With --json, first prints an object with the tokens that the model reads.
@@ -1694,6 +1672,34 @@ static bool share_text(Bytes *text, bool found) {
     return found;
 }
 
+// Opens a file for reading. NULL and "-" mean standard input. Only process 0 reads.
+static FILE *open_text(const char *path) {
+    if (process || !path || !strcmp(path, "-"))
+        return stdin;
+    FILE *file = fopen(path, "rb");
+    expect(file, "%s: cannot read: %s", path, strerror(errno));
+    return file;
+}
+
+// The text of -i or -f.
+static Span read_prompt(Session *s) {
+    const Options *o = s->options;
+    if (!o->prompt_file)
+        return span_of(o->prompt ? o->prompt : "");
+    Bytes *text = &s->tokenizer->prompt;
+    FILE *file = open_text(o->prompt_file);
+    while (process == 0 && !feof(file) && !ferror(file)) {
+        reserve(text, 1 << 16);
+        text->n += fread(text->data + text->n, 1, 1 << 16, file);
+        expect(text->n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
+    }
+    expect(!ferror(file), "%s: cannot read the prompt: %s", o->prompt_file, strerror(errno));
+    if (file != stdin)
+        fclose(file);
+    share_text(text, true);
+    return (Span){text->data, text->n};
+}
+
 // Reads a message: a line, and as long as a line ends in a backslash, the next one; on a terminal, no empty message.
 // Returns false at the end of input.
 static bool read_message(Chat *chat) {
@@ -1702,17 +1708,13 @@ static bool read_message(Chat *chat) {
     size_t capacity = 0, start = 0; // where the line starts in the message
     bool more = true;
     message->n = 0;
+    install_sigint(0);
     while (more && process == 0) {
-        // wait for a line
-        install_sigint(0);
         if (chat->terminal)
             fputs(message->n ? ". " : "> ", stderr);
-        errno = 0;
         ssize_t n = getline(&line, &capacity, chat->input);
-        int error = errno;
-        install_sigint(SA_RESTART);
-        bool interrupted = ferror(chat->input) && error == EINTR;
-        expect(interrupted || !ferror(chat->input), "cannot read the next message: %s", strerror(error));
+        bool interrupted = ferror(chat->input) && errno == EINTR;
+        expect(interrupted || !ferror(chat->input), "cannot read the next message: %s", strerror(errno));
         if (n > 0)
             append_bytes(message, (Span){(unsigned char *)line, (size_t)n});
         if (interrupted) {
@@ -1738,6 +1740,7 @@ static bool read_message(Chat *chat) {
         more = joined || (chat->terminal && message->n == 0);
         start = message->n;
     }
+    install_sigint(SA_RESTART);
     free(line);
     return share_text(message, !more || message->n);
 }
@@ -1819,11 +1822,6 @@ static void print_quoted(Span text, Style style) {
     putchar('"');
     print_text(text, style);
     putchar('"');
-}
-
-static void print_ids(Tokens tokens, const char *between) {
-    for (size_t i = 0; i < tokens.n; i++)
-        printf("%s%u", i ? between : "", tokens.data[i]);
 }
 
 // Background for --probs: of the 256 colours of a terminal, some that can be read on black and on white, and the least
@@ -1990,6 +1988,20 @@ static void end_reply(Session *s) {
 
 static const char *dtype_name(const Model *m) { return m->h.dtype == BF16 ? "bf16" : "f16"; }
 
+// The number of weights in the matrices of a layer.
+static size_t layer_params(const Model *m) {
+    const Layer *l = &m->layers[0];
+    return (l->wqkv.rows + l->wo.cols + l->w_gate_up.rows + l->w_down.cols) * m->h.dim;
+}
+
+static size_t n_params(const Model *m) { return (m->file.size - HEADER_SPACE) / sizeof(uint16_t); }
+
+// More threads than this do not pay: they wait for each other several times per layer, which costs microseconds, and
+// more on a busy machine. Each needs at least 768 KB of a layer's weights.
+static size_t max_useful_threads(const Model *m) {
+    return FAST ? max(1, layer_params(m) * sizeof(uint16_t) / (768 << 10) / (size_t)n_processes) : 1;
+}
+
 // Allocates the memory to run the model with `context` tokens and n_logits tokens' logits at a time. On a terminal,
 // says what is running.
 static void start_model(Session *s, size_t context, size_t n_logits) {
@@ -2045,9 +2057,11 @@ static size_t start_generation(Session *s) {
     return max_new;
 }
 
-static void expect_text(const Options *o) {
-    if (!o->prompt && !o->prompt_file)
-        die(EXIT_USAGE, "-m %s: expected a text, -i or -f", o->mode);
+// Encodes the prompt, which some modes cannot do without.
+static void encode_text(Session *s) {
+    const Options *o = s->options;
+    expect_usage(o->prompt || o->prompt_file, "-m %s: expected a text, -i or -f", o->mode);
+    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
 }
 
 // Replaces the first token of a window on a text by bos, if the tokenizer begins texts with it.
@@ -2068,10 +2082,9 @@ static void print_result(bool json, const char *separator, const char *key, cons
 
 // -m tokenize: prints the token ids of the prompt on one line, as the model would receive them.
 static void tokenize(Session *s) {
-    const Options *o = s->options;
     encode(s->tokenizer, &s->context.tokens, read_prompt(s));
     const Tokens tokens = s->context.tokens;
-    if (!o->json) {
+    if (!s->options->json) {
         print_ids(tokens, " ");
         puts("");
         return;
@@ -2090,8 +2103,7 @@ static void tokenize(Session *s) {
 static void next(Session *s) {
     const Options *o = s->options;
     size_t vocab_size = s->model.h.vocab_size;
-    expect_text(o);
-    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
+    encode_text(s);
     Tokens *tokens = &s->context.tokens;
     size_t all = tokens->n, n = min(all, s->context.max_tokens);
     expect(all > 0, "the text is too short: expected at least 1 token, bos included, found 0");
@@ -2116,6 +2128,17 @@ static void next(Session *s) {
         puts("}");
     else
         printf("entropy %.2f bits\n", entropy);
+}
+
+// Exits if the logits (n, V) of the positions from pos on contain NaN or infinity.
+static void check_finite(const Model *m, const float *logits, size_t n, size_t pos) {
+    for (size_t t = 0; t < n; t++) {
+        size_t bad = 0;
+        for (size_t i = 0; i < m->h.vocab_size; i++)
+            bad += !(fabsf(logits[t * m->h.vocab_size + i]) <= FLT_MAX);
+        expect(bad == 0, "%s: %zu logits after position %zu are not finite: the weights contain NaN or are too large",
+               m->file.path, bad, pos + t);
+    }
 }
 
 enum { SCORED_AT_ONCE = 32 }; // tokens whose logits are in memory at the same time
@@ -2151,17 +2174,15 @@ static void window_nll(Session *s, double *nll, const uint32_t *tokens, size_t n
 static void perplexity(Session *s) {
     const Options *o = s->options;
     size_t context = s->context.max_tokens;
-    if (context < 2)
-        die(EXIT_USAGE, "-c: perplexity expected at least 2, found %zu", context);
-    if (o->stride > context)
-        die(EXIT_USAGE, "--stride: expected at most %zu, the context, found %zu", context, (size_t)o->stride);
-    expect_text(o);
-    encode(s->tokenizer, &s->context.tokens, read_prompt(s));
+    size_t stride = o->stride;
+    expect_usage(context >= 2, "-c: perplexity expected at least 2, found %zu", context);
+    expect_usage(stride <= context, "--stride: expected at most %zu, the context, found %zu", context, stride);
+    encode_text(s);
     uint32_t *tokens = s->context.tokens.data;
     size_t all = s->context.tokens.n;
     context = min(context, all);
     expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
-    size_t stride = min(o->stride ? o->stride : context - 1, context);
+    stride = min(stride ? stride : context - 1, context);
     start_model(s, context, SCORED_AT_ONCE);
     double *nll = allocate(context, sizeof *nll, "the scores of a window");
     double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
@@ -2218,9 +2239,9 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
         context = min(context, 4096);
     size_t prefill = o->prefill ? o->prefill : min(512, context);
     size_t decode = o->decode ? o->decode : min(64, context);
-    if (max(prefill, decode) > context)
-        die(EXIT_USAGE, "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
-            max(prefill, decode));
+    expect_usage(max(prefill, decode) <= context,
+                 "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
+                 max(prefill, decode));
     size_t tail = context - decode;
     s->context.max_tokens = context;
     start_model(s, context, 1);
@@ -2233,10 +2254,9 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
         push(&s->context.tokens, (uint32_t)(random_f64(&random) * m->h.vocab_size));
 
     // A product with n weights takes 2n operations per token. Attention multiplies each query with the keys of the
-    // positions so far, and the weights of the positions with the values.
+    // positions so far, (T + 1) / 2 on average, and the weights of the positions with the values.
     double T = (double)prefill, layers = m->h.n_layers, embedding = (double)m->embedding.rows * m->h.dim;
-    double flops =
-        2 * layers * (double)layer_params(m) + 2 * embedding / T + layers * 4 * (double)m->q_dim * (T + 1) / 2;
+    double flops = 2 * layers * ((double)layer_params(m) + (double)m->q_dim * (T + 1)) + 2 * embedding / T;
     double weights = (double)m->file.size - (m->h.flags & TIED ? 0 : 2 * embedding);
     double per_position = kv_cache_bytes(m, context) / (double)s->run.context;
     double bytes = weights + per_position * ((double)decode + 1) / 2;
@@ -2338,9 +2358,8 @@ static void set_option(const Option *option, const char *text) {
         good = !errno && value >= option->min && value <= option->max;
         *(uint64_t *)option->target = (uint64_t)value;
     }
-    if (!good || (end && (end == text || *end)))
-        die(EXIT_USAGE, "%s: expected a %s from %lld to %lld, found '%s'", option->flag,
-            option->kind == INTEGER ? "whole number" : "number", option->min, option->max, text);
+    expect_usage(good && (!end || (end > text && !*end)), "%s: expected a %s from %lld to %lld, found '%s'",
+                 option->flag, option->kind == INTEGER ? "whole number" : "number", option->min, option->max, text);
 }
 
 #define NEXT_LINE "\n                 " // in the description of a flag
@@ -2392,8 +2411,7 @@ static Options parse_options(int argc, char **argv) {
         while (option < end && (!*option->flag || strcmp(argv[i], option->flag)))
             option++;
         if (*argv[i] != '-') {
-            if (o.model)
-                die(EXIT_USAGE, "expected one MODEL, found '%s' and '%s'", o.model, argv[i]);
+            expect_usage(!o.model, "expected one MODEL, found '%s' and '%s'", o.model, argv[i]);
             o.model = argv[i];
         } else if (option == end) {
             die(EXIT_USAGE, "unknown flag '%s'", argv[i]);
@@ -2423,10 +2441,10 @@ static Options parse_options(int argc, char **argv) {
         flush_output();
         exit(0);
     }
-    if (o.prompt && o.prompt_file && strcmp(o.mode, "chat"))
-        die(EXIT_USAGE, "expected one of -i and -f, found both");
+    bool chats = !strcmp(o.mode, "chat");
+    expect_usage(chats || !o.prompt || !o.prompt_file, "expected one of -i and -f, found both");
     if (o.steps == UINT64_MAX) // no -n
-        o.steps = strcmp(o.mode, "chat") ? 256 : 0;
+        o.steps = chats ? 0 : 256;
     return o;
 }
 
@@ -2438,12 +2456,6 @@ static int stem(const char *path) {
     return (int)n;
 }
 
-// The length of a path's folder, with the / at its end.
-static int folder(const char *path) {
-    const char *slash = strrchr(path, '/');
-    return (int)(slash ? slash + 1 - path : 0);
-}
-
 // The tokenizer file: -z FILE, else MODEL.tokenizer.bin beside MODEL.bin, else tokenizer.bin beside it, else here. If
 // MODEL is a link, looks beside the link and beside the file that it leads to.
 static const char *tokenizer_path(const Options *o) {
@@ -2451,14 +2463,14 @@ static const char *tokenizer_path(const Options *o) {
         return o->tokenizer;
     char target[PATH_MAX];
     const char *names[] = {o->model, realpath(o->model, target) ? target : o->model};
-    size_t size = max(strlen(names[0]), strlen(names[1])) + sizeof ".tokenizer.bin";
-    char *path = allocate(size, 1, "a path");
+    static char path[PATH_MAX + sizeof ".tokenizer.bin"];
     for (size_t i = 0; i < 5; i++) {
-        const char *name = names[i % 2];
+        const char *name = names[i % 2], *slash = strrchr(name, '/');
+        int folder = i < 4 && slash ? (int)(slash + 1 - name) : 0;
         if (i < 2)
-            snprintf(path, size, "%.*s.tokenizer.bin", stem(name), name);
+            snprintf(path, sizeof path, "%.*s.tokenizer.bin", stem(name), name);
         else
-            snprintf(path, size, "%.*stokenizer.bin", i < 4 ? folder(name) : 0, name);
+            snprintf(path, sizeof path, "%.*stokenizer.bin", folder, name);
         if (!access(path, F_OK))
             return path;
     }
@@ -2466,41 +2478,6 @@ static const char *tokenizer_path(const Options *o) {
         "%s: no tokenizer file: expected %.*s.tokenizer.bin, or tokenizer.bin beside it or here, or -z FILE", o->model,
         stem(o->model), o->model);
 }
-
-#ifndef NO_MAIN // the tests include this file and have their own main
-int main(int argc, char **argv) {
-    prepare_process(argv);
-    start_processes(argc, argv);
-    Options o = parse_options(argc, argv);
-    const Mode *mode = find_mode(o.mode);
-    if (!o.model && !(mode->run == tokenize && o.tokenizer)) // tokenize needs no model
-        o.model = DEFAULT_MODEL;
-    Session s = {.options = &o, .printer = new_printer(&o)};
-    if (o.model) {
-        s.model = open_model(o.model);
-        uint32_t longest = s.model.h.max_seq_len;
-        s.context.max_tokens = o.context ? o.context : longest;
-        if (s.context.max_tokens > longest)
-            die(EXIT_USAGE, "-c: expected at most %u, the context of %s, found %zu", longest, o.model,
-                s.context.max_tokens);
-        o.adapt_threads = o.threads == 0;
-        o.threads = min(o.adapt_threads ? default_threads() : o.threads, max_useful_threads(&s.model));
-    }
-    s.tokenizer = open_tokenizer(tokenizer_path(&o));
-    const TokenizerHeader *t = &s.tokenizer->h;
-    expect(!o.model || (s.model.h.vocab_size == t->vocab_size && s.model.h.vocab_hash == t->vocab_hash),
-           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
-           "%016llx",
-           s.tokenizer->file.path, o.model, s.model.h.vocab_size, (unsigned long long)s.model.h.vocab_hash,
-           t->vocab_size, (unsigned long long)t->vocab_hash);
-    expect_same("weights file", s.model.file.bytes, s.model.file.size);
-    expect_same("tokenizer file", s.tokenizer->file.bytes, s.tokenizer->file.size);
-    share(&o.seed, sizeof o.seed);
-    mode->run(&s);
-    flush_output();
-    exit(0); // instead of return, so that no memory counts as lost
-}
-#endif
 
 // ------------------------------------------------------------------------------------------------
 // 9 Plumbing
@@ -2622,60 +2599,23 @@ static File map_file(const char *path, const char *magic, size_t min_size, const
     expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
            S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
     size_t size = (size_t)st.st_size;
-    char text[16] = {0};
-    bool pointer = pread(fd, text, 15, 0) == 15 && !strcmp(text, "version https:/");
-    expect(!pointer, "%s: expected %s, found a Git LFS pointer (git lfs pull gets the file itself)", path, what);
-    expect(*text != '<', "%s: expected %s, found a web page (the download has failed)", path, what);
+    char start[16] = {0};
+    (void)!pread(fd, start, 15, 0);
+    expect(strcmp(start, "version https:/"),
+           "%s: expected %s, found a Git LFS pointer (git lfs pull gets the file itself)", path, what);
+    expect(*start != '<', "%s: expected %s, found a web page (the download has failed)", path, what);
     expect(size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, size);
     File f = {path, mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0), size, fd};
     expect(f.bytes != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, size, strerror(errno));
 
     // The file of another program is the likeliest mistake, so this shows what it starts with.
-    char start[9] = {0};
-    for (int i = 0; i < 8; i++)
-        start[i] = f.bytes[i] >= ' ' && f.bytes[i] <= '~' ? (char)f.bytes[i] : '.';
+    for (char *c = start; c < start + 8; c++)
+        if (*c < ' ' || *c > '~')
+            *c = '.';
     expect(!memcmp(f.bytes, magic, 8),
-           "%s: expected %s, which starts \"%s\", found \"%s\" (export.py converts other files)", path, what, magic,
+           "%s: expected %s, which starts \"%s\", found \"%.8s\" (export.py converts other files)", path, what, magic,
            start);
     return f;
-}
-
-// Reads a file into memory. Unlike a mapped file, it cannot change after it has been checked.
-static File read_file(const char *path, const char *magic, size_t min_size, const char *what) {
-    File mapped = map_file(path, magic, min_size, what), f = mapped;
-    f.bytes = allocate(f.size, 1, what);
-    memcpy(f.bytes, mapped.bytes, f.size);
-    munmap(mapped.bytes, f.size);
-    close(f.fd);
-    return f;
-}
-
-// Opens a file for reading. NULL and "-" mean standard input. Only process 0 reads.
-static FILE *open_text(const char *path) {
-    if (process || !path || !strcmp(path, "-"))
-        return stdin;
-    FILE *file = fopen(path, "rb");
-    expect(file, "%s: cannot read: %s", path, strerror(errno));
-    return file;
-}
-
-// The text of -i or -f.
-static Span read_prompt(Session *s) {
-    const Options *o = s->options;
-    if (!o->prompt_file)
-        return span_of(o->prompt ? o->prompt : "");
-    Bytes *text = &s->tokenizer->prompt;
-    FILE *file = open_text(o->prompt_file);
-    while (process == 0 && !feof(file) && !ferror(file)) {
-        reserve(text, 1 << 16);
-        text->n += fread(text->data + text->n, 1, 1 << 16, file);
-        expect(text->n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
-    }
-    expect(!ferror(file), "%s: cannot read the prompt: %s", o->prompt_file, strerror(errno));
-    if (file != stdin)
-        fclose(file);
-    share_text(text, true);
-    return (Span){text->data, text->n};
 }
 
 // ---- Number formats
@@ -2762,25 +2702,13 @@ static inline float exp_f32(float x) {
     float n = shifted - round;
     float r =
         fma_f32(n, -1.42860677e-6f, fma_f32(n, -0.693145752f, y)); // ln 2 in two parts: n times the first is exact
-    float p = 1.0f / 720;
-    p = fma_f32(p, r, 1.0f / 120);
+    float p = fma_f32(1.0f / 720, r, 1.0f / 120);
     p = fma_f32(p, r, 1.0f / 24);
     p = fma_f32(p, r, 1.0f / 6);
     p = fma_f32(p, r, 0.5f);
     p = fma_f32(p, r, 1.0f);
     p = fma_f32(p, r, 1.0f);
     return y < -87.0f ? 0.0f : p * float_from_bits((float_bits(shifted) + 127) << 23);
-}
-
-// logits (n, V) of the positions from pos on
-static void check_finite(const Model *m, const float *logits, size_t n, size_t pos) {
-    for (size_t t = 0; t < n; t++) {
-        size_t bad = 0;
-        for (size_t i = 0; i < m->h.vocab_size; i++)
-            bad += !(fabsf(logits[t * m->h.vocab_size + i]) <= FLT_MAX);
-        expect(bad == 0, "%s: %zu logits after position %zu are not finite: the weights contain NaN or are too large",
-               m->file.path, bad, pos + t);
-    }
 }
 
 // ---- The process
@@ -2876,10 +2804,7 @@ static size_t cpu_quota(void) {
 
 static size_t default_threads(void) { return min(physical_cores(), cpu_quota()); }
 #else
-static size_t default_threads(void) {
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    return cores > 0 ? (size_t)cores : 1;
-}
+static size_t default_threads(void) { return (size_t)fmax(1, (double)sysconf(_SC_NPROCESSORS_ONLN)); }
 #endif
 
 // A page of the mapped file cannot be read: its disk failed, or another program has made the file shorter.
@@ -2931,24 +2856,9 @@ enum {
 static void page_weights(Paging *p, Tensor w); // section 11
 static Paging *open_paging(const Model *m);
 
-// Rows of a matrix: first, first + 1, ..., end - 1.
-typedef struct {
-    size_t first, end;
-} Rows;
-
-#ifdef PLAIN
-enum { FAST = 0 }; // `make plain`: the plain loops of section 2
-#else
-enum { FAST = 1 }; // the kernels of section 10
-#endif
-
 #define INLINE static inline __attribute__((always_inline))
 
-#if defined(PLAIN)
-#define ISA "plain C"
-#define PORTABLE_VECTORS
-
-#elif defined(__AVX512F__) && defined(__AVX512DQ__)
+#if FAST && defined(__AVX512F__) && defined(__AVX512DQ__)
 
 #include <immintrin.h>
 #define ISA "AVX-512"
@@ -2966,18 +2876,18 @@ INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
+#ifdef __AVX512BF16__
+INLINE vec bf16_dot_vec(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+#if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #define AMX
 #define BF16_DOT "AMX BF16"
-#elif defined(__AVX512BF16__)
+#else
 #define BF16_DOT "AVX-512 BF16"
 #endif
-#ifdef __AVX512BF16__
-INLINE vec bf16_dot_vec(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 #endif
 
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif FAST && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include <immintrin.h>
 #define ISA "AVX2"
@@ -2993,7 +2903,7 @@ INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
     return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 
-#elif defined(__ARM_NEON) && defined(__aarch64__)
+#elif FAST && defined(__ARM_NEON) && defined(__aarch64__)
 
 #include <arm_neon.h>
 #define ISA "NEON"
@@ -3010,12 +2920,9 @@ INLINE vec bf16_dot_vec(vec a, vec b, vec c) {
 }
 #endif
 
-#else // any other CPU
-#define ISA "portable"
-#define PORTABLE_VECTORS
-#endif
+#else // any other CPU, and the plain program: the vectors of gcc and clang
 
-#ifdef PORTABLE_VECTORS // the vectors of gcc and clang
+#define ISA (FAST ? "portable" : "plain C")
 enum { W = 4, CHAINS = 4, PAIR_CHAINS = 1, NR = 3, NV = 2 };
 typedef float vec __attribute__((vector_size(16)));
 INLINE vec load_bf16(const uint16_t *p) {
@@ -3134,20 +3041,6 @@ static double kv_cache_bytes(const Model *m, size_t context) {
     return 2 * (double)m->h.n_layers * (double)m->kv_dim * (double)round_up(context, KV_BLOCK) * sizeof(uint16_t);
 }
 
-// The number of weights in the matrices of a layer.
-static size_t layer_params(const Model *m) {
-    const Layer *l = &m->layers[0];
-    return (l->wqkv.rows + l->wo.cols + l->w_gate_up.rows + l->w_down.cols) * m->h.dim;
-}
-
-static size_t n_params(const Model *m) { return (m->file.size - HEADER_SPACE) / sizeof(uint16_t); }
-
-// More threads than this do not pay: they wait for each other several times per layer, which costs microseconds, and
-// more on a busy machine. Each needs at least 768 KB of a layer's weights.
-static size_t max_useful_threads(const Model *m) {
-    return FAST ? max(1, layer_params(m) * sizeof(uint16_t) / (768 << 10) / (size_t)n_processes) : 1;
-}
-
 // Another program that uses a core makes all threads slow: at the end of each loop they wait for the one that has lost
 // its core. Then fewer threads are faster, even a single one. So a team of another size is tried when a pass of one or
 // a few tokens takes unusually long, and a larger team every quarter of a second. The fastest is kept. The size of the
@@ -3162,10 +3055,8 @@ struct Team {
 
 // Lets the program choose the number of threads: all, 3/4 of all, 3/4 of these, ..., 1.
 static void allow_fewer_threads(Team *team) {
-    while (team->sizes[team->n_sizes - 1] > 1) {
-        team->sizes[team->n_sizes] = team->sizes[team->n_sizes - 1] * 3 / 4;
-        team->n_sizes++;
-    }
+    for (size_t n = team->sizes[0] * 3 / 4; n > 0; n = n * 3 / 4)
+        team->sizes[team->n_sizes++] = n;
 }
 
 // Allocates the memory for `context` positions, and for the logits of up to n_logits tokens at a time.
@@ -3185,9 +3076,8 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
     // mmap gives zeroed pages when they are first touched. Zeros matter: a pair of bf16 may reach one position past the
     // last, where it is multiplied by 0, so it must not be NaN. 64 bytes more, as kernels read past the end.
     double bytes = kv_cache_bytes(m, context);
-    s.k = MAP_FAILED;
-    if (bytes < 0x1p62)
-        s.k = mmap(NULL, (size_t)bytes + 64, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    size_t size = (size_t)fmin(bytes, 0x1p62) + 64; // 2^62: more than any machine has
+    s.k = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     expect(s.k != MAP_FAILED, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer",
            m->file.path, context, bytes / 1e6);
     s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
@@ -3509,10 +3399,10 @@ static void amx_micro_kernel(float *out, size_t stride, Tensor w, size_t r, size
 
 // Up to 32 tokens: each few rows are read once, from end to end. More: a part of x stays in L2 while a thread's rows
 // pass.
-static void matmul_amx(RunState *s, float *out, Tensor w, Rows own, Tensor x, Update update) {
+static void matmul_amx(RunState *s, float *out, size_t stride, Tensor w, Tensor x, Update update) {
     size_t block = AMX_BLOCK, cols = w.cols / AMX_BLOCK * AMX_BLOCK, end, passes;
     if (x.rows > AMX_BLOCK)
-        block = max(AMX_BLOCK, round_up((own.end - own.first + s->threads - 1) / s->threads, AMX_BLOCK));
+        block = max(AMX_BLOCK, round_up((w.rows + s->threads - 1) / s->threads, AMX_BLOCK));
     // All eight tiles of this thread are 16 rows of 64 bytes.
     static const struct {
         uint8_t palette, reserved[15];
@@ -3521,8 +3411,8 @@ static void matmul_amx(RunState *s, float *out, Tensor w, Rows own, Tensor x, Up
     } tiles = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     _tile_loadconfig(&tiles);
 #pragma omp for schedule(static)
-    for (size_t first = own.first; first < own.end; first += block) {
-        Tensor part = slice(w, first, min(block, own.end - first), 0, w.cols);
+    for (size_t first = 0; first < w.rows; first += block) {
+        Tensor part = slice(w, first, min(block, w.rows - first), 0, w.cols);
         size_t rows = part.rows / AMX_BLOCK * AMX_BLOCK;
         for (size_t start = 0; start < x.rows; start = end) {
             end = min(start + AMX_TOKENS, x.rows);
@@ -3530,10 +3420,10 @@ static void matmul_amx(RunState *s, float *out, Tensor w, Rows own, Tensor x, Up
             for (size_t c = 0; c < cols; c += AMX_COLUMNS)
                 for (size_t r = 0; r < rows; r += AMX_BLOCK)
                     for (size_t t = start; t < end; t += AMX_BLOCK)
-                        amx_micro_kernel(out + first, w.rows, part, r, c, min(c + AMX_COLUMNS, cols), x, t,
+                        amx_micro_kernel(out + first, stride, part, r, c, min(c + AMX_COLUMNS, cols), x, t,
                                          c ? ADD : update, (t - start) / AMX_BLOCK, passes);
         }
-        gemm_rest(out + first, w.rows, part, x, rows, cols, update);
+        gemm_rest(out + first, stride, part, x, rows, cols, update);
     }
     _tile_release();
 }
@@ -3554,24 +3444,22 @@ static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update up
         matmul_ref(out, w, x, update);
         return;
     }
-    Rows own = {first_row(process, w.rows), first_row(process + 1, w.rows)};
+    size_t first = first_row(process, w.rows), rows = first_row(process + 1, w.rows) - first, block = MC;
+    const Tensor own = slice(w, first, rows, 0, w.cols);
 #pragma omp master
-    page_weights(s->paging, slice(w, own.first, own.end - own.first, 0, w.cols));
-#ifdef AMX
-    if (x.dtype == BF16_AMX) {
-        matmul_amx(s, out, w, own, x, update);
-        gather_columns(out, x.rows, w.rows);
-        return;
-    }
-#endif
-    size_t block = MC;
+    page_weights(s->paging, own);
     if (x.rows == 1)
-        block = max(1, (own.end - own.first + s->threads - 1) / s->threads);
+        block = max(1, (rows + s->threads - 1) / s->threads);
     else if (x.rows <= SMALL_BATCH)
         block = MR;
+#ifdef AMX
+    if (x.dtype == BF16_AMX)
+        matmul_amx(s, out + first, w.rows, own, x, update);
+    else
+#endif
 #pragma omp for schedule(static)
-    for (size_t r = own.first; r < own.end; r += block)
-        gemm(out + r, w.rows, slice(w, r, min(block, own.end - r), 0, w.cols), x, update);
+        for (size_t r = 0; r < rows; r += block)
+            gemm(out + first + r, w.rows, slice(own, r, min(block, rows - r), 0, w.cols), x, update);
     gather_columns(out, x.rows, w.rows);
 }
 
@@ -3726,10 +3614,16 @@ static void attention(const Model *m, RunState *s, Tensor out, size_t layer, siz
 
 // ---- Guesses
 
-// Prompt lookup: finds the latest earlier occurrence of the last 4 tokens, or else of the last 3 or 2, and returns the
-// index of the token after it; n if there is none.
-static size_t find_ngram(const uint32_t *tokens, size_t n) {
-    size_t place = n, longest = 1;
+// Prompt lookup: copies what follows the latest earlier occurrence of the last 4 tokens, or else of the last 3 or 2.
+static size_t draft(Session *s) {
+    Context *c = &s->context;
+    size_t n = c->tokens.n, room = min(c->max_tokens, s->run.context) - n; // with -n, the KV cache may be shorter
+    size_t n_draft = min(min(s->options->draft, room), s->run.batch - 1);
+    if (n_draft == 0 || c->n_past + 1 < n)
+        return 0;
+    reserve(&c->tokens, n_draft);
+    uint32_t *tokens = c->tokens.data;
+    size_t place = n, longest = 1; // where the tokens after the longest occurrence so far start, and its length
     for (size_t i = n - 1; i > 0 && longest < 4; i--) {
         size_t same = 0;
         while (same < min(i, 4) && tokens[i - 1 - same] == tokens[n - 1 - same])
@@ -3739,21 +3633,10 @@ static size_t find_ngram(const uint32_t *tokens, size_t n) {
             place = i;
         }
     }
-    return place;
-}
-
-static size_t draft(Session *s) {
-    Context *c = &s->context;
-    size_t n = c->tokens.n, room = min(c->max_tokens, s->run.context) - n; // with -n, the KV cache may be shorter
-    size_t n_draft = min(min(s->options->draft, room), s->run.batch - 1);
-    if (n_draft == 0 || c->n_past + 1 < n)
+    if (longest == 1)
         return 0;
-    size_t place = find_ngram(c->tokens.data, n);
-    if (place == n)
-        return 0;
-    reserve(&c->tokens, n_draft);
     for (size_t i = 0; i < n_draft; i++)
-        c->tokens.data[n + i] = c->tokens.data[place + i]; // the last of these may be guesses themselves
+        tokens[n + i] = tokens[place + i]; // the last of these may be guesses themselves
     return n_draft;
 }
 
@@ -3805,8 +3688,7 @@ static void evict(const Paging *p, size_t piece) {
 static void page_weights(Paging *p, Tensor w) {
     if (!p)
         return;
-    const unsigned char *data = w.data;
-    size_t start = (size_t)(data - p->m->file.bytes), size = w.rows * w.cols * sizeof(uint16_t);
+    size_t start = (size_t)((unsigned char *)w.data - p->m->file.bytes), size = w.rows * w.cols * sizeof(uint16_t);
     if (start < p->at) { // another pass begins
         while (p->n_used < p->n_checked)
             evict(p, p->n_used++);
@@ -3849,6 +3731,18 @@ static Paging *open_paging(const Model *m) { return (void)m, NULL; }
 // After each product, the processes exchange their parts of the result with MPI. All of them compute everything else,
 // so they have the same numbers at any time, which are those of a single process, bit for bit. Process 0 reads texts,
 // for all, and prints.
+
+// Exits if process 0 has other data. Compares 64 KB of every 256th part of it, because a machine may have no room for
+// all weights.
+static void expect_same(const char *what, const void *data, size_t size) {
+    uint64_t hash = size;
+    for (size_t start = 0; n_processes > 1 && start < size; start += max(1 << 16, size / 256))
+        for (size_t i = start; i < min(start + (1 << 16), size); i++)
+            hash = hash * 31 + ((const unsigned char *)data)[i];
+    uint64_t first = hash;
+    share(&first, sizeof first);
+    expect(hash == first, "expected the %s of process 0, found others", what);
+}
 
 #ifdef MPI
 #include <mpi.h>
@@ -3900,13 +3794,39 @@ static void share(void *data, size_t size) { (void)data, (void)size; }
 static void gather_columns(float *out, size_t T, size_t n) { (void)out, (void)T, (void)n; }
 #endif
 
-// Compares 64 KB of every 256th part of the data, because a machine may have no room for all weights.
-static void expect_same(const char *what, const void *data, size_t size) {
-    uint64_t hash = size;
-    for (size_t start = 0; n_processes > 1 && start < size; start += max(1 << 16, size / 256))
-        for (size_t i = start; i < min(start + (1 << 16), size); i++)
-            hash = hash * 31 + ((const unsigned char *)data)[i];
-    uint64_t first = hash;
-    share(&first, sizeof first);
-    expect(hash == first, "expected the %s of process 0, found others", what);
+// ------------------------------------------------------------------------------------------------
+
+#ifndef NO_MAIN // the tests include this file and have their own main
+// Opens the files that the command line names, and runs the mode.
+int main(int argc, char **argv) {
+    prepare_process(argv);
+    start_processes(argc, argv);
+    Options o = parse_options(argc, argv);
+    const Mode *mode = find_mode(o.mode);
+    if (!o.model && !(mode->run == tokenize && o.tokenizer)) // tokenize needs no model
+        o.model = DEFAULT_MODEL;
+    Session s = {.options = &o, .printer = new_printer(&o)};
+    if (o.model) {
+        s.model = open_model(o.model);
+        uint32_t longest = s.model.h.max_seq_len;
+        s.context.max_tokens = o.context ? o.context : longest;
+        expect_usage(s.context.max_tokens <= longest, "-c: expected at most %u, the context of %s, found %zu", longest,
+                     o.model, s.context.max_tokens);
+        o.adapt_threads = o.threads == 0;
+        o.threads = min(o.adapt_threads ? default_threads() : o.threads, max_useful_threads(&s.model));
+    }
+    s.tokenizer = open_tokenizer(tokenizer_path(&o));
+    const TokenizerHeader *t = &s.tokenizer->h;
+    expect(!o.model || (s.model.h.vocab_size == t->vocab_size && s.model.h.vocab_hash == t->vocab_hash),
+           "%s: the wrong tokenizer for %s (-z names another): expected %u tokens with the hash %016llx, found %u with "
+           "%016llx",
+           s.tokenizer->file.path, o.model, s.model.h.vocab_size, (unsigned long long)s.model.h.vocab_hash,
+           t->vocab_size, (unsigned long long)t->vocab_hash);
+    expect_same("weights file", s.model.file.bytes, s.model.file.size);
+    expect_same("tokenizer file", s.tokenizer->file.bytes, s.tokenizer->file.size);
+    share(&o.seed, sizeof o.seed);
+    mode->run(&s);
+    flush_output();
+    exit(0); // instead of return, so that no memory counts as lost
 }
+#endif
