@@ -50,7 +50,7 @@ try:
     import ml_dtypes
     import numpy as np
     from numpy.typing import NDArray
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"export.py: error: {error} (pip install -r requirements.txt)")
@@ -111,8 +111,6 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
     """
     forking = multiprocessing.get_context("fork")
     receiver, sender = forking.Pipe(duplex=False)
-    result: T
-    error: ExportError | ImportError | None
 
     def child() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -123,13 +121,13 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
             pages = int(Path("/proc/self/statm").read_text().split()[5])
             memory = pages * resource.getpagesize() + READ_BYTES + room
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-        said = io.StringIO()
-        with suppress(MemoryError), redirect_stderr(said):
+        with suppress(MemoryError), redirect_stderr(io.StringIO()) as said:
+            answer: tuple[T | None, ExportError | ImportError | None]
             try:
-                result, error = work(), None
-            except (ExportError, ImportError) as caught:
-                result, error = None, caught
-            sender.send((result, error, said.getvalue()))
+                answer = work(), None
+            except (ExportError, ImportError) as error:
+                answer = None, error
+            sender.send((*answer, said.getvalue()))
 
     process = forking.Process(target=child)
     process.start()
@@ -144,7 +142,8 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
     print(said, end="", file=sys.stderr)
     if error:
         raise error
-    return result
+    found: T = result
+    return found
 
 
 def say(kind: str, message: object) -> None:
@@ -183,24 +182,21 @@ FILE_KINDS = [  # what a file is, by its first bytes
 ]
 
 
-def kind_of(start: bytes) -> str | None:
+def kind_of(path: Path) -> str | None:
     """What a file is by its first bytes; None for what has no magic number, as llama2.c's files."""
+    if path.exists() and not path.is_file():  # a device has no end, and a pipe may have no beginning
+        raise ExportError("expected a regular file", path)
+    with open(path, "rb") as file:
+        start = file.read(512)
     for pattern, kind in FILE_KINDS:
         if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
             return f"{kind}: {start[:40].decode()!r}" if kind == "a text file" else kind
     return None
 
 
-def kind_of_file(path: Path) -> str | None:
-    if path.exists() and not path.is_file():  # a device has no end, and a pipe may have no beginning
-        raise ExportError("expected a regular file", path)
-    with open(path, "rb") as file:
-        return kind_of(file.read(512))
-
-
 def expect(path: Path, *kinds: str) -> None:
     """Refuses a file that is known to be of another kind, before a parser finds other words for that."""
-    found = kind_of_file(path)
+    found = kind_of(path)
     if found is not None and not found.startswith(kinds):
         raise ExportError(f"expected {' or '.join(kinds)}, found {found}", path)
 
@@ -214,7 +210,7 @@ TYPES[list] = "a list"
 
 def read_json(path: Path) -> dict[str, Any]:
     with naming(path):
-        kind = kind_of_file(path)
+        kind = kind_of(path)
         try:
             values = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -226,7 +222,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    kind_of_file(path)
+    kind_of(path)
     return path.read_text("utf-8")
 
 
@@ -574,11 +570,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     The safetensors library checks the header. It would map the tensors, which counts as memory in use.
     """
     expect(path, "a safetensors file")
-    try:
-        with safe_open(path, "numpy"):
-            pass
-    except SafetensorError as error:
-        raise ExportError(f"not a safetensors file, or a damaged one: {error}", path) from None
+    with naming(path), safe_open(path, "numpy"):
+        pass
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
@@ -607,13 +600,11 @@ def read_torch(path: Path) -> dict[str, Tensor]:
                 raise
             expected = "expected tensors and nothing that could run code"
             raise ExportError(f"its pickle asks for {asked[1]}, {expected}") from None
-        tensors = found.values() if isinstance(found, dict) else [None]
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
             raise ExportError("expected a dictionary of tensors, found something else in its pickle")
         size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
-        if (
-            size > 4 * path.stat().st_size
-        ):  # strides of 0 make much out of little, a shared storage not so much
+        # strides of 0 make much out of little, a shared storage not so much
+        if size > 4 * path.stat().st_size:
             raise ExportError(f"a damaged PyTorch file: its tensors would have {size} bytes")
         if in_zip:
             check_records(path, found.values())
@@ -632,24 +623,21 @@ def check_records(path: Path, tensors: Iterable[Any]) -> None:
 
 
 def tensor_of_torch(path: Path, tensor: Any) -> Tensor:
-    """Of any strides: a tensor may be stored transposed."""
+    """Of any strides: a tensor may be stored transposed. torch does not give bfloat16 to numpy, but its bytes."""
     import torch
 
-    names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     name = str(tensor.dtype).removeprefix("torch.")
+    dtype = next((key for key, kind in STORED.items() if kind.name == name), name)
 
     def rows(start: int, stop: int) -> Array:
         part = tensor[start:stop].contiguous()
-        if name == "bfloat16":  # which torch does not give to numpy
-            return np.asarray(part.view(torch.int16).numpy()).view(DTYPES["bf16"])
-        return np.asarray(part.numpy())
+        return np.asarray(part.view(torch.uint8).numpy()).view(name).reshape(part.shape)
 
-    return Tensor(path, tuple(tensor.shape), names.get(name, name), rows)
+    return Tensor(path, tuple(tensor.shape), dtype, rows)
 
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
-GGUF_DTYPES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -706,22 +694,21 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def gguf_tensor(path: Path, offset: int, shape: tuple[int, ...], kind: int, name: str) -> tuple[Tensor, int]:
     """The tensor, as float32 if it is quantised, in blocks with a scale each; and where it ends."""
-    if kind in GGUF_DTYPES:
-        tensor = stored(path, offset, shape, GGUF_DTYPES[kind])
-        return tensor, offset + math.prod(shape) * STORED[tensor.dtype].itemsize
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     try:
-        quantisation = GGMLQuantizationType(kind)
-        block, block_bytes = GGML_QUANT_SIZES[quantisation]
-        dequantize(np.zeros((1, block_bytes), np.uint8), quantisation)
+        form = GGMLQuantizationType(kind)
+        block, block_bytes = GGML_QUANT_SIZES[form]
+        if form.name in STORED:
+            return stored(path, offset, shape, form.name), offset + math.prod(shape) * block_bytes
+        dequantize(np.zeros((1, block_bytes), np.uint8), form)
     except (ValueError, KeyError, NotImplementedError):
         raise ExportError(f"tensor {name}: type {kind} is not supported") from None
     if len(shape) != 2 or shape[1] % block:
         raise ExportError(f"tensor {name} of the shape {shape} is in blocks of {block}")
     row_bytes = shape[1] // block * block_bytes
     packed = in_file(path, offset, (shape[0], row_bytes), np.dtype(np.uint8))
-    tensor = Tensor(path, shape, "F32", lambda start, stop: dequantize(packed(start, stop), quantisation))
+    tensor = Tensor(path, shape, "F32", lambda start, stop: dequantize(packed(start, stop), form))
     return tensor, offset + shape[0] * row_bytes
 
 
@@ -1213,7 +1200,7 @@ def open_source(path: Path) -> Model:
             )
         expected = "config.json (as Hugging Face has it) or params.json (as Meta has it)"
         raise ExportError(f"a directory without {expected}", path)
-    kind = kind_of_file(path)
+    kind = kind_of(path)
     if kind is None:
         return open_llama2c(path)
     if kind == "a GGUF file":
@@ -1976,7 +1963,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     with naming(path):
         if path.is_dir():
             return TokenizerFolder(path).tokenizer()
-        kind = kind_of_file(path)
+        kind = kind_of(path)
         if kind == "a JSON file":
             return TokenizerFolder(path.parent, path).tokenizer()
         if kind == "a GGUF file":
