@@ -818,13 +818,12 @@ def open_hugging_face(folder: Path) -> Model:
 
 def share_embedding(found: dict[str, Tensor]) -> None:
     """Of tied tensors, leaves the embedding, which may be stored as the classifier, or as both."""
-    classifier = found.pop("lm_head.weight", None)
-    embedding = found.setdefault("model.embed_tokens.weight", classifier) if classifier else None
-    if classifier is None or embedding is classifier:
+    if (classifier := found.pop("lm_head.weight", None)) is None:
         return
-    if embedding is None or (classifier.shape, classifier.dtype) != (embedding.shape, embedding.dtype):
-        raise ExportError("tie_word_embeddings is true, but lm_head.weight differs in shape or type")
-    if not all(np.array_equal(classifier.rows(*span), embedding.rows(*span)) for span in classifier.spans()):
+    embedding = found.setdefault("model.embed_tokens.weight", classifier)
+    same = (classifier.shape, classifier.dtype) == (embedding.shape, embedding.dtype)
+    spans = classifier.spans() if same and embedding is not classifier else ()
+    if not same or not all(np.array_equal(classifier.rows(*x), embedding.rows(*x)) for x in spans):
         raise ExportError("tie_word_embeddings is true, but lm_head.weight differs")
 
 
@@ -888,11 +887,9 @@ def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
         one, index = folder / name, folder / f"{name}.index.json"
         paths = [one] if one.exists() else sorted(folder.glob(f"*-of-*{one.suffix}"))
         if not one.exists() and index.exists():
-            named = {
-                folder / Path(str(file)).name
-                for file in setting(read_json(index), "weight_map", dict).values()
-            }
-            paths = sorted(named) if all(path.exists() for path in named) else paths
+            names = setting(read_json(index), "weight_map", dict).values()
+            named = sorted({folder / Path(str(file)).name for file in names})
+            paths = named if all(path.exists() for path in named) else paths
         found: dict[str, Tensor] = {}
         for path in paths:
             part = read(path)
@@ -1195,9 +1192,7 @@ def open_source(path: Path) -> Model:
             if (path / settings).exists():
                 return opener(path)
         if (path / "adapter_config.json").exists():
-            raise ExportError(
-                "an adapter (expected the directory of its model, and this one behind --lora)", path
-            )
+            raise ExportError("an adapter (expected its model's directory, and this one behind --lora)", path)
         expected = "config.json (as Hugging Face has it) or params.json (as Meta has it)"
         raise ExportError(f"a directory without {expected}", path)
     kind = kind_of(path)
@@ -1244,9 +1239,8 @@ class WordTables(NamedTuple):
     """How text is cut into words: state machines, each for what the one before it has left, see `word_tables`."""
 
     char_class: bytes = b""  # of each code point, then of stray bytes
-    transitions: tuple[
-        tuple[int, ...], ...
-    ] = ()  # (states, classes): twice the next state, + 1 at a word's end
+    # (states, classes): twice the next state, + 1 at a word's end
+    transitions: tuple[tuple[int, ...], ...] = ()
     n_dfas: int = 0
 
 
@@ -1305,11 +1299,9 @@ class Tokenizer:
 
     def to_bytes(self) -> bytes:
         """The tokenizer file: the header, then arrays that run.c uses as they are, each on 4 bytes."""
-        by_text: dict[
-            bytes, int
-        ] = {}  # what text becomes: the last user-defined token, else the first normal one
-        longest = [0] * 256
-        byte_id = [self.unk_id & NONE] * 256
+        # what a text becomes: the last user-defined token, else the first normal one
+        by_text: dict[bytes, int] = {}
+        longest, byte_id = [0] * 256, [self.unk_id & NONE] * 256
         for id, (text, type, _) in enumerate(self.tokens):
             if type in (USER_DEFINED, USER_DEFINED_NORMALIZED):
                 longest[text[0]] = max(longest[text[0]], len(text))
@@ -1327,11 +1319,10 @@ class Tokenizer:
         pieces = [(*placed(text), type, score) for text, type, score in self.tokens]
         merges = sorted((*merge, rank) for rank, merge in enumerate(self.merges))
         scripts = self.template.parts if self.template else ((),) * len(TEMPLATE_PARTS)
-        items = [
-            (NONE, *placed(item.encode())) if isinstance(item, str) else (item, 0, 0)
-            for item in chain.from_iterable(scripts)
-        ]
+        script = chain.from_iterable(scripts)
+        items = [(NONE, *placed(item.encode())) if isinstance(item, str) else (item, 0, 0) for item in script]
         char_class, transitions, n_dfas = self.words
+        n_classes = len(transitions[0]) if transitions else 0
         pages = np.frombuffer(char_class, np.uint8).reshape(-1, 256)  # most are alike, so each is kept once
         classes, class_block = np.unique(pages, axis=0, return_inverse=True)
         sorted_ids = [id for _, id in sorted(by_text.items())]
@@ -1346,13 +1337,7 @@ class Tokenizer:
             *(TOKENIZER_HEADER.size + sum(map(len, arrays)), self.vocab_hash, flags, len(self.tokens)),
             *(self.bos_id, self.unk_id, len(self.stop_ids)),
             *(self.stop_ids + (-1,) * (MAX_STOP_IDS - len(self.stop_ids))),
-            *(
-                len(sorted_ids),
-                len(merges),
-                n_dfas,
-                len(transitions[0] if transitions else ()),
-                len(transitions),
-            ),
+            *(len(sorted_ids), len(merges), n_dfas, n_classes, len(transitions)),
             *(self.template.flags if self.template else 0, len(classes), len(texts)),
             *accumulate(map(len, scripts)),
         )
@@ -1376,10 +1361,9 @@ class Tokenizer:
 
         def take(form: str, count: int, width: int = 1) -> Any:
             nonlocal at
-            start, at = at, at + count * width * np.dtype(form).itemsize
-            if at > len(data):
-                raise ExportError("a damaged tokenizer file: it ends too early")
-            return np.frombuffer(data[start:at], form).reshape(-1, width)
+            found = np.frombuffer(data, form, count * width, at).reshape(-1, width)
+            at += found.nbytes
+            return found
 
         pieces = take("<u4,<u4,<u4,<f4", vocab_size).reshape(-1).tolist()
         take("<u4", n_by_text)
@@ -1499,14 +1483,10 @@ def tokenizer_of_llama2c(data: bytes) -> Tokenizer:
 
 def tokenizer_of_model(data: bytes) -> Tokenizer:
     """Of a SentencePiece .model, a protobuf message; only BPE that leaves all but spaces as they are."""
-    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    try:
-        model.ParseFromString(data)
-    except DecodeError:
-        raise ExportError("a SentencePiece model that cannot be decoded, or something else") from None
+    model.ParseFromString(data)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != trainer.BPE:
         found = trainer.ModelType.Name(trainer.model_type)
@@ -1516,20 +1496,13 @@ def tokenizer_of_model(data: bytes) -> Tokenizer:
     if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
         raise ExportError("a SentencePiece model that treats spaces in an unknown way")
     pieces = []
-    for id, piece in enumerate(model.pieces):
-        if piece.type == BYTE and token_type(piece.piece.encode()) != BYTE:
-            raise ExportError(f"token {id} {piece.piece!r} is no byte, but should be")
+    for piece in model.pieces:
         type = USER_DEFINED_NORMALIZED if piece.type == USER_DEFINED else piece.type
         pieces.append((piece.piece.encode(), type, piece.score))
-    return sentencepiece(
-        pieces,
-        bos_id=trainer.bos_id,
-        unk_id=trainer.unk_id,
-        stop_ids=(trainer.eos_id,) if trainer.eos_id >= 0 else (),
-        add_bos=trainer.bos_id >= 0,
-        add_dummy_prefix=normalizer.add_dummy_prefix,
-        remove_extra_spaces=normalizer.remove_extra_whitespaces,
-    )
+    stop_ids = (trainer.eos_id,) if trainer.eos_id >= 0 else ()
+    spaces: dict[str, Any] = {"add_dummy_prefix": normalizer.add_dummy_prefix}
+    spaces |= {"remove_extra_spaces": normalizer.remove_extra_whitespaces, "add_bos": trainer.bos_id >= 0}
+    return sentencepiece(pieces, bos_id=trainer.bos_id, unk_id=trainer.unk_id, stop_ids=stop_ids, **spaces)
 
 
 # ---- byte-level BPE: tokenizer.json, GGUF's "gpt2", tiktoken
@@ -1605,55 +1578,47 @@ GGUF_ENDS = """
 
 def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """Of a GGUF file's metadata, as Python values; what it leaves out has llama.cpp's defaults, see open_gguf."""
-    s = {key.removeprefix("tokenizer."): value for key, value in metadata.items()}
-    model, names = s.get("ggml.model"), s.get("ggml.tokens")
+    s = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    model, names = s.get("model"), s.get("tokens")
     if model not in ("llama", "gpt2") or not names:
         raise ExportError(f"a GGUF tokenizer of an unknown model {model!r}, expected llama or gpt2")
     byte_level = model == "gpt2"
-    types = [int(type) for type in s.get("ggml.token_type") or [token_type(name.encode()) for name in names]]
-    scores = [0.0] * len(names)
-    if not byte_level and s.get("ggml.scores"):
-        scores = [float(score) for score in s["ggml.scores"]]
+    types = [int(type) for type in s.get("token_type") or [token_type(name.encode()) for name in names]]
+    scores = [float(score) for score in s.get("scores") or [0.0] * len(names)]
     if not len(names) == len(types) == len(scores):
         raise ExportError(f"{len(names)} tokens with {len(types)} types and {len(scores)} scores")
     ids = {name: id for id, name in enumerate(names)}
     bos, eos, unk = (
-        setting(s, f"ggml.{name}_token_id", int, -1 if byte_level or id >= len(names) else id)
+        setting(s, f"{name}_token_id", int, -1 if byte_level or id >= len(names) else id)
         for name, id in (("bos", 1), ("eos", 2), ("unknown", 0))
     )
-    ends = [eos, s.get("ggml.eot_token_id", -1), s.get("ggml.eom_token_id", -1)]
+    ends = [eos, s.get("eot_token_id", -1), s.get("eom_token_id", -1)]
     ends += [ids[name] for name in GGUF_ENDS if name in ids]
     stop_ids = unique(id for id in ends if id >= 0)[:MAX_STOP_IDS]
     for id in (bos, *stop_ids):  # control tokens, whatever type they are said to have
         if 0 <= id < len(names) and len(names[id]) > 1:
             types[id] = CONTROL
-    prefix = setting(s, "ggml.add_space_prefix", bool, not byte_level)
-    pre = s.get("ggml.pre", "")
-    settings: dict[str, Any] = {"bos_id": bos, "stop_ids": stop_ids}
+    prefix, pre = setting(s, "add_space_prefix", bool, not byte_level), s.get("pre", "")
+    add_bos = bos >= 0 and setting(s, "add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
+    settings: dict[str, Any] = {"bos_id": bos, "stop_ids": stop_ids, "add_bos": add_bos}
     settings |= {"add_dummy_prefix": prefix, "prefix_after_special": prefix}
-    adds_bos = setting(s, "ggml.add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
-    settings["add_bos"] = adds_bos and bos >= 0
     if not byte_level:
         found = sentencepiece(zip(map(str.encode, names), types, scores, strict=True), unk_id=unk, **settings)
+    elif pre not in GGUF_PATTERNS:
+        raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
     else:
-        if pre not in GGUF_PATTERNS:
-            raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
-        if pre in GGUF_NFC:
+        if pre == "qwen2":
             note_nfc()
-        tokens = [
-            byte_level_token(name) if type == NORMAL else token_of(name.encode(), type)
-            for name, type in zip(names, types, strict=True)
-        ]
-        settings |= {
-            "unk_id": -1,
-            "ignore_merges": pre in GGUF_IGNORES_MERGES,
-        }  # llama.cpp leaves out unknown bytes
-        merges = merges_of(s.get("ggml.merges", ()), ids, tokens)
+        named = zip(names, types, strict=True)
+        tokens = [byte_level_token(x) if t == NORMAL else token_of(x.encode(), t) for x, t in named]
+        merges = merges_of(s.get("merges", ()), ids, tokens)
+        # llama.cpp leaves out unknown bytes
+        settings |= {"unk_id": -1, "ignore_merges": pre in GGUF_IGNORES_MERGES}
         found = byte_level_bpe(tokens, merges, GGUF_PATTERNS[pre], **settings)
     added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
-    special_ids = {"bos_token": bos, "eos_token": eos, "unk_token": s.get("ggml.unknown_token_id", -1)}
+    special_ids = {"bos_token": bos, "eos_token": eos, "unk_token": s.get("unknown_token_id", -1)}
     special = {key: names[id] for key, id in special_ids.items() if id >= 0}
-    return found.with_template(s.get("chat_template"), special, added)
+    return found.with_template(s.get("tokenizer.chat_template"), special, added)
 
 
 # ---- the files of a Hugging Face tokenizer
@@ -1830,25 +1795,17 @@ class TokenizerFolder:
         model = self.json["model"]
         if model.get("type", "BPE") != "BPE":
             raise ExportError(f"a tokenizer.json of the type {model['type']} (only BPE is supported)")
-        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(option):
-                raise ExportError(f"a tokenizer.json with {option} {model[option]!r} (not supported)")
+        refuse(model, "dropout", "continuing_subword_prefix", "end_of_word_suffix")
         for step in flattened(self.json.get("decoder"), "decoders"):
             if step["type"] not in PLAIN_DECODERS and step.get("content") != " ":
                 step = f"{json.dumps(step):.200}"
                 say("note", f"text is printed without this step of the tokenizer's decoder: {step}")
-        kinds = flattened(self.json.get("pre_tokenizer"), "pretokenizers")
-        normalizers = flattened(self.json.get("normalizer"), "normalizers")
-        if any(normalizer["type"] == "NFC" for normalizer in normalizers):
-            note_nfc()
-        normalizers = [normalizer for normalizer in normalizers if normalizer["type"] != "NFC"]
-        byte_level = any(kind["type"] == "ByteLevel" for kind in kinds)
+        steps = flattened(self.json.get("normalizer"), "normalizers")
+        steps += flattened(self.json.get("pre_tokenizer"), "pretokenizers")
+        byte_level = any(step["type"] == "ByteLevel" for step in steps)
         make = byte_level_token if byte_level else self.sentencepiece_token
         tokens = self.tokens({id: make(name) for name, id in self.vocab.items()})
-        if byte_level:
-            patterns, prefix = byte_level_words(kinds, normalizers)
-        else:
-            patterns, prefix = self.sentencepiece_words(kinds, normalizers, tokens)
+        patterns, prefix = self.words(steps, byte_level, tokens)
         unk = self.ids.get(model.get("unk_token") or "", -1)
         if byte_level and unk >= 0 and model.get("fuse_unk") and sum(t.type == BYTE for t in tokens) < 256:
             raise ExportError("a byte-level tokenizer that lacks bytes and fuses unknown ones")
@@ -1859,10 +1816,7 @@ class TokenizerFolder:
             unk = -1  # an unknown byte is left out rather than the end of the text
         return Tokenizer(
             tokens,
-            bos_id=bos,
-            unk_id=unk,
-            stop_ids=self.stop_ids(),
-            add_bos=add_bos,
+            *(bos, unk, self.stop_ids(), add_bos),
             add_dummy_prefix=prefix in ("first", "always", "each"),
             prefix_after_special=prefix in ("always", "each"),
             no_prefix_before_space=prefix in ("first", "always"),
@@ -1878,33 +1832,50 @@ class TokenizerFolder:
         lost = type == BYTE and not self.json["model"].get("byte_fallback")
         return token_of(name.encode(), UNUSED if lost else type)
 
-    def sentencepiece_words(
-        self, kinds: list[Any], normalizers: list[Any], tokens: list[Token]
-    ) -> tuple[list[str], str]:
-        """What byte_level_words() gives, for a vocabulary that writes spaces as '▁'."""
-        prefix = "never"
-        known = [
-            {"type": "Prepend", "prepend": BAR},
-            {"type": "Replace", "pattern": {"String": " "}, "content": BAR},
-        ]
-        if unknown := [normalizer for normalizer in normalizers if normalizer not in known]:
-            raise ExportError(f"a tokenizer with an unknown normalizer: {json.dumps(unknown[0])}")
-        if known[0] in normalizers:
-            prefix = "each"
-            if any(t.get("normalized") and not t.get("special") for t in self.added.values()):
-                raise ExportError("added tokens that are sought in text with a '▁' in front (not supported)")
-        replaced, patterns = known[1] in normalizers, words_at_spaces(tokens)
-        for kind in kinds:
-            if kind["type"] == "Metaspace" and kind.get("replacement", BAR) == BAR and not replaced:
-                replaced = True
-                if prefix == "never":
-                    before = "always" if kind.get("add_prefix_space", True) else "never"
-                    prefix = kind.get("prepend_scheme", before)
-                patterns = [" [^ ]*|[^ ]+"] if kind.get("split", True) else patterns
-            elif not (kind["type"] == "Split" and kind["pattern"] == {"String": " "} and replaced):
-                raise ExportError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
-        if not replaced:
+    def words(self, steps: list[Any], byte_level: bool, tokens: list[Token]) -> tuple[list[str], str]:
+        """The patterns that cut words, and where a space is put in front; `steps` change the text, then cut it.
+
+        That is at the "first" text, or "always", also after an added token, but not where there is a space; or
+        before "each" text, even so.
+        """
+        patterns: list[str] = [] if byte_level else words_at_spaces(tokens)
+        prefix, bars = "never", False  # whether spaces have become '▁' by now
+        for step in steps:
+            match step:
+                case {"type": "NFC"}:
+                    note_nfc()
+                case {"type": "Digits"} if byte_level:
+                    patterns.append(DIGITS if step.get("individual_digits") else DIGITS + "+")
+                case {"type": "Split", "behavior": "Isolated", "pattern": pattern, **how} if (
+                    byte_level and not how.get("invert")
+                ):
+                    patterns.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
+                case {"type": "ByteLevel"} if not (patterns and step.get("add_prefix_space", True)):
+                    prefix = "always" if step.get("add_prefix_space", True) else "never"
+                    patterns += [GPT2] if step.get("use_regex", True) else []
+                case {"type": "Prepend", "prepend": "▁"} if not byte_level:
+                    prefix = "each"
+                case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"} if not byte_level:
+                    bars = True
+                case {"type": "Metaspace"} if (
+                    not byte_level and not bars and step.get("replacement") in ("▁", None)
+                ):
+                    bars = True
+                    before = "always" if step.get("add_prefix_space", True) else "never"
+                    prefix = step.get("prepend_scheme", before) if prefix == "never" else prefix
+                    patterns = [" [^ ]*|[^ ]+"] if step.get("split", True) else patterns
+                case {"type": "Split", "pattern": {"String": " "}} if bars:
+                    pass
+                case _:
+                    raise ExportError(f"a tokenizer with an unknown step: {json.dumps(step)}")
+        if byte_level:
+            return patterns, prefix
+        if not bars:
             raise ExportError("a tokenizer.json that is neither byte-level nor writes spaces as '▁'")
+        if prefix == "each" and any(
+            t.get("normalized") and not t.get("special") for t in self.added.values()
+        ):
+            raise ExportError("added tokens that are sought in text with a '▁' in front (not supported)")
         late = [token.text for token in tokens if token.type == USER_DEFINED_NORMALIZED]
         if any(c in text for c in (b" ", BAR.encode()) for text in late):
             raise ExportError("an added token with a space in it (not supported)")
@@ -1922,31 +1893,6 @@ class TokenizerFolder:
             if found is None:
                 say("note", f"no chat template is stored: none of {', '.join(names)} is the default one")
         return found if isinstance(found, str) else None
-
-
-def byte_level_words(kinds: list[Any], normalizers: list[Any]) -> tuple[list[str], str]:
-    """The patterns that cut words, and where a space is put in front.
-
-    That is at the "first" text, or "always", also after an added token, but not where there is a space; or
-    before "each" text, even so.
-    """
-    if normalizers:
-        raise ExportError(f"a tokenizer with an unknown normalizer: {json.dumps(normalizers[0])}")
-    patterns = []
-    space = False
-    for kind in kinds:
-        name = kind["type"]
-        if name == "Digits":
-            patterns.append(DIGITS if kind.get("individual_digits") else DIGITS + "+")
-        elif name == "Split" and kind.get("behavior") == "Isolated" and not kind.get("invert"):
-            pattern = kind["pattern"]
-            patterns.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
-        elif name == "ByteLevel" and not (kind.get("add_prefix_space", True) and patterns):
-            space = bool(kind.get("add_prefix_space", True))
-            patterns += [GPT2] if kind.get("use_regex", True) else []
-        else:
-            raise ExportError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
-    return patterns, "always" if space else "never"
 
 
 def flattened(step: Any, inside: str) -> list[Any]:
@@ -2010,7 +1956,6 @@ GGUF_PATTERNS = {  # what llama.cpp calls pre-tokenizers
     ]
     for name in names.split()
 }
-GGUF_NFC = {"qwen2"}
 GGUF_IGNORES_MERGES = GGUF_ADDS_BOS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
 
 PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}|\\[sSdD]")
