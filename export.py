@@ -1988,9 +1988,8 @@ def characters(expression: str) -> NDArray[np.bool_]:
 
 ESCAPED = r"\\[pP]\{\^?\w+\}|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[rntfvsSdD]|\\[^\w]"
 SET = rf"{re.escape(DIGITS)}|\[(?:\^(?!\])|(?![\^\]]))(?:{ESCAPED}|[^\\\[\]&])+\]|{ESCAPED}|[^\\\[\](){{}}?*+|.^$]"
-STRUCTURE = (
-    r"\(\?(?:i?:|[!=])|\{\d+(?:,\d*)?\}(?!\+)|[()|?*+$]"  # `{1,3}+` means other things to other engines
-)
+# `{1,3}+` means other things to other engines
+STRUCTURE = r"\(\?(?:i?:|[!=])|\{\d+(?:,\d*)?\}(?!\+)|[()|?*+$]"
 PRIVATE = 0xF0000  # private-use characters, each of which stands for a set
 MATCHED = 0  # the instruction that ends a program
 
@@ -2048,10 +2047,9 @@ class Automaton:
             what, value = str(items[i][0]), items[i][1]
             if what == "LITERAL":
                 then = self.add("set", (then,), self.set_of(items[i : i + 1], any_case) or "")
-            elif what == "IN":  # which the parser makes of alternatives of one character
-                then = self.add("split", tuple(self.build([item], then, any_case) for item in value))
-            elif what == "BRANCH":
-                then = self.add("split", tuple(self.build(branch, then, any_case) for branch in value[1]))
+            elif what in ("IN", "BRANCH"):  # the parser makes IN of alternatives of one character
+                branches = value[1] if what == "BRANCH" else [[item] for item in value]
+                then = self.add("split", tuple(self.build(branch, then, any_case) for branch in branches))
             elif what == "SUBPATTERN" and value[1] in (0, re.IGNORECASE) and not value[2]:
                 then = self.build(value[3], then, any_case or bool(value[1]))
             elif what == "MAX_REPEAT" or (
@@ -2185,11 +2183,8 @@ class ChatTemplate:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        if [int(n) for n in re.findall(r"\d+", version("jinja2"))] < [
-            3,
-            1,
-            6,
-        ]:  # they let templates out of the sandbox
+        # older ones let templates out of the sandbox
+        if [int(n) for n in re.findall(r"\d+", version("jinja2"))] < [3, 1, 6]:
             raise ImportError(f"expected jinja2 3.1.6 or newer, found {version('jinja2')}")
 
         def raise_exception(message: str) -> NoReturn:
@@ -2264,9 +2259,9 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         flags |= find_no_think(chat, parts)
         if "strftime_now" in source:
             say("note", "the chat template holds today's date, which stays as it is")
-        *scripts, _ = (script_of(part, added) for part in parts.values())
-        end_of_thought = (parts["end_of_thought"],) if parts["end_of_thought"] else ()
-        return Template((*scripts, end_of_thought), flags)
+        # the end of a thought is sought in text, so it stays one
+        scripts = (script_of(text, {} if x == "end_of_thought" else added) for x, text in parts.items())
+        return Template(tuple(scripts), flags)
     except ExportError as error:
         say("note", f"no chat template is stored: {error}")
         return None
@@ -2375,10 +2370,8 @@ def find_no_think(chat: ChatTemplate, parts: dict[str, str]) -> int:
 
 def script_of(text: str, added: Mapping[str, int]) -> Script:
     """A text with the tokens that stand in it, the longest at each place."""
-    if not added:
-        return (text,) if text else ()
-    names = sorted(added, key=len, reverse=True)
-    parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+    names = [*map(re.escape, sorted(added, key=len, reverse=True)), "(?!)"]  # the last one is nowhere
+    parts = re.split(f"({'|'.join(names)})", text)
     return tuple(added[part] if i % 2 else part for i, part in enumerate(parts) if part)
 
 
