@@ -484,19 +484,15 @@ def half_split(tensor: Tensor, head_dim: int) -> Tensor:
 
 def concatenated(shards: list[Tensor], axis: int) -> Tensor:
     """The rows of the first shard, then those of the next; or (axis 1) each row begins in the first, and goes on."""
+    height, *width = shards[0].shape
     *firsts, total = accumulate((shard.shape[axis] for shard in shards), initial=0)
 
     def rows(start: int, stop: int) -> Array:
         if axis == 1:
             return np.concatenate([shard.rows(start, stop) for shard in shards], axis=1)
-        found = []
-        for first, shard in zip(firsts, shards, strict=True):
-            begin, end = max(start - first, 0), min(stop - first, shard.shape[0])
-            if begin < end:
-                found.append(shard.rows(begin, end))
-        return np.concatenate(found)
+        spans = [np.clip((start - first, stop - first), 0, height) for first in firsts]
+        return np.concatenate([shard.rows(*span) for shard, span in zip(shards, spans, strict=True)])
 
-    height, *width = shards[0].shape
     return shards[0]._replace(shape=(height, total) if axis == 1 else (total, *width), rows=rows)
 
 
@@ -528,7 +524,9 @@ class Model:
                 found = f"expected the shape {shape}, found {tensor.shape}"
                 raise ExportError(f"tensor {name}: {found}", tensor.path)
         for name, tensor in others.items():
-            if not BUFFER.fullmatch(name) and not is_zero_bias(name, tensor):
+            is_bias = name.endswith(".bias") and tensor.dtype in STORED  # one of zeros changes nothing
+            zeros = is_bias and not any(map(np.any, tensor.pieces()))
+            if not zeros and not BUFFER.fullmatch(name):
                 raise ExportError(f"has a tensor that is not supported: {name}", tensor.path)
 
     def dtype(self) -> str:
@@ -537,11 +535,6 @@ class Model:
         for spec in specs_of(self.config):
             sizes[self.tensors[spec.name].dtype] += spec.size
         return sizes.most_common(1)[0][0]
-
-
-def is_zero_bias(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor that run.c does not know would change nothing."""
-    return name.endswith(".bias") and tensor.dtype in STORED and not any(map(np.any, tensor.pieces()))
 
 
 def choose_dtype(model: Model) -> str:
@@ -742,16 +735,12 @@ def config_of(source: int, s: Settings, found: dict[str, Tensor], **others: Any)
     values["qk_norm"] = f"{layer}self_attn.q_norm.weight" in found
     values["tied"] = "lm_head.weight" not in found
     values |= others
-    said = {field: keys[source] for field, keys in SETTINGS.items()}
-    for field, key in said.items():
-        kind = float if field == "norm_eps" else int
-        value = setting(s, key, kind, None)
+    for field, keys in SETTINGS.items():
+        default = [None] if field in values or field in ("n_kv_heads", "head_dim") else []
+        value = setting(s, keys[source], float if field == "norm_eps" else int, *default)
         ask_the_tokenizer = field == "vocab_size" and value == -1  # as Meta has it
         if value is not None and not ask_the_tokenizer:
             values[field] = value
-    for field in ("n_layers", "n_heads", "max_seq_len", "norm_eps"):
-        if field not in values:
-            raise ExportError(f"lacks {said[field]}")
     if "head_dim" not in values:
         dim, n_heads = values["dim"], values["n_heads"]
         if n_heads < 1 or dim % n_heads:
@@ -769,19 +758,11 @@ def shape_of(found: dict[str, Tensor], name: str) -> tuple[int, ...]:
     return (*found[name].shape, 0, 0)
 
 
-class Family(NamedTuple):
-    """An architecture that run.c computes; the numbers are transformers' defaults."""
-
-    architecture: str
-    max_seq_len: int
-    head_dim: int | None = None
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", 2048),
-    "mistral": Family("MistralForCausalLM", 131072),
-    "qwen2": Family("Qwen2ForCausalLM", 32768),
-    "qwen3": Family("Qwen3ForCausalLM", 32768, 128),
+FAMILIES = {  # what run.c computes, with transformers' defaults
+    "llama": {"max_seq_len": 2048},
+    "mistral": {"max_seq_len": 131072},
+    "qwen2": {"max_seq_len": 32768},
+    "qwen3": {"max_seq_len": 32768, "head_dim": 128},
 }
 
 
@@ -791,20 +772,17 @@ def open_hugging_face(folder: Path) -> Model:
     found = hugging_face_tensors(folder)
     with naming(path):
         name = known_setting(s, "model_type", list(FAMILIES))
-        family = FAMILIES[name]
-        architectures = setting(s, "architectures", list, [family.architecture])
-        if [str(one).lower() for one in architectures] != [family.architecture.lower()]:
+        architectures = setting(s, "architectures", list, [f"{name}ForCausalLM"])
+        if [str(one).lower() for one in architectures] != [f"{name}forcausallm"]:
             raise ExportError(f"architectures {architectures} of {name!r} are not supported")
         refuse(s, "mlp_bias", "quantization_config", "quantization")
         known_setting(s, "hidden_act", ["silu", "swish"], "silu")
         tied = setting(s, "tie_word_embeddings", bool, False)
         if tied:
             share_embedding(found)
-        others: dict[str, Any] = {"tied": tied, "norm_eps": 1e-6, "max_seq_len": family.max_seq_len}
+        others: dict[str, Any] = {"tied": tied, "norm_eps": 1e-6, **FAMILIES[name]}
         others["qkv_bias"] = name == "qwen2" or setting(s, "attention_bias", bool, False)
         others["qk_norm"] = name == "qwen3"
-        if family.head_dim:
-            others["head_dim"] = family.head_dim
         config = config_of(HUGGING_FACE, s, found, **others, **hugging_face_rope(s))
         window = sliding_window(name, s, config)
         stop_ids = ids_in(s, "eos_token_id")
@@ -818,12 +796,14 @@ def open_hugging_face(folder: Path) -> Model:
 
 def share_embedding(found: dict[str, Tensor]) -> None:
     """Of tied tensors, leaves the embedding, which may be stored as the classifier, or as both."""
-    if (classifier := found.pop("lm_head.weight", None)) is None:
+    classifier = found.pop("lm_head.weight", None)
+    if classifier is None:
         return
     embedding = found.setdefault("model.embed_tokens.weight", classifier)
-    same = (classifier.shape, classifier.dtype) == (embedding.shape, embedding.dtype)
-    spans = classifier.spans() if same and embedding is not classifier else ()
-    if not same or not all(np.array_equal(classifier.rows(*x), embedding.rows(*x)) for x in spans):
+    if (classifier.shape, classifier.dtype) != (embedding.shape, embedding.dtype):
+        raise ExportError("tie_word_embeddings is true, but lm_head.weight differs in shape or type")
+    spans = () if embedding is classifier else classifier.spans()
+    if not all(np.array_equal(classifier.rows(*span), embedding.rows(*span)) for span in spans):
         raise ExportError("tie_word_embeddings is true, but lm_head.weight differs")
 
 
@@ -994,24 +974,12 @@ def meta_context(s: Settings) -> int:
     return 2048
 
 
-# What a GGUF file may leave out. Where llama.cpp has something else, it stands in brackets.
+# What a GGUF file leaves out has llama.cpp's default, but for these (in brackets, llama.cpp's):
 #
-#   general.alignment                     32
-#   ARCH.vocab_size                       the embedding's rows
-#   ARCH.feed_forward_length              the rows of ffn_gate [0]
-#   ARCH.attention.head_count_kv          the rows of attn_k by the head's [head_count: an error if the rows differ]
-#   ARCH.attention.key_length             embedding_length / head_count; so are value_length, rope.dimension_count
-#   ARCH.rope.freq_base                   10000
-#   ARCH.rope.scaling.type                "linear", with the factor below
-#   ARCH.rope.scaling.factor              ARCH.rope.scale_linear, which has 1, as has a factor of 0
-#   rope_freqs.weight, output.weight      no factors; the embedding
-#   tokenizer.ggml.token_type, .scores    normal (bytes by their names), 0
-#   tokenizer.ggml.bos/eos/unknown_token_id   1, 2, 0 for "llama"; none for "gpt2" [bos and eos 11: GPT-2's comma]
-#   tokenizer.ggml.eot_token_id, eom      by their texts, as all other tokens that end a text: GGUF_ENDS
-#   tokenizer.ggml.add_bos_token          true for "llama", for "gpt2" with a pre-tokenizer of GGUF_ADDS_BOS
-#   tokenizer.ggml.add_space_prefix       true for "llama", false for "gpt2"
-#   tokenizer.ggml.pre                    refused for "gpt2" ["default", which warns of degraded quality]
-#   ARCH.context_length, embedding_length, block_count, attention.head_count, attention.layer_norm_rms_epsilon: refused
+#   ARCH.feed_forward_length       the rows of ffn_gate [0]
+#   ARCH.attention.head_count_kv   the rows of attn_k by the head's [head_count: an error if the rows differ]
+#   bos and eos of "gpt2"          none [11: GPT-2's comma]
+#   tokenizer.ggml.pre             refused for "gpt2" ["default", which warns of degraded quality]
 
 
 def open_gguf(path: Path) -> Model:
@@ -1496,7 +1464,9 @@ def tokenizer_of_model(data: bytes) -> Tokenizer:
     if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
         raise ExportError("a SentencePiece model that treats spaces in an unknown way")
     pieces = []
-    for piece in model.pieces:
+    for id, piece in enumerate(model.pieces):
+        if piece.type == BYTE and token_type(piece.piece.encode()) != BYTE:
+            raise ExportError(f"token {id} {piece.piece!r} is no byte, but should be")
         type = USER_DEFINED_NORMALIZED if piece.type == USER_DEFINED else piece.type
         pieces.append((piece.piece.encode(), type, piece.score))
     stop_ids = (trainer.eos_id,) if trainer.eos_id >= 0 else ()
@@ -1508,12 +1478,12 @@ def tokenizer_of_model(data: bytes) -> Tokenizer:
 # ---- byte-level BPE: tokenizer.json, GGUF's "gpt2", tiktoken
 
 
-def byte_level_bpe(
-    tokens: list[Token], merges: Iterable[Merge], patterns: Sequence[str], **settings: Any
+def ranked_bpe(
+    tokens: list[Token], merges: tuple[Merge, ...], patterns: Sequence[str], **settings: Any
 ) -> Tokenizer:
-    """A tokenizer that merges bytes, in words that the patterns cut, by the order of `merges`."""
-    settings |= {"merges_by_rank": True, "kind": BYTE_LEVEL_BPE, "words": word_tables(patterns)}
-    return Tokenizer(tokens, merges=tuple(merges), **settings)
+    """A tokenizer that merges by the order of `merges`, in words that the patterns cut; mostly of bytes."""
+    settings = {"kind": BYTE_LEVEL_BPE, **settings}
+    return Tokenizer(tokens, merges=merges, merges_by_rank=True, words=word_tables(patterns), **settings)
 
 
 @cache
@@ -1564,7 +1534,7 @@ def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
     names = [LLAMA3_SPECIAL.get(i, f"reserved_special_token_{i}") for i in range(256)]
     tokens += [Token(f"<|{name}|>".encode(), CONTROL) for name in names]
     settings: dict[str, Any] = {"bos_id": n, "unk_id": -1, "stop_ids": (n + 1, n + 9, n + 8), "add_bos": True}
-    return byte_level_bpe(tokens, merges, [LLAMA3], add_dummy_prefix=False, ignore_merges=True, **settings)
+    return ranked_bpe(tokens, tuple(merges), [LLAMA3], add_dummy_prefix=False, ignore_merges=True, **settings)
 
 
 # Texts of tokens that end what a model says, whatever a GGUF file says of them, as in llama.cpp
@@ -1584,7 +1554,8 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         raise ExportError(f"a GGUF tokenizer of an unknown model {model!r}, expected llama or gpt2")
     byte_level = model == "gpt2"
     types = [int(type) for type in s.get("token_type") or [token_type(name.encode()) for name in names]]
-    scores = [float(score) for score in s.get("scores") or [0.0] * len(names)]
+    given = [] if byte_level else s.get("scores")
+    scores = [float(score) for score in given or [0.0] * len(names)]
     if not len(names) == len(types) == len(scores):
         raise ExportError(f"{len(names)} tokens with {len(types)} types and {len(scores)} scores")
     ids = {name: id for id, name in enumerate(names)}
@@ -1614,7 +1585,7 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         merges = merges_of(s.get("merges", ()), ids, tokens)
         # llama.cpp leaves out unknown bytes
         settings |= {"unk_id": -1, "ignore_merges": pre in GGUF_IGNORES_MERGES}
-        found = byte_level_bpe(tokens, merges, GGUF_PATTERNS[pre], **settings)
+        found = ranked_bpe(tokens, merges, GGUF_PATTERNS[pre], **settings)
     added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
     special_ids = {"bos_token": bos, "eos_token": eos, "unk_token": s.get("unknown_token_id", -1)}
     special = {key: names[id] for key, id in special_ids.items() if id >= 0}
@@ -1814,17 +1785,19 @@ class TokenizerFolder:
         bos, add_bos = self.bos()
         if unk in (bos, *self.stop_ids()):
             unk = -1  # an unknown byte is left out rather than the end of the text
-        return Tokenizer(
+        return ranked_bpe(
             tokens,
-            *(bos, unk, self.stop_ids(), add_bos),
+            merges_of(model["merges"], self.vocab, tokens),
+            patterns,
+            bos_id=bos,
+            unk_id=unk,
+            stop_ids=self.stop_ids(),
+            add_bos=add_bos,
             add_dummy_prefix=prefix in ("first", "always", "each"),
             prefix_after_special=prefix in ("always", "each"),
             no_prefix_before_space=prefix in ("first", "always"),
-            merges_by_rank=True,
             ignore_merges=bool(model.get("ignore_merges")),
             kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
-            merges=merges_of(model["merges"], self.vocab, tokens),
-            words=word_tables(patterns),
         )
 
     def sentencepiece_token(self, name: str) -> Token:
@@ -1841,30 +1814,29 @@ class TokenizerFolder:
         patterns: list[str] = [] if byte_level else words_at_spaces(tokens)
         prefix, bars = "never", False  # whether spaces have become '▁' by now
         for step in steps:
-            match step:
-                case {"type": "NFC"}:
+            space = step.get("add_prefix_space", True)
+            match byte_level, step:
+                case _, {"type": "NFC"}:
                     note_nfc()
-                case {"type": "Digits"} if byte_level:
+                case True, {"type": "Digits"}:
                     patterns.append(DIGITS if step.get("individual_digits") else DIGITS + "+")
-                case {"type": "Split", "behavior": "Isolated", "pattern": pattern, **how} if (
-                    byte_level and not how.get("invert")
+                case True, {"type": "Split", "behavior": "Isolated", "pattern": pattern} if not step.get(
+                    "invert"
                 ):
                     patterns.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
-                case {"type": "ByteLevel"} if not (patterns and step.get("add_prefix_space", True)):
-                    prefix = "always" if step.get("add_prefix_space", True) else "never"
+                case True, {"type": "ByteLevel"} if not (patterns and space):
+                    prefix = "always" if space else "never"
                     patterns += [GPT2] if step.get("use_regex", True) else []
-                case {"type": "Prepend", "prepend": "▁"} if not byte_level:
+                case False, {"type": "Prepend", "prepend": "▁"}:
                     prefix = "each"
-                case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"} if not byte_level:
+                case False, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
                     bars = True
-                case {"type": "Metaspace"} if (
-                    not byte_level and not bars and step.get("replacement") in ("▁", None)
-                ):
+                case False, {"type": "Metaspace"} if not bars and step.get("replacement", BAR) == BAR:
                     bars = True
-                    before = "always" if step.get("add_prefix_space", True) else "never"
-                    prefix = step.get("prepend_scheme", before) if prefix == "never" else prefix
+                    if prefix == "never":
+                        prefix = step.get("prepend_scheme", "always" if space else "never")
                     patterns = [" [^ ]*|[^ ]+"] if step.get("split", True) else patterns
-                case {"type": "Split", "pattern": {"String": " "}} if bars:
+                case False, {"type": "Split", "pattern": {"String": " "}} if bars:
                     pass
                 case _:
                     raise ExportError(f"a tokenizer with an unknown step: {json.dumps(step)}")
@@ -1872,9 +1844,8 @@ class TokenizerFolder:
             return patterns, prefix
         if not bars:
             raise ExportError("a tokenizer.json that is neither byte-level nor writes spaces as '▁'")
-        if prefix == "each" and any(
-            t.get("normalized") and not t.get("special") for t in self.added.values()
-        ):
+        sought_in_changed = any(t.get("normalized") and not t.get("special") for t in self.added.values())
+        if prefix == "each" and sought_in_changed:
             raise ExportError("added tokens that are sought in text with a '▁' in front (not supported)")
         late = [token.text for token in tokens if token.type == USER_DEFINED_NORMALIZED]
         if any(c in text for c in (b" ", BAR.encode()) for text in late):
@@ -2124,10 +2095,9 @@ def word_tables(patterns: Sequence[str]) -> WordTables:
     packed = np.packbits(signature, axis=1)
     _, firsts, classes, counts = np.unique(packed, True, True, True, axis=0)  # first rows, classes, counts
     order = np.argsort(-counts, kind="stable")
-    rank = np.empty(len(order), int)
-    rank[order] = np.arange(1, len(order) + 1)
     if len(order) > 255:
         raise ExportError(f"a pre-tokenizer that tells {len(order)} classes of characters apart")
+    rank = np.argsort(order) + 1
     kinds = rank[classes.reshape(-1)].astype(np.uint8)
     members = {name: (False, *signature[firsts[order], i].tolist()) for i, name in enumerate(names)}
 
@@ -2333,16 +2303,11 @@ def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
         def with_thoughts(gap: str, said: str = said) -> list[str]:
             return [said + gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
 
-        def rest(gap: str) -> str:
-            """What is left of the gap between a thought and the answer."""
-            left = chat.render(with_thoughts(gap)[:3])
-            head, tail = (part for part in chat.render(ANY_TURNS[:3]).split(ANY_TURNS[1]))
-            return left.removeprefix(head).removesuffix(ANY_TURNS[1] + tail)
-
         if end not in chat.source or ANY_THOUGHT in chat.render(with_thoughts("")[:3]):
             continue
+        plain = chat.render(ANY_TURNS[:3])
+        newlines, spaces = (chat.render(with_thoughts(gap)[:3]) == plain for gap in ("\n\n", " \n\t"))
         parts["end_of_thought"] = end
-        newlines, spaces = rest("\n\n") == "", rest(" \n\t") == ""
         gap = "" if spaces or newlines else "\n\n"
         kept = [gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
         check_template(chat, parts, with_thoughts("\n\n"), kept=kept)
@@ -2424,6 +2389,8 @@ def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
         lost = any(isinstance(item, int) and item >= vocab_size for item in chain.from_iterable(used))
         template = None if lost else tokenizer.template
         return replace(tokenizer, tokens=tokens[:vocab_size], stop_ids=stop_ids, template=template)
+    if missing:
+        raise ExportError(counts)
     return tokenizer
 
 
@@ -2436,8 +2403,6 @@ def write_model(
     """
     config = model.config
     tokenizer = fitted(tokenizer, config.vocab_size)
-    if len(tokenizer.tokens) != config.vocab_size:
-        raise ExportError(f"the model has {config.vocab_size} tokens, the tokenizer {len(tokenizer.tokens)}")
     tokenizer = replace(tokenizer, stop_ids=unique(tokenizer.stop_ids + model.stop_ids)[:MAX_STOP_IDS])
     if dtype == "auto":
         dtype = choose_dtype(model)
