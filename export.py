@@ -37,7 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import datetime
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -111,6 +111,7 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
     """
     forking = multiprocessing.get_context("fork")
     receiver, sender = forking.Pipe(duplex=False)
+    result: T
 
     def child() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -122,12 +123,10 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
             memory = pages * resource.getpagesize() + READ_BYTES + room
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
         with suppress(MemoryError), redirect_stderr(io.StringIO()) as said:
-            answer: tuple[T | None, ExportError | ImportError | None]
             try:
-                answer = work(), None
+                sender.send((work(), None, said.getvalue()))
             except (ExportError, ImportError) as error:
-                answer = None, error
-            sender.send((*answer, said.getvalue()))
+                sender.send((None, error, said.getvalue()))
 
     process = forking.Process(target=child)
     process.start()
@@ -142,8 +141,7 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
     print(said, end="", file=sys.stderr)
     if error:
         raise error
-    found: T = result
-    return found
+    return result
 
 
 def say(kind: str, message: object) -> None:
@@ -811,8 +809,8 @@ def hugging_face_rope(s: Settings) -> dict[str, Any]:
     """From rope_parameters, or, before transformers 5, from rope_theta and rope_scaling."""
     rope: dict[str, Any] = {}
     old, new = setting(s, "rope_scaling", dict, {}), setting(s, "rope_parameters", dict, {})
-    for fields in ({"rope_theta": s.get("rope_theta")}, old, new):
-        for key, value in fields.items():
+    for given in ({"rope_theta": s.get("rope_theta")}, old, new):
+        for key, value in given.items():
             key = "rope_type" if key == "type" else key
             if isinstance(value, dict):
                 raise ExportError(f"RoPE that differs from layer to layer ({key}) is not supported")
@@ -1097,12 +1095,28 @@ def open_llama2c(path: Path) -> Model:
     return Model(path, config, found, stop_ids=(1,), tokenizer_file=tokenizer_file)
 
 
+LORA_SETTINGS = """
+    peft_type r lora_alpha use_rslora bias init_lora_weights target_modules base_model_name_or_path revision
+    peft_version auto_mapping task_type inference_mode lora_dropout exclude_modules layers_to_transform layers_pattern
+    eva_config megatron_config megatron_core qalora_group_size runtime_config ensure_weight_tying
+""".split()  # noqa: SIM905 all in adapter_config.json that does not change how weights are merged, or is looked at
+
+
 def with_adapter(base: Model, folder: Path) -> Model:
     """A checkpoint with a LoRA adapter of the PEFT library, merged in as weights are read."""
     settings_file = folder / "adapter_config.json"
     s = read_json(settings_file)
     with naming(settings_file):
-        rank, scale = lora_rank_and_scale(s)
+        known_setting(s, "peft_type", ["LORA"])
+        refuse(s, *sorted(s.keys() - set(LORA_SETTINGS)))
+        known_setting(s, "bias", ["none"], "none")
+        init = s.get("init_lora_weights", True)  # some other ways change the model's own weights as well
+        if init not in (True, False, "gaussian", "orthogonal", "eva"):
+            raise ExportError(f"init_lora_weights {init!r} is not supported")
+        rank, alpha = setting(s, "r", int), setting(s, "lora_alpha", float)
+        if rank < 1:
+            raise ExportError(f"r is {rank}, expected 1 or more")
+        scale = alpha / (math.sqrt(rank) if setting(s, "use_rslora", bool, False) else rank)
     path = folder / "adapter_model.safetensors"
     found = read_safetensors(path) if path.exists() else read_torch(folder / "adapter_model.bin")
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -1115,26 +1129,6 @@ def with_adapter(base: Model, folder: Path) -> Model:
         raise ExportError("an adapter without tensors", path)
     merged = {name: adapted(base.tensors[name], name, pair, rank, scale) for name, pair in pairs.items()}
     return replace(base, tensors=base.tensors | merged)
-
-
-LORA_SETTINGS = """
-    peft_type r lora_alpha use_rslora bias init_lora_weights target_modules base_model_name_or_path revision
-    peft_version auto_mapping task_type inference_mode lora_dropout exclude_modules layers_to_transform layers_pattern
-    eva_config megatron_config megatron_core qalora_group_size runtime_config ensure_weight_tying
-""".split()  # noqa: SIM905 all in adapter_config.json that does not change how weights are merged, or is looked at
-
-
-def lora_rank_and_scale(s: Settings) -> tuple[int, float]:
-    known_setting(s, "peft_type", ["LORA"])
-    refuse(s, *sorted(s.keys() - set(LORA_SETTINGS)))
-    known_setting(s, "bias", ["none"], "none")
-    init = s.get("init_lora_weights", True)  # some other ways change the model's own weights as well
-    if init not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise ExportError(f"init_lora_weights {init!r} is not supported")
-    rank, alpha = setting(s, "r", int), setting(s, "lora_alpha", float)
-    if rank < 1:
-        raise ExportError(f"r is {rank}, expected 1 or more")
-    return rank, alpha / (math.sqrt(rank) if setting(s, "use_rslora", bool, False) else rank)
 
 
 def adapted(tensor: Tensor, name: str, pair: dict[str, Tensor], rank: int, scale: float) -> Tensor:
@@ -1184,11 +1178,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # Sente
 USER_DEFINED_NORMALIZED = 7  # matched after the text has been normalised
 MAX_STOP_IDS = 7
 NONE = 0xFFFFFFFF  # no token
-
-FLAGS = [  # fields of Tokenizer that are bits of its flags
-    *("add_bos", "add_dummy_prefix", "prefix_after_special", "no_prefix_before_space"),
-    *("merges_by_rank", "ignore_merges", "remove_extra_spaces"),
-]
 
 
 class Token(NamedTuple):
@@ -1362,9 +1351,7 @@ class Tokenizer:
             raise ExportError(f"a damaged tokenizer file: {len(data)} bytes that do not fit together")
         return found
 
-    def with_template(
-        self, source: str | None, special: Mapping[str, str], added: Mapping[str, int]
-    ) -> Tokenizer:
+    def with_template(self, source: str | None, special: dict[str, str], added: dict[str, int]) -> Tokenizer:
         """The same with the parts of a chat template; its tokens, of those in `added`, become control tokens.
 
         So a user cannot type them. And that which ends an answer ends the model's text.
@@ -1378,6 +1365,9 @@ class Tokenizer:
         after_answer = template.parts[TEMPLATE_PARTS.index("after_answer")]
         stop_ids = unique((*self.stop_ids, *[item for item in after_answer if isinstance(item, int)][:1]))
         return replace(self, tokens=tokens, template=template, stop_ids=stop_ids)
+
+
+FLAGS = [field.name for field in fields(Tokenizer) if field.type == "bool"]  # bits of the file's flags
 
 
 def unique(ids: Iterable[int]) -> tuple[int, ...]:
@@ -1469,10 +1459,15 @@ def tokenizer_of_model(data: bytes) -> Tokenizer:
             raise ExportError(f"token {id} {piece.piece!r} is no byte, but should be")
         type = USER_DEFINED_NORMALIZED if piece.type == USER_DEFINED else piece.type
         pieces.append((piece.piece.encode(), type, piece.score))
-    stop_ids = (trainer.eos_id,) if trainer.eos_id >= 0 else ()
-    spaces: dict[str, Any] = {"add_dummy_prefix": normalizer.add_dummy_prefix}
-    spaces |= {"remove_extra_spaces": normalizer.remove_extra_whitespaces, "add_bos": trainer.bos_id >= 0}
-    return sentencepiece(pieces, bos_id=trainer.bos_id, unk_id=trainer.unk_id, stop_ids=stop_ids, **spaces)
+    return sentencepiece(
+        pieces,
+        bos_id=trainer.bos_id,
+        unk_id=trainer.unk_id,
+        stop_ids=(trainer.eos_id,) if trainer.eos_id >= 0 else (),
+        add_bos=trainer.bos_id >= 0,
+        add_dummy_prefix=normalizer.add_dummy_prefix,
+        remove_extra_spaces=normalizer.remove_extra_whitespaces,
+    )
 
 
 # ---- byte-level BPE: tokenizer.json, GGUF's "gpt2", tiktoken
@@ -1481,7 +1476,7 @@ def tokenizer_of_model(data: bytes) -> Tokenizer:
 def ranked_bpe(
     tokens: list[Token], merges: tuple[Merge, ...], patterns: Sequence[str], **settings: Any
 ) -> Tokenizer:
-    """A tokenizer that merges by the order of `merges`, in words that the patterns cut; mostly of bytes."""
+    """A tokenizer that merges by the order of `merges`, in words that the patterns cut."""
     settings = {"kind": BYTE_LEVEL_BPE, **settings}
     return Tokenizer(tokens, merges=merges, merges_by_rank=True, words=word_tables(patterns), **settings)
 
@@ -1548,29 +1543,29 @@ GGUF_ENDS = """
 
 def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """Of a GGUF file's metadata, as Python values; what it leaves out has llama.cpp's defaults, see open_gguf."""
-    s = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    model, names = s.get("model"), s.get("tokens")
+    s = {key.removeprefix("tokenizer."): value for key, value in metadata.items()}
+    model, names = s.get("ggml.model"), s.get("ggml.tokens")
     if model not in ("llama", "gpt2") or not names:
         raise ExportError(f"a GGUF tokenizer of an unknown model {model!r}, expected llama or gpt2")
     byte_level = model == "gpt2"
-    types = [int(type) for type in s.get("token_type") or [token_type(name.encode()) for name in names]]
-    given = [] if byte_level else s.get("scores")
+    types = [int(type) for type in s.get("ggml.token_type") or [token_type(name.encode()) for name in names]]
+    given = [] if byte_level else s.get("ggml.scores")
     scores = [float(score) for score in given or [0.0] * len(names)]
     if not len(names) == len(types) == len(scores):
         raise ExportError(f"{len(names)} tokens with {len(types)} types and {len(scores)} scores")
     ids = {name: id for id, name in enumerate(names)}
     bos, eos, unk = (
-        setting(s, f"{name}_token_id", int, -1 if byte_level or id >= len(names) else id)
+        setting(s, f"ggml.{name}_token_id", int, -1 if byte_level or id >= len(names) else id)
         for name, id in (("bos", 1), ("eos", 2), ("unknown", 0))
     )
-    ends = [eos, s.get("eot_token_id", -1), s.get("eom_token_id", -1)]
+    ends = [eos, s.get("ggml.eot_token_id", -1), s.get("ggml.eom_token_id", -1)]
     ends += [ids[name] for name in GGUF_ENDS if name in ids]
     stop_ids = unique(id for id in ends if id >= 0)[:MAX_STOP_IDS]
     for id in (bos, *stop_ids):  # control tokens, whatever type they are said to have
         if 0 <= id < len(names) and len(names[id]) > 1:
             types[id] = CONTROL
-    prefix, pre = setting(s, "add_space_prefix", bool, not byte_level), s.get("pre", "")
-    add_bos = bos >= 0 and setting(s, "add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
+    prefix, pre = setting(s, "ggml.add_space_prefix", bool, not byte_level), s.get("ggml.pre", "")
+    add_bos = bos >= 0 and setting(s, "ggml.add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
     settings: dict[str, Any] = {"bos_id": bos, "stop_ids": stop_ids, "add_bos": add_bos}
     settings |= {"add_dummy_prefix": prefix, "prefix_after_special": prefix}
     if not byte_level:
@@ -1582,14 +1577,14 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             note_nfc()
         named = zip(names, types, strict=True)
         tokens = [byte_level_token(x) if t == NORMAL else token_of(x.encode(), t) for x, t in named]
-        merges = merges_of(s.get("merges", ()), ids, tokens)
+        merges = merges_of(s.get("ggml.merges", ()), ids, tokens)
         # llama.cpp leaves out unknown bytes
         settings |= {"unk_id": -1, "ignore_merges": pre in GGUF_IGNORES_MERGES}
         found = ranked_bpe(tokens, merges, GGUF_PATTERNS[pre], **settings)
     added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
-    special_ids = {"bos_token": bos, "eos_token": eos, "unk_token": s.get("unknown_token_id", -1)}
+    special_ids = {"bos_token": bos, "eos_token": eos, "unk_token": s.get("ggml.unknown_token_id", -1)}
     special = {key: names[id] for key, id in special_ids.items() if id >= 0}
-    return found.with_template(s.get("tokenizer.chat_template"), special, added)
+    return found.with_template(s.get("chat_template"), special, added)
 
 
 # ---- the files of a Hugging Face tokenizer
@@ -1715,15 +1710,14 @@ class TokenizerFolder:
         tokens = [Token(b"", UNUSED)] * max(size, rows if isinstance(rows, int) and rows < 1 << 22 else 0)
         for id, token in vocabulary.items():
             tokens[id] = token
-        special = {self.ids[name] for name in self.special().values() if name in self.ids}
-        control = special | {*self.stop_ids()}
-        control |= {id for id, token in self.added.items() if token.get("special")}
+        control = {*self.stop_ids(), *(id for id, token in self.added.items() if token.get("special"))}
+        control |= {self.ids[name] for name in self.special().values() if name in self.ids}
         for id, entry in self.added.items():
             name = entry["content"]
             type = USER_DEFINED_NORMALIZED if entry.get("normalized") else USER_DEFINED
-            type = CONTROL if id in control else type
+            # such a token is not simply sought, the longest at each place of the text
             strange = [key for key in ("lstrip", "rstrip", "single_word") if entry.get(key)]
-            if strange and type != CONTROL:  # it is not simply sought, the longest at each place of the text
+            if strange and id not in control:
                 raise ExportError(f"the added token {name!r} is {strange[0]} (not supported)")
             if name:
                 tokens[id] = Token(name.encode(), type)
@@ -1814,32 +1808,28 @@ class TokenizerFolder:
         patterns: list[str] = [] if byte_level else words_at_spaces(tokens)
         prefix, bars = "never", False  # whether spaces have become '▁' by now
         for step in steps:
-            space = step.get("add_prefix_space", True)
-            match byte_level, step:
-                case _, {"type": "NFC"}:
-                    note_nfc()
-                case True, {"type": "Digits"}:
-                    patterns.append(DIGITS if step.get("individual_digits") else DIGITS + "+")
-                case True, {"type": "Split", "behavior": "Isolated", "pattern": pattern} if not step.get(
-                    "invert"
-                ):
-                    patterns.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
-                case True, {"type": "ByteLevel"} if not (patterns and space):
-                    prefix = "always" if space else "never"
-                    patterns += [GPT2] if step.get("use_regex", True) else []
-                case False, {"type": "Prepend", "prepend": "▁"}:
-                    prefix = "each"
-                case False, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
-                    bars = True
-                case False, {"type": "Metaspace"} if not bars and step.get("replacement", BAR) == BAR:
-                    bars = True
-                    if prefix == "never":
-                        prefix = step.get("prepend_scheme", "always" if space else "never")
-                    patterns = [" [^ ]*|[^ ]+"] if step.get("split", True) else patterns
-                case False, {"type": "Split", "pattern": {"String": " "}} if bars:
-                    pass
-                case _:
-                    raise ExportError(f"a tokenizer with an unknown step: {json.dumps(step)}")
+            kind, pattern, space = step["type"], step.get("pattern"), step.get("add_prefix_space", True)
+            isolated = step.get("behavior") == "Isolated" and not step.get("invert")
+            if kind == "NFC":
+                note_nfc()
+            elif byte_level and kind == "Digits":
+                patterns.append(DIGITS if step.get("individual_digits") else DIGITS + "+")
+            elif byte_level and kind == "Split" and isolated:
+                patterns.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
+            elif kind == "ByteLevel" and not (patterns and space):
+                prefix = "always" if space else "never"
+                patterns += [GPT2] if step.get("use_regex", True) else []
+            elif not byte_level and step == {"type": "Prepend", "prepend": BAR}:
+                prefix = "each"
+            elif not byte_level and step == {"type": "Replace", "pattern": {"String": " "}, "content": BAR}:
+                bars = True
+            elif not (byte_level or bars) and kind == "Metaspace" and step.get("replacement", BAR) == BAR:
+                bars = True
+                if prefix == "never":
+                    prefix = step.get("prepend_scheme", "always" if space else "never")
+                patterns = [" [^ ]*|[^ ]+"] if step.get("split", True) else patterns
+            elif not (bars and kind == "Split" and pattern == {"String": " "}):
+                raise ExportError(f"a tokenizer with an unknown step: {json.dumps(step)}")
         if byte_level:
             return patterns, prefix
         if not bars:
@@ -2151,7 +2141,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
         # older ones let templates out of the sandbox
         if [int(n) for n in re.findall(r"\d+", version("jinja2"))] < [3, 1, 6]:
@@ -2163,9 +2153,7 @@ class ChatTemplate:
         def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
             return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **options)
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -2244,11 +2232,7 @@ def common_start(a: str, b: str, added: Mapping[str, int]) -> str:
 
 
 def check_template(
-    chat: ChatTemplate,
-    parts: Mapping[str, str],
-    turns: Sequence[str],
-    system: str | None = None,
-    **options: Any,
+    chat: ChatTemplate, parts: dict[str, str], turns: list[str], system: str | None = None, **options: Any
 ) -> None:
     """Compares what the template makes of conversations with what run.c makes of the parts.
 
