@@ -37,7 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import datetime
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -50,7 +50,7 @@ try:
     import ml_dtypes
     import numpy as np
     from numpy.typing import NDArray
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"export.py: error: {error} (pip install -r requirements.txt)")
@@ -112,7 +112,6 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
     forking = multiprocessing.get_context("fork")
     receiver, sender = forking.Pipe(duplex=False)
     result: T
-    error: ExportError | ImportError | None
 
     def child() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -123,13 +122,11 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
             pages = int(Path("/proc/self/statm").read_text().split()[5])
             memory = pages * resource.getpagesize() + READ_BYTES + room
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-        said = io.StringIO()
-        with suppress(MemoryError), redirect_stderr(said):
+        with suppress(MemoryError), redirect_stderr(io.StringIO()) as said:
             try:
-                result, error = work(), None
-            except (ExportError, ImportError) as caught:
-                result, error = None, caught
-            sender.send((result, error, said.getvalue()))
+                sender.send((work(), None, said.getvalue()))
+            except (ExportError, ImportError) as error:
+                sender.send((None, error, said.getvalue()))
 
     process = forking.Process(target=child)
     process.start()
@@ -183,24 +180,21 @@ FILE_KINDS = [  # what a file is, by its first bytes
 ]
 
 
-def kind_of(start: bytes) -> str | None:
+def kind_of(path: Path) -> str | None:
     """What a file is by its first bytes; None for what has no magic number, as llama2.c's files."""
+    if path.exists() and not path.is_file():  # a device has no end, and a pipe may have no beginning
+        raise ExportError("expected a regular file", path)
+    with open(path, "rb") as file:
+        start = file.read(512)
     for pattern, kind in FILE_KINDS:
         if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
             return f"{kind}: {start[:40].decode()!r}" if kind == "a text file" else kind
     return None
 
 
-def kind_of_file(path: Path) -> str | None:
-    if path.exists() and not path.is_file():  # a device has no end, and a pipe may have no beginning
-        raise ExportError("expected a regular file", path)
-    with open(path, "rb") as file:
-        return kind_of(file.read(512))
-
-
 def expect(path: Path, *kinds: str) -> None:
     """Refuses a file that is known to be of another kind, before a parser finds other words for that."""
-    found = kind_of_file(path)
+    found = kind_of(path)
     if found is not None and not found.startswith(kinds):
         raise ExportError(f"expected {' or '.join(kinds)}, found {found}", path)
 
@@ -214,7 +208,7 @@ TYPES[list] = "a list"
 
 def read_json(path: Path) -> dict[str, Any]:
     with naming(path):
-        kind = kind_of_file(path)
+        kind = kind_of(path)
         try:
             values = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -226,7 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    kind_of_file(path)
+    kind_of(path)
     return path.read_text("utf-8")
 
 
@@ -488,19 +482,15 @@ def half_split(tensor: Tensor, head_dim: int) -> Tensor:
 
 def concatenated(shards: list[Tensor], axis: int) -> Tensor:
     """The rows of the first shard, then those of the next; or (axis 1) each row begins in the first, and goes on."""
+    height, *width = shards[0].shape
     *firsts, total = accumulate((shard.shape[axis] for shard in shards), initial=0)
 
     def rows(start: int, stop: int) -> Array:
         if axis == 1:
             return np.concatenate([shard.rows(start, stop) for shard in shards], axis=1)
-        found = []
-        for first, shard in zip(firsts, shards, strict=True):
-            begin, end = max(start - first, 0), min(stop - first, shard.shape[0])
-            if begin < end:
-                found.append(shard.rows(begin, end))
-        return np.concatenate(found)
+        spans = [np.clip((start - first, stop - first), 0, height) for first in firsts]
+        return np.concatenate([shard.rows(*span) for shard, span in zip(shards, spans, strict=True)])
 
-    height, *width = shards[0].shape
     return shards[0]._replace(shape=(height, total) if axis == 1 else (total, *width), rows=rows)
 
 
@@ -532,7 +522,9 @@ class Model:
                 found = f"expected the shape {shape}, found {tensor.shape}"
                 raise ExportError(f"tensor {name}: {found}", tensor.path)
         for name, tensor in others.items():
-            if not BUFFER.fullmatch(name) and not is_zero_bias(name, tensor):
+            is_bias = name.endswith(".bias") and tensor.dtype in STORED  # one of zeros changes nothing
+            zeros = is_bias and not any(map(np.any, tensor.pieces()))
+            if not zeros and not BUFFER.fullmatch(name):
                 raise ExportError(f"has a tensor that is not supported: {name}", tensor.path)
 
     def dtype(self) -> str:
@@ -541,11 +533,6 @@ class Model:
         for spec in specs_of(self.config):
             sizes[self.tensors[spec.name].dtype] += spec.size
         return sizes.most_common(1)[0][0]
-
-
-def is_zero_bias(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor that run.c does not know would change nothing."""
-    return name.endswith(".bias") and tensor.dtype in STORED and not any(map(np.any, tensor.pieces()))
 
 
 def choose_dtype(model: Model) -> str:
@@ -574,11 +561,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     The safetensors library checks the header. It would map the tensors, which counts as memory in use.
     """
     expect(path, "a safetensors file")
-    try:
-        with safe_open(path, "numpy"):
-            pass
-    except SafetensorError as error:
-        raise ExportError(f"not a safetensors file, or a damaged one: {error}", path) from None
+    with naming(path), safe_open(path, "numpy"):
+        pass
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
@@ -607,13 +591,11 @@ def read_torch(path: Path) -> dict[str, Tensor]:
                 raise
             expected = "expected tensors and nothing that could run code"
             raise ExportError(f"its pickle asks for {asked[1]}, {expected}") from None
-        tensors = found.values() if isinstance(found, dict) else [None]
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
             raise ExportError("expected a dictionary of tensors, found something else in its pickle")
         size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
-        if (
-            size > 4 * path.stat().st_size
-        ):  # strides of 0 make much out of little, a shared storage not so much
+        # strides of 0 make much out of little, a shared storage not so much
+        if size > 4 * path.stat().st_size:
             raise ExportError(f"a damaged PyTorch file: its tensors would have {size} bytes")
         if in_zip:
             check_records(path, found.values())
@@ -632,24 +614,21 @@ def check_records(path: Path, tensors: Iterable[Any]) -> None:
 
 
 def tensor_of_torch(path: Path, tensor: Any) -> Tensor:
-    """Of any strides: a tensor may be stored transposed."""
+    """Of any strides: a tensor may be stored transposed. torch does not give bfloat16 to numpy, but its bytes."""
     import torch
 
-    names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     name = str(tensor.dtype).removeprefix("torch.")
+    dtype = next((key for key, kind in STORED.items() if kind.name == name), name)
 
     def rows(start: int, stop: int) -> Array:
         part = tensor[start:stop].contiguous()
-        if name == "bfloat16":  # which torch does not give to numpy
-            return np.asarray(part.view(torch.int16).numpy()).view(DTYPES["bf16"])
-        return np.asarray(part.numpy())
+        return np.asarray(part.view(torch.uint8).numpy()).view(name).reshape(part.shape)
 
-    return Tensor(path, tuple(tensor.shape), names.get(name, name), rows)
+    return Tensor(path, tuple(tensor.shape), dtype, rows)
 
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
-GGUF_DTYPES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -706,22 +685,21 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def gguf_tensor(path: Path, offset: int, shape: tuple[int, ...], kind: int, name: str) -> tuple[Tensor, int]:
     """The tensor, as float32 if it is quantised, in blocks with a scale each; and where it ends."""
-    if kind in GGUF_DTYPES:
-        tensor = stored(path, offset, shape, GGUF_DTYPES[kind])
-        return tensor, offset + math.prod(shape) * STORED[tensor.dtype].itemsize
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     try:
-        quantisation = GGMLQuantizationType(kind)
-        block, block_bytes = GGML_QUANT_SIZES[quantisation]
-        dequantize(np.zeros((1, block_bytes), np.uint8), quantisation)
+        form = GGMLQuantizationType(kind)
+        block, block_bytes = GGML_QUANT_SIZES[form]
+        if form.name in STORED:
+            return stored(path, offset, shape, form.name), offset + math.prod(shape) * block_bytes
+        dequantize(np.zeros((1, block_bytes), np.uint8), form)
     except (ValueError, KeyError, NotImplementedError):
         raise ExportError(f"tensor {name}: type {kind} is not supported") from None
     if len(shape) != 2 or shape[1] % block:
         raise ExportError(f"tensor {name} of the shape {shape} is in blocks of {block}")
     row_bytes = shape[1] // block * block_bytes
     packed = in_file(path, offset, (shape[0], row_bytes), np.dtype(np.uint8))
-    tensor = Tensor(path, shape, "F32", lambda start, stop: dequantize(packed(start, stop), quantisation))
+    tensor = Tensor(path, shape, "F32", lambda start, stop: dequantize(packed(start, stop), form))
     return tensor, offset + shape[0] * row_bytes
 
 
@@ -755,16 +733,12 @@ def config_of(source: int, s: Settings, found: dict[str, Tensor], **others: Any)
     values["qk_norm"] = f"{layer}self_attn.q_norm.weight" in found
     values["tied"] = "lm_head.weight" not in found
     values |= others
-    said = {field: keys[source] for field, keys in SETTINGS.items()}
-    for field, key in said.items():
-        kind = float if field == "norm_eps" else int
-        value = setting(s, key, kind, None)
+    for field, keys in SETTINGS.items():
+        default = [None] if field in values or field in ("n_kv_heads", "head_dim") else []
+        value = setting(s, keys[source], float if field == "norm_eps" else int, *default)
         ask_the_tokenizer = field == "vocab_size" and value == -1  # as Meta has it
         if value is not None and not ask_the_tokenizer:
             values[field] = value
-    for field in ("n_layers", "n_heads", "max_seq_len", "norm_eps"):
-        if field not in values:
-            raise ExportError(f"lacks {said[field]}")
     if "head_dim" not in values:
         dim, n_heads = values["dim"], values["n_heads"]
         if n_heads < 1 or dim % n_heads:
@@ -782,19 +756,11 @@ def shape_of(found: dict[str, Tensor], name: str) -> tuple[int, ...]:
     return (*found[name].shape, 0, 0)
 
 
-class Family(NamedTuple):
-    """An architecture that run.c computes; the numbers are transformers' defaults."""
-
-    architecture: str
-    max_seq_len: int
-    head_dim: int | None = None
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", 2048),
-    "mistral": Family("MistralForCausalLM", 131072),
-    "qwen2": Family("Qwen2ForCausalLM", 32768),
-    "qwen3": Family("Qwen3ForCausalLM", 32768, 128),
+FAMILIES = {  # what run.c computes, with transformers' defaults
+    "llama": {"max_seq_len": 2048},
+    "mistral": {"max_seq_len": 131072},
+    "qwen2": {"max_seq_len": 32768},
+    "qwen3": {"max_seq_len": 32768, "head_dim": 128},
 }
 
 
@@ -804,20 +770,17 @@ def open_hugging_face(folder: Path) -> Model:
     found = hugging_face_tensors(folder)
     with naming(path):
         name = known_setting(s, "model_type", list(FAMILIES))
-        family = FAMILIES[name]
-        architectures = setting(s, "architectures", list, [family.architecture])
-        if [str(one).lower() for one in architectures] != [family.architecture.lower()]:
+        architectures = setting(s, "architectures", list, [f"{name}ForCausalLM"])
+        if [str(one).lower() for one in architectures] != [f"{name}forcausallm"]:
             raise ExportError(f"architectures {architectures} of {name!r} are not supported")
         refuse(s, "mlp_bias", "quantization_config", "quantization")
         known_setting(s, "hidden_act", ["silu", "swish"], "silu")
         tied = setting(s, "tie_word_embeddings", bool, False)
         if tied:
             share_embedding(found)
-        others: dict[str, Any] = {"tied": tied, "norm_eps": 1e-6, "max_seq_len": family.max_seq_len}
+        others: dict[str, Any] = {"tied": tied, "norm_eps": 1e-6, **FAMILIES[name]}
         others["qkv_bias"] = name == "qwen2" or setting(s, "attention_bias", bool, False)
         others["qk_norm"] = name == "qwen3"
-        if family.head_dim:
-            others["head_dim"] = family.head_dim
         config = config_of(HUGGING_FACE, s, found, **others, **hugging_face_rope(s))
         window = sliding_window(name, s, config)
         stop_ids = ids_in(s, "eos_token_id")
@@ -832,12 +795,13 @@ def open_hugging_face(folder: Path) -> Model:
 def share_embedding(found: dict[str, Tensor]) -> None:
     """Of tied tensors, leaves the embedding, which may be stored as the classifier, or as both."""
     classifier = found.pop("lm_head.weight", None)
-    embedding = found.setdefault("model.embed_tokens.weight", classifier) if classifier else None
-    if classifier is None or embedding is classifier:
+    if classifier is None:
         return
-    if embedding is None or (classifier.shape, classifier.dtype) != (embedding.shape, embedding.dtype):
+    embedding = found.setdefault("model.embed_tokens.weight", classifier)
+    if (classifier.shape, classifier.dtype) != (embedding.shape, embedding.dtype):
         raise ExportError("tie_word_embeddings is true, but lm_head.weight differs in shape or type")
-    if not all(np.array_equal(classifier.rows(*span), embedding.rows(*span)) for span in classifier.spans()):
+    spans = () if embedding is classifier else classifier.spans()
+    if not all(np.array_equal(classifier.rows(*span), embedding.rows(*span)) for span in spans):
         raise ExportError("tie_word_embeddings is true, but lm_head.weight differs")
 
 
@@ -845,8 +809,8 @@ def hugging_face_rope(s: Settings) -> dict[str, Any]:
     """From rope_parameters, or, before transformers 5, from rope_theta and rope_scaling."""
     rope: dict[str, Any] = {}
     old, new = setting(s, "rope_scaling", dict, {}), setting(s, "rope_parameters", dict, {})
-    for fields in ({"rope_theta": s.get("rope_theta")}, old, new):
-        for key, value in fields.items():
+    for given in ({"rope_theta": s.get("rope_theta")}, old, new):
+        for key, value in given.items():
             key = "rope_type" if key == "type" else key
             if isinstance(value, dict):
                 raise ExportError(f"RoPE that differs from layer to layer ({key}) is not supported")
@@ -901,11 +865,9 @@ def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
         one, index = folder / name, folder / f"{name}.index.json"
         paths = [one] if one.exists() else sorted(folder.glob(f"*-of-*{one.suffix}"))
         if not one.exists() and index.exists():
-            named = {
-                folder / Path(str(file)).name
-                for file in setting(read_json(index), "weight_map", dict).values()
-            }
-            paths = sorted(named) if all(path.exists() for path in named) else paths
+            names = setting(read_json(index), "weight_map", dict).values()
+            named = sorted({folder / Path(str(file)).name for file in names})
+            paths = named if all(path.exists() for path in named) else paths
         found: dict[str, Tensor] = {}
         for path in paths:
             part = read(path)
@@ -1010,24 +972,12 @@ def meta_context(s: Settings) -> int:
     return 2048
 
 
-# What a GGUF file may leave out. Where llama.cpp has something else, it stands in brackets.
+# What a GGUF file leaves out has llama.cpp's default, but for these (in brackets, llama.cpp's):
 #
-#   general.alignment                     32
-#   ARCH.vocab_size                       the embedding's rows
-#   ARCH.feed_forward_length              the rows of ffn_gate [0]
-#   ARCH.attention.head_count_kv          the rows of attn_k by the head's [head_count: an error if the rows differ]
-#   ARCH.attention.key_length             embedding_length / head_count; so are value_length, rope.dimension_count
-#   ARCH.rope.freq_base                   10000
-#   ARCH.rope.scaling.type                "linear", with the factor below
-#   ARCH.rope.scaling.factor              ARCH.rope.scale_linear, which has 1, as has a factor of 0
-#   rope_freqs.weight, output.weight      no factors; the embedding
-#   tokenizer.ggml.token_type, .scores    normal (bytes by their names), 0
-#   tokenizer.ggml.bos/eos/unknown_token_id   1, 2, 0 for "llama"; none for "gpt2" [bos and eos 11: GPT-2's comma]
-#   tokenizer.ggml.eot_token_id, eom      by their texts, as all other tokens that end a text: GGUF_ENDS
-#   tokenizer.ggml.add_bos_token          true for "llama", for "gpt2" with a pre-tokenizer of GGUF_ADDS_BOS
-#   tokenizer.ggml.add_space_prefix       true for "llama", false for "gpt2"
-#   tokenizer.ggml.pre                    refused for "gpt2" ["default", which warns of degraded quality]
-#   ARCH.context_length, embedding_length, block_count, attention.head_count, attention.layer_norm_rms_epsilon: refused
+#   ARCH.feed_forward_length       the rows of ffn_gate [0]
+#   ARCH.attention.head_count_kv   the rows of attn_k by the head's [head_count: an error if the rows differ]
+#   bos and eos of "gpt2"          none [11: GPT-2's comma]
+#   tokenizer.ggml.pre             refused for "gpt2" ["default", which warns of degraded quality]
 
 
 def open_gguf(path: Path) -> Model:
@@ -1145,12 +1095,28 @@ def open_llama2c(path: Path) -> Model:
     return Model(path, config, found, stop_ids=(1,), tokenizer_file=tokenizer_file)
 
 
+LORA_SETTINGS = """
+    peft_type r lora_alpha use_rslora bias init_lora_weights target_modules base_model_name_or_path revision
+    peft_version auto_mapping task_type inference_mode lora_dropout exclude_modules layers_to_transform layers_pattern
+    eva_config megatron_config megatron_core qalora_group_size runtime_config ensure_weight_tying
+""".split()  # noqa: SIM905 all in adapter_config.json that does not change how weights are merged, or is looked at
+
+
 def with_adapter(base: Model, folder: Path) -> Model:
     """A checkpoint with a LoRA adapter of the PEFT library, merged in as weights are read."""
     settings_file = folder / "adapter_config.json"
     s = read_json(settings_file)
     with naming(settings_file):
-        rank, scale = lora_rank_and_scale(s)
+        known_setting(s, "peft_type", ["LORA"])
+        refuse(s, *sorted(s.keys() - set(LORA_SETTINGS)))
+        known_setting(s, "bias", ["none"], "none")
+        init = s.get("init_lora_weights", True)  # some other ways change the model's own weights as well
+        if init not in (True, False, "gaussian", "orthogonal", "eva"):
+            raise ExportError(f"init_lora_weights {init!r} is not supported")
+        rank, alpha = setting(s, "r", int), setting(s, "lora_alpha", float)
+        if rank < 1:
+            raise ExportError(f"r is {rank}, expected 1 or more")
+        scale = alpha / (math.sqrt(rank) if setting(s, "use_rslora", bool, False) else rank)
     path = folder / "adapter_model.safetensors"
     found = read_safetensors(path) if path.exists() else read_torch(folder / "adapter_model.bin")
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -1163,26 +1129,6 @@ def with_adapter(base: Model, folder: Path) -> Model:
         raise ExportError("an adapter without tensors", path)
     merged = {name: adapted(base.tensors[name], name, pair, rank, scale) for name, pair in pairs.items()}
     return replace(base, tensors=base.tensors | merged)
-
-
-LORA_SETTINGS = """
-    peft_type r lora_alpha use_rslora bias init_lora_weights target_modules base_model_name_or_path revision
-    peft_version auto_mapping task_type inference_mode lora_dropout exclude_modules layers_to_transform layers_pattern
-    eva_config megatron_config megatron_core qalora_group_size runtime_config ensure_weight_tying
-""".split()  # noqa: SIM905 all in adapter_config.json that does not change how weights are merged, or is looked at
-
-
-def lora_rank_and_scale(s: Settings) -> tuple[int, float]:
-    known_setting(s, "peft_type", ["LORA"])
-    refuse(s, *sorted(s.keys() - set(LORA_SETTINGS)))
-    known_setting(s, "bias", ["none"], "none")
-    init = s.get("init_lora_weights", True)  # some other ways change the model's own weights as well
-    if init not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise ExportError(f"init_lora_weights {init!r} is not supported")
-    rank, alpha = setting(s, "r", int), setting(s, "lora_alpha", float)
-    if rank < 1:
-        raise ExportError(f"r is {rank}, expected 1 or more")
-    return rank, alpha / (math.sqrt(rank) if setting(s, "use_rslora", bool, False) else rank)
 
 
 def adapted(tensor: Tensor, name: str, pair: dict[str, Tensor], rank: int, scale: float) -> Tensor:
@@ -1208,12 +1154,10 @@ def open_source(path: Path) -> Model:
             if (path / settings).exists():
                 return opener(path)
         if (path / "adapter_config.json").exists():
-            raise ExportError(
-                "an adapter (expected the directory of its model, and this one behind --lora)", path
-            )
+            raise ExportError("an adapter (expected its model's directory, and this one behind --lora)", path)
         expected = "config.json (as Hugging Face has it) or params.json (as Meta has it)"
         raise ExportError(f"a directory without {expected}", path)
-    kind = kind_of_file(path)
+    kind = kind_of(path)
     if kind is None:
         return open_llama2c(path)
     if kind == "a GGUF file":
@@ -1235,11 +1179,6 @@ USER_DEFINED_NORMALIZED = 7  # matched after the text has been normalised
 MAX_STOP_IDS = 7
 NONE = 0xFFFFFFFF  # no token
 
-FLAGS = [  # fields of Tokenizer that are bits of its flags
-    *("add_bos", "add_dummy_prefix", "prefix_after_special", "no_prefix_before_space"),
-    *("merges_by_rank", "ignore_merges", "remove_extra_spaces"),
-]
-
 
 class Token(NamedTuple):
     text: bytes  # what it prints: ' ' and not '▁', one byte of a byte token, the name of a control token
@@ -1257,9 +1196,8 @@ class WordTables(NamedTuple):
     """How text is cut into words: state machines, each for what the one before it has left, see `word_tables`."""
 
     char_class: bytes = b""  # of each code point, then of stray bytes
-    transitions: tuple[
-        tuple[int, ...], ...
-    ] = ()  # (states, classes): twice the next state, + 1 at a word's end
+    # (states, classes): twice the next state, + 1 at a word's end
+    transitions: tuple[tuple[int, ...], ...] = ()
     n_dfas: int = 0
 
 
@@ -1318,11 +1256,9 @@ class Tokenizer:
 
     def to_bytes(self) -> bytes:
         """The tokenizer file: the header, then arrays that run.c uses as they are, each on 4 bytes."""
-        by_text: dict[
-            bytes, int
-        ] = {}  # what text becomes: the last user-defined token, else the first normal one
-        longest = [0] * 256
-        byte_id = [self.unk_id & NONE] * 256
+        # what a text becomes: the last user-defined token, else the first normal one
+        by_text: dict[bytes, int] = {}
+        longest, byte_id = [0] * 256, [self.unk_id & NONE] * 256
         for id, (text, type, _) in enumerate(self.tokens):
             if type in (USER_DEFINED, USER_DEFINED_NORMALIZED):
                 longest[text[0]] = max(longest[text[0]], len(text))
@@ -1340,11 +1276,10 @@ class Tokenizer:
         pieces = [(*placed(text), type, score) for text, type, score in self.tokens]
         merges = sorted((*merge, rank) for rank, merge in enumerate(self.merges))
         scripts = self.template.parts if self.template else ((),) * len(TEMPLATE_PARTS)
-        items = [
-            (NONE, *placed(item.encode())) if isinstance(item, str) else (item, 0, 0)
-            for item in chain.from_iterable(scripts)
-        ]
+        script = chain.from_iterable(scripts)
+        items = [(NONE, *placed(item.encode())) if isinstance(item, str) else (item, 0, 0) for item in script]
         char_class, transitions, n_dfas = self.words
+        n_classes = len(transitions[0]) if transitions else 0
         pages = np.frombuffer(char_class, np.uint8).reshape(-1, 256)  # most are alike, so each is kept once
         classes, class_block = np.unique(pages, axis=0, return_inverse=True)
         sorted_ids = [id for _, id in sorted(by_text.items())]
@@ -1359,13 +1294,7 @@ class Tokenizer:
             *(TOKENIZER_HEADER.size + sum(map(len, arrays)), self.vocab_hash, flags, len(self.tokens)),
             *(self.bos_id, self.unk_id, len(self.stop_ids)),
             *(self.stop_ids + (-1,) * (MAX_STOP_IDS - len(self.stop_ids))),
-            *(
-                len(sorted_ids),
-                len(merges),
-                n_dfas,
-                len(transitions[0] if transitions else ()),
-                len(transitions),
-            ),
+            *(len(sorted_ids), len(merges), n_dfas, n_classes, len(transitions)),
             *(self.template.flags if self.template else 0, len(classes), len(texts)),
             *accumulate(map(len, scripts)),
         )
@@ -1389,10 +1318,9 @@ class Tokenizer:
 
         def take(form: str, count: int, width: int = 1) -> Any:
             nonlocal at
-            start, at = at, at + count * width * np.dtype(form).itemsize
-            if at > len(data):
-                raise ExportError("a damaged tokenizer file: it ends too early")
-            return np.frombuffer(data[start:at], form).reshape(-1, width)
+            found = np.frombuffer(data, form, count * width, at).reshape(-1, width)
+            at += found.nbytes
+            return found
 
         pieces = take("<u4,<u4,<u4,<f4", vocab_size).reshape(-1).tolist()
         take("<u4", n_by_text)
@@ -1423,9 +1351,7 @@ class Tokenizer:
             raise ExportError(f"a damaged tokenizer file: {len(data)} bytes that do not fit together")
         return found
 
-    def with_template(
-        self, source: str | None, special: Mapping[str, str], added: Mapping[str, int]
-    ) -> Tokenizer:
+    def with_template(self, source: str | None, special: dict[str, str], added: dict[str, int]) -> Tokenizer:
         """The same with the parts of a chat template; its tokens, of those in `added`, become control tokens.
 
         So a user cannot type them. And that which ends an answer ends the model's text.
@@ -1439,6 +1365,9 @@ class Tokenizer:
         after_answer = template.parts[TEMPLATE_PARTS.index("after_answer")]
         stop_ids = unique((*self.stop_ids, *[item for item in after_answer if isinstance(item, int)][:1]))
         return replace(self, tokens=tokens, template=template, stop_ids=stop_ids)
+
+
+FLAGS = [field.name for field in fields(Tokenizer) if field.type == "bool"]  # bits of the file's flags
 
 
 def unique(ids: Iterable[int]) -> tuple[int, ...]:
@@ -1512,14 +1441,10 @@ def tokenizer_of_llama2c(data: bytes) -> Tokenizer:
 
 def tokenizer_of_model(data: bytes) -> Tokenizer:
     """Of a SentencePiece .model, a protobuf message; only BPE that leaves all but spaces as they are."""
-    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    try:
-        model.ParseFromString(data)
-    except DecodeError:
-        raise ExportError("a SentencePiece model that cannot be decoded, or something else") from None
+    model.ParseFromString(data)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != trainer.BPE:
         found = trainer.ModelType.Name(trainer.model_type)
@@ -1548,12 +1473,12 @@ def tokenizer_of_model(data: bytes) -> Tokenizer:
 # ---- byte-level BPE: tokenizer.json, GGUF's "gpt2", tiktoken
 
 
-def byte_level_bpe(
-    tokens: list[Token], merges: Iterable[Merge], patterns: Sequence[str], **settings: Any
+def ranked_bpe(
+    tokens: list[Token], merges: tuple[Merge, ...], patterns: Sequence[str], **settings: Any
 ) -> Tokenizer:
-    """A tokenizer that merges bytes, in words that the patterns cut, by the order of `merges`."""
-    settings |= {"merges_by_rank": True, "kind": BYTE_LEVEL_BPE, "words": word_tables(patterns)}
-    return Tokenizer(tokens, merges=tuple(merges), **settings)
+    """A tokenizer that merges by the order of `merges`, in words that the patterns cut."""
+    settings = {"kind": BYTE_LEVEL_BPE, **settings}
+    return Tokenizer(tokens, merges=merges, merges_by_rank=True, words=word_tables(patterns), **settings)
 
 
 @cache
@@ -1604,7 +1529,7 @@ def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
     names = [LLAMA3_SPECIAL.get(i, f"reserved_special_token_{i}") for i in range(256)]
     tokens += [Token(f"<|{name}|>".encode(), CONTROL) for name in names]
     settings: dict[str, Any] = {"bos_id": n, "unk_id": -1, "stop_ids": (n + 1, n + 9, n + 8), "add_bos": True}
-    return byte_level_bpe(tokens, merges, [LLAMA3], add_dummy_prefix=False, ignore_merges=True, **settings)
+    return ranked_bpe(tokens, tuple(merges), [LLAMA3], add_dummy_prefix=False, ignore_merges=True, **settings)
 
 
 # Texts of tokens that end what a model says, whatever a GGUF file says of them, as in llama.cpp
@@ -1624,9 +1549,8 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         raise ExportError(f"a GGUF tokenizer of an unknown model {model!r}, expected llama or gpt2")
     byte_level = model == "gpt2"
     types = [int(type) for type in s.get("ggml.token_type") or [token_type(name.encode()) for name in names]]
-    scores = [0.0] * len(names)
-    if not byte_level and s.get("ggml.scores"):
-        scores = [float(score) for score in s["ggml.scores"]]
+    given = [] if byte_level else s.get("ggml.scores")
+    scores = [float(score) for score in given or [0.0] * len(names)]
     if not len(names) == len(types) == len(scores):
         raise ExportError(f"{len(names)} tokens with {len(types)} types and {len(scores)} scores")
     ids = {name: id for id, name in enumerate(names)}
@@ -1640,29 +1564,23 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     for id in (bos, *stop_ids):  # control tokens, whatever type they are said to have
         if 0 <= id < len(names) and len(names[id]) > 1:
             types[id] = CONTROL
-    prefix = setting(s, "ggml.add_space_prefix", bool, not byte_level)
-    pre = s.get("ggml.pre", "")
-    settings: dict[str, Any] = {"bos_id": bos, "stop_ids": stop_ids}
+    prefix, pre = setting(s, "ggml.add_space_prefix", bool, not byte_level), s.get("ggml.pre", "")
+    add_bos = bos >= 0 and setting(s, "ggml.add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
+    settings: dict[str, Any] = {"bos_id": bos, "stop_ids": stop_ids, "add_bos": add_bos}
     settings |= {"add_dummy_prefix": prefix, "prefix_after_special": prefix}
-    adds_bos = setting(s, "ggml.add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
-    settings["add_bos"] = adds_bos and bos >= 0
     if not byte_level:
         found = sentencepiece(zip(map(str.encode, names), types, scores, strict=True), unk_id=unk, **settings)
+    elif pre not in GGUF_PATTERNS:
+        raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
     else:
-        if pre not in GGUF_PATTERNS:
-            raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
-        if pre in GGUF_NFC:
+        if pre == "qwen2":
             note_nfc()
-        tokens = [
-            byte_level_token(name) if type == NORMAL else token_of(name.encode(), type)
-            for name, type in zip(names, types, strict=True)
-        ]
-        settings |= {
-            "unk_id": -1,
-            "ignore_merges": pre in GGUF_IGNORES_MERGES,
-        }  # llama.cpp leaves out unknown bytes
+        named = zip(names, types, strict=True)
+        tokens = [byte_level_token(x) if t == NORMAL else token_of(x.encode(), t) for x, t in named]
         merges = merges_of(s.get("ggml.merges", ()), ids, tokens)
-        found = byte_level_bpe(tokens, merges, GGUF_PATTERNS[pre], **settings)
+        # llama.cpp leaves out unknown bytes
+        settings |= {"unk_id": -1, "ignore_merges": pre in GGUF_IGNORES_MERGES}
+        found = ranked_bpe(tokens, merges, GGUF_PATTERNS[pre], **settings)
     added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
     special_ids = {"bos_token": bos, "eos_token": eos, "unk_token": s.get("ggml.unknown_token_id", -1)}
     special = {key: names[id] for key, id in special_ids.items() if id >= 0}
@@ -1792,15 +1710,14 @@ class TokenizerFolder:
         tokens = [Token(b"", UNUSED)] * max(size, rows if isinstance(rows, int) and rows < 1 << 22 else 0)
         for id, token in vocabulary.items():
             tokens[id] = token
-        special = {self.ids[name] for name in self.special().values() if name in self.ids}
-        control = special | {*self.stop_ids()}
-        control |= {id for id, token in self.added.items() if token.get("special")}
+        control = {*self.stop_ids(), *(id for id, token in self.added.items() if token.get("special"))}
+        control |= {self.ids[name] for name in self.special().values() if name in self.ids}
         for id, entry in self.added.items():
             name = entry["content"]
             type = USER_DEFINED_NORMALIZED if entry.get("normalized") else USER_DEFINED
-            type = CONTROL if id in control else type
+            # such a token is not simply sought, the longest at each place of the text
             strange = [key for key in ("lstrip", "rstrip", "single_word") if entry.get(key)]
-            if strange and type != CONTROL:  # it is not simply sought, the longest at each place of the text
+            if strange and id not in control:
                 raise ExportError(f"the added token {name!r} is {strange[0]} (not supported)")
             if name:
                 tokens[id] = Token(name.encode(), type)
@@ -1843,25 +1760,17 @@ class TokenizerFolder:
         model = self.json["model"]
         if model.get("type", "BPE") != "BPE":
             raise ExportError(f"a tokenizer.json of the type {model['type']} (only BPE is supported)")
-        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(option):
-                raise ExportError(f"a tokenizer.json with {option} {model[option]!r} (not supported)")
+        refuse(model, "dropout", "continuing_subword_prefix", "end_of_word_suffix")
         for step in flattened(self.json.get("decoder"), "decoders"):
             if step["type"] not in PLAIN_DECODERS and step.get("content") != " ":
                 step = f"{json.dumps(step):.200}"
                 say("note", f"text is printed without this step of the tokenizer's decoder: {step}")
-        kinds = flattened(self.json.get("pre_tokenizer"), "pretokenizers")
-        normalizers = flattened(self.json.get("normalizer"), "normalizers")
-        if any(normalizer["type"] == "NFC" for normalizer in normalizers):
-            note_nfc()
-        normalizers = [normalizer for normalizer in normalizers if normalizer["type"] != "NFC"]
-        byte_level = any(kind["type"] == "ByteLevel" for kind in kinds)
+        steps = flattened(self.json.get("normalizer"), "normalizers")
+        steps += flattened(self.json.get("pre_tokenizer"), "pretokenizers")
+        byte_level = any(step["type"] == "ByteLevel" for step in steps)
         make = byte_level_token if byte_level else self.sentencepiece_token
         tokens = self.tokens({id: make(name) for name, id in self.vocab.items()})
-        if byte_level:
-            patterns, prefix = byte_level_words(kinds, normalizers)
-        else:
-            patterns, prefix = self.sentencepiece_words(kinds, normalizers, tokens)
+        patterns, prefix = self.words(steps, byte_level, tokens)
         unk = self.ids.get(model.get("unk_token") or "", -1)
         if byte_level and unk >= 0 and model.get("fuse_unk") and sum(t.type == BYTE for t in tokens) < 256:
             raise ExportError("a byte-level tokenizer that lacks bytes and fuses unknown ones")
@@ -1870,8 +1779,10 @@ class TokenizerFolder:
         bos, add_bos = self.bos()
         if unk in (bos, *self.stop_ids()):
             unk = -1  # an unknown byte is left out rather than the end of the text
-        return Tokenizer(
+        return ranked_bpe(
             tokens,
+            merges_of(model["merges"], self.vocab, tokens),
+            patterns,
             bos_id=bos,
             unk_id=unk,
             stop_ids=self.stop_ids(),
@@ -1879,11 +1790,8 @@ class TokenizerFolder:
             add_dummy_prefix=prefix in ("first", "always", "each"),
             prefix_after_special=prefix in ("always", "each"),
             no_prefix_before_space=prefix in ("first", "always"),
-            merges_by_rank=True,
             ignore_merges=bool(model.get("ignore_merges")),
             kind=BYTE_LEVEL_BPE if byte_level else SENTENCEPIECE_BPE,
-            merges=merges_of(model["merges"], self.vocab, tokens),
-            words=word_tables(patterns),
         )
 
     def sentencepiece_token(self, name: str) -> Token:
@@ -1891,33 +1799,44 @@ class TokenizerFolder:
         lost = type == BYTE and not self.json["model"].get("byte_fallback")
         return token_of(name.encode(), UNUSED if lost else type)
 
-    def sentencepiece_words(
-        self, kinds: list[Any], normalizers: list[Any], tokens: list[Token]
-    ) -> tuple[list[str], str]:
-        """What byte_level_words() gives, for a vocabulary that writes spaces as '▁'."""
-        prefix = "never"
-        known = [
-            {"type": "Prepend", "prepend": BAR},
-            {"type": "Replace", "pattern": {"String": " "}, "content": BAR},
-        ]
-        if unknown := [normalizer for normalizer in normalizers if normalizer not in known]:
-            raise ExportError(f"a tokenizer with an unknown normalizer: {json.dumps(unknown[0])}")
-        if known[0] in normalizers:
-            prefix = "each"
-            if any(t.get("normalized") and not t.get("special") for t in self.added.values()):
-                raise ExportError("added tokens that are sought in text with a '▁' in front (not supported)")
-        replaced, patterns = known[1] in normalizers, words_at_spaces(tokens)
-        for kind in kinds:
-            if kind["type"] == "Metaspace" and kind.get("replacement", BAR) == BAR and not replaced:
-                replaced = True
+    def words(self, steps: list[Any], byte_level: bool, tokens: list[Token]) -> tuple[list[str], str]:
+        """The patterns that cut words, and where a space is put in front; `steps` change the text, then cut it.
+
+        That is at the "first" text, or "always", also after an added token, but not where there is a space; or
+        before "each" text, even so.
+        """
+        patterns: list[str] = [] if byte_level else words_at_spaces(tokens)
+        prefix, bars = "never", False  # whether spaces have become '▁' by now
+        for step in steps:
+            kind, pattern, space = step["type"], step.get("pattern"), step.get("add_prefix_space", True)
+            isolated = step.get("behavior") == "Isolated" and not step.get("invert")
+            if kind == "NFC":
+                note_nfc()
+            elif byte_level and kind == "Digits":
+                patterns.append(DIGITS if step.get("individual_digits") else DIGITS + "+")
+            elif byte_level and kind == "Split" and isolated:
+                patterns.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
+            elif kind == "ByteLevel" and not (patterns and space):
+                prefix = "always" if space else "never"
+                patterns += [GPT2] if step.get("use_regex", True) else []
+            elif not byte_level and step == {"type": "Prepend", "prepend": BAR}:
+                prefix = "each"
+            elif not byte_level and step == {"type": "Replace", "pattern": {"String": " "}, "content": BAR}:
+                bars = True
+            elif not (byte_level or bars) and kind == "Metaspace" and step.get("replacement", BAR) == BAR:
+                bars = True
                 if prefix == "never":
-                    before = "always" if kind.get("add_prefix_space", True) else "never"
-                    prefix = kind.get("prepend_scheme", before)
-                patterns = [" [^ ]*|[^ ]+"] if kind.get("split", True) else patterns
-            elif not (kind["type"] == "Split" and kind["pattern"] == {"String": " "} and replaced):
-                raise ExportError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
-        if not replaced:
+                    prefix = step.get("prepend_scheme", "always" if space else "never")
+                patterns = [" [^ ]*|[^ ]+"] if step.get("split", True) else patterns
+            elif not (bars and kind == "Split" and pattern == {"String": " "}):
+                raise ExportError(f"a tokenizer with an unknown step: {json.dumps(step)}")
+        if byte_level:
+            return patterns, prefix
+        if not bars:
             raise ExportError("a tokenizer.json that is neither byte-level nor writes spaces as '▁'")
+        sought_in_changed = any(t.get("normalized") and not t.get("special") for t in self.added.values())
+        if prefix == "each" and sought_in_changed:
+            raise ExportError("added tokens that are sought in text with a '▁' in front (not supported)")
         late = [token.text for token in tokens if token.type == USER_DEFINED_NORMALIZED]
         if any(c in text for c in (b" ", BAR.encode()) for text in late):
             raise ExportError("an added token with a space in it (not supported)")
@@ -1937,31 +1856,6 @@ class TokenizerFolder:
         return found if isinstance(found, str) else None
 
 
-def byte_level_words(kinds: list[Any], normalizers: list[Any]) -> tuple[list[str], str]:
-    """The patterns that cut words, and where a space is put in front.
-
-    That is at the "first" text, or "always", also after an added token, but not where there is a space; or
-    before "each" text, even so.
-    """
-    if normalizers:
-        raise ExportError(f"a tokenizer with an unknown normalizer: {json.dumps(normalizers[0])}")
-    patterns = []
-    space = False
-    for kind in kinds:
-        name = kind["type"]
-        if name == "Digits":
-            patterns.append(DIGITS if kind.get("individual_digits") else DIGITS + "+")
-        elif name == "Split" and kind.get("behavior") == "Isolated" and not kind.get("invert"):
-            pattern = kind["pattern"]
-            patterns.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
-        elif name == "ByteLevel" and not (kind.get("add_prefix_space", True) and patterns):
-            space = bool(kind.get("add_prefix_space", True))
-            patterns += [GPT2] if kind.get("use_regex", True) else []
-        else:
-            raise ExportError(f"a tokenizer with an unknown pre-tokenizer: {json.dumps(kind)}")
-    return patterns, "always" if space else "never"
-
-
 def flattened(step: Any, inside: str) -> list[Any]:
     """A step of the library's pipeline, or those that make up a sequence of them."""
     if not step:
@@ -1976,7 +1870,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     with naming(path):
         if path.is_dir():
             return TokenizerFolder(path).tokenizer()
-        kind = kind_of_file(path)
+        kind = kind_of(path)
         if kind == "a JSON file":
             return TokenizerFolder(path.parent, path).tokenizer()
         if kind == "a GGUF file":
@@ -2023,7 +1917,6 @@ GGUF_PATTERNS = {  # what llama.cpp calls pre-tokenizers
     ]
     for name in names.split()
 }
-GGUF_NFC = {"qwen2"}
 GGUF_IGNORES_MERGES = GGUF_ADDS_BOS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
 
 PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}|\\[sSdD]")
@@ -2056,9 +1949,8 @@ def characters(expression: str) -> NDArray[np.bool_]:
 
 ESCAPED = r"\\[pP]\{\^?\w+\}|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[rntfvsSdD]|\\[^\w]"
 SET = rf"{re.escape(DIGITS)}|\[(?:\^(?!\])|(?![\^\]]))(?:{ESCAPED}|[^\\\[\]&])+\]|{ESCAPED}|[^\\\[\](){{}}?*+|.^$]"
-STRUCTURE = (
-    r"\(\?(?:i?:|[!=])|\{\d+(?:,\d*)?\}(?!\+)|[()|?*+$]"  # `{1,3}+` means other things to other engines
-)
+# `{1,3}+` means other things to other engines
+STRUCTURE = r"\(\?(?:i?:|[!=])|\{\d+(?:,\d*)?\}(?!\+)|[()|?*+$]"
 PRIVATE = 0xF0000  # private-use characters, each of which stands for a set
 MATCHED = 0  # the instruction that ends a program
 
@@ -2116,10 +2008,9 @@ class Automaton:
             what, value = str(items[i][0]), items[i][1]
             if what == "LITERAL":
                 then = self.add("set", (then,), self.set_of(items[i : i + 1], any_case) or "")
-            elif what == "IN":  # which the parser makes of alternatives of one character
-                then = self.add("split", tuple(self.build([item], then, any_case) for item in value))
-            elif what == "BRANCH":
-                then = self.add("split", tuple(self.build(branch, then, any_case) for branch in value[1]))
+            elif what in ("IN", "BRANCH"):  # the parser makes IN of alternatives of one character
+                branches = value[1] if what == "BRANCH" else [[item] for item in value]
+                then = self.add("split", tuple(self.build(branch, then, any_case) for branch in branches))
             elif what == "SUBPATTERN" and value[1] in (0, re.IGNORECASE) and not value[2]:
                 then = self.build(value[3], then, any_case or bool(value[1]))
             elif what == "MAX_REPEAT" or (
@@ -2194,10 +2085,9 @@ def word_tables(patterns: Sequence[str]) -> WordTables:
     packed = np.packbits(signature, axis=1)
     _, firsts, classes, counts = np.unique(packed, True, True, True, axis=0)  # first rows, classes, counts
     order = np.argsort(-counts, kind="stable")
-    rank = np.empty(len(order), int)
-    rank[order] = np.arange(1, len(order) + 1)
     if len(order) > 255:
         raise ExportError(f"a pre-tokenizer that tells {len(order)} classes of characters apart")
+    rank = np.argsort(order) + 1
     kinds = rank[classes.reshape(-1)].astype(np.uint8)
     members = {name: (False, *signature[firsts[order], i].tolist()) for i, name in enumerate(names)}
 
@@ -2251,13 +2141,10 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
-        if [int(n) for n in re.findall(r"\d+", version("jinja2"))] < [
-            3,
-            1,
-            6,
-        ]:  # they let templates out of the sandbox
+        # older ones let templates out of the sandbox
+        if [int(n) for n in re.findall(r"\d+", version("jinja2"))] < [3, 1, 6]:
             raise ImportError(f"expected jinja2 3.1.6 or newer, found {version('jinja2')}")
 
         def raise_exception(message: str) -> NoReturn:
@@ -2266,9 +2153,7 @@ class ChatTemplate:
         def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
             return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **options)
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -2332,9 +2217,9 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         flags |= find_no_think(chat, parts)
         if "strftime_now" in source:
             say("note", "the chat template holds today's date, which stays as it is")
-        *scripts, _ = (script_of(part, added) for part in parts.values())
-        end_of_thought = (parts["end_of_thought"],) if parts["end_of_thought"] else ()
-        return Template((*scripts, end_of_thought), flags)
+        # the end of a thought is sought in text, so it stays one
+        scripts = (script_of(text, {} if x == "end_of_thought" else added) for x, text in parts.items())
+        return Template(tuple(scripts), flags)
     except ExportError as error:
         say("note", f"no chat template is stored: {error}")
         return None
@@ -2347,11 +2232,7 @@ def common_start(a: str, b: str, added: Mapping[str, int]) -> str:
 
 
 def check_template(
-    chat: ChatTemplate,
-    parts: Mapping[str, str],
-    turns: Sequence[str],
-    system: str | None = None,
-    **options: Any,
+    chat: ChatTemplate, parts: dict[str, str], turns: list[str], system: str | None = None, **options: Any
 ) -> None:
     """Compares what the template makes of conversations with what run.c makes of the parts.
 
@@ -2406,16 +2287,11 @@ def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
         def with_thoughts(gap: str, said: str = said) -> list[str]:
             return [said + gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
 
-        def rest(gap: str) -> str:
-            """What is left of the gap between a thought and the answer."""
-            left = chat.render(with_thoughts(gap)[:3])
-            head, tail = (part for part in chat.render(ANY_TURNS[:3]).split(ANY_TURNS[1]))
-            return left.removeprefix(head).removesuffix(ANY_TURNS[1] + tail)
-
         if end not in chat.source or ANY_THOUGHT in chat.render(with_thoughts("")[:3]):
             continue
+        plain = chat.render(ANY_TURNS[:3])
+        newlines, spaces = (chat.render(with_thoughts(gap)[:3]) == plain for gap in ("\n\n", " \n\t"))
         parts["end_of_thought"] = end
-        newlines, spaces = rest("\n\n") == "", rest(" \n\t") == ""
         gap = "" if spaces or newlines else "\n\n"
         kept = [gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
         check_template(chat, parts, with_thoughts("\n\n"), kept=kept)
@@ -2443,10 +2319,8 @@ def find_no_think(chat: ChatTemplate, parts: dict[str, str]) -> int:
 
 def script_of(text: str, added: Mapping[str, int]) -> Script:
     """A text with the tokens that stand in it, the longest at each place."""
-    if not added:
-        return (text,) if text else ()
-    names = sorted(added, key=len, reverse=True)
-    parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+    names = [*map(re.escape, sorted(added, key=len, reverse=True)), "(?!)"]  # the last one is nowhere
+    parts = re.split(f"({'|'.join(names)})", text)
     return tuple(added[part] if i % 2 else part for i, part in enumerate(parts) if part)
 
 
@@ -2499,6 +2373,8 @@ def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
         lost = any(isinstance(item, int) and item >= vocab_size for item in chain.from_iterable(used))
         template = None if lost else tokenizer.template
         return replace(tokenizer, tokens=tokens[:vocab_size], stop_ids=stop_ids, template=template)
+    if missing:
+        raise ExportError(counts)
     return tokenizer
 
 
@@ -2511,8 +2387,6 @@ def write_model(
     """
     config = model.config
     tokenizer = fitted(tokenizer, config.vocab_size)
-    if len(tokenizer.tokens) != config.vocab_size:
-        raise ExportError(f"the model has {config.vocab_size} tokens, the tokenizer {len(tokenizer.tokens)}")
     tokenizer = replace(tokenizer, stop_ids=unique(tokenizer.stop_ids + model.stop_ids)[:MAX_STOP_IDS])
     if dtype == "auto":
         dtype = choose_dtype(model)
