@@ -2,9 +2,10 @@
 
     python tests/soak.py [--tokens N] [--round N]      # or: make soak
 
-Each round runs the same works, each of them a process. While a process runs, its resident memory is read ten times a
-second: after the first quarter of the readings it may grow by at most 1 %. The most that a process needs may grow by at
-most 1 % from the first round to the last, and each output must be that of the first round, to the byte.
+Each round runs the same works, each of them a process, two at a time. While a process runs, its resident memory is
+read ten times a second: after the first quarter of the readings it may grow by at most 1 %. The most that a process
+needs may grow by at most 1 % from the first round to the last, and each output must be that of the first round, to the
+byte.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 from files import ROOT, read_tokenizer
@@ -66,7 +69,7 @@ def tokens_of(output: bytes, messages: bytes) -> int:
 
 
 def run(work: Work, folder: Path) -> Done:
-    source, out, err = folder / "input", folder / "output", folder / "messages"
+    source, out, err = (folder / f"{work.name}.{kind}" for kind in ("input", "output", "messages"))
     source.write_bytes(work.input)
     with source.open("rb") as stdin, out.open("wb") as stdout, err.open("wb") as stderr:
         command = [str(ROOT / "run"), str(MODEL), *work.options]
@@ -94,14 +97,14 @@ def works(size: int, folder: Path) -> list[Work]:
     chat = ["-m", "chat", "-z", str(tokenizer), "-n", "64", "-s", "3"]
     conversation = "".join(f"{message}\n" for message in MESSAGES).encode()
     found = [
-        Work("perplexity", ["-m", "perplexity", "-f", "-"], text * (4 * size // len(text))),
+        Work("perplexity", ["-m", "perplexity", "-f", "-"], text * max(1, 4 * size // len(text))),
         Work(
             "perplexity --stride 128",
             ["-m", "perplexity", "--stride", "128", "-f", "-"],
-            text * (size // len(text)),
+            text * max(1, size // len(text)),
         ),
-        Work("chat", chat, conversation * (size // 300)),
-        Work("chat --draft 5", [*chat, "-t", "0", "--draft", "5"], conversation * (size // 300)),
+        Work("chat", chat, conversation * max(1, size // 1000)),
+        Work("chat --draft 5", [*chat, "-t", "0", "--draft", "5"], conversation * max(1, size // 1000)),
     ]
     for seed in range(max(1, size // 20_000)):
         options = ["-n", "0", "-s", str(seed), "-t", "1.1", "-i", MESSAGES[0]]
@@ -122,12 +125,11 @@ def main() -> int:
     tokens = n_rounds = 0
     growth = between = 1.0
     first: dict[str, Done] = {}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = Path(name)
         todo = works(args.round, folder)
         while n_rounds < 2 or tokens < args.tokens:
-            for work in todo:
-                done = run(work, folder)
+            for work, done in zip(todo, pool.map(run, todo, repeat(folder)), strict=True):
                 before = first.setdefault(work.name, done)
                 tokens += done.tokens
                 growth, between = max(growth, done.growth), max(between, done.most / before.most)
