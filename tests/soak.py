@@ -28,6 +28,7 @@ MODEL = ROOT / "models" / "stories.bin"
 TEXT = ROOT / "tests" / "heldout.txt"
 LIMIT = 1.01
 INTERVAL = 0.1  # seconds
+FEWEST = 20  # readings that say something: a story takes only a few
 SPEED = re.compile(rb'"?tok_s"?:?.*')
 MESSAGES = ["The dragon was sad.", "Why?", "Tom had a red ball. He lost it\\\nin the park.", "And then?"]
 
@@ -43,7 +44,7 @@ class Work:
 class Done:
     output: str  # its hash
     tokens: int
-    most: int  # resident memory, KB
+    most: int  # resident memory, KB; 0 if the process ended too early to tell
     growth: float  # of resident memory, after the first quarter of the time
 
 
@@ -80,11 +81,13 @@ def run(work: Work, folder: Path) -> Done:
             time.sleep(INTERVAL)
     if process.returncode:
         sys.exit(f"soak: {work.name}: status {process.returncode}: {err.read_text()}")
-    readings = [reading for reading in readings if reading]
-    settled = readings[len(readings) // 4 :]
     output = SPEED.sub(b"", out.read_bytes())
-    tokens = tokens_of(output, err.read_bytes())
-    return Done(hashlib.sha256(output).hexdigest(), tokens, max(readings), max(settled) / settled[0])
+    digest, tokens = hashlib.sha256(output).hexdigest(), tokens_of(output, err.read_bytes())
+    readings = [reading for reading in readings if reading]
+    if len(readings) < FEWEST:
+        return Done(digest, tokens, 0, 1.0)
+    settled = readings[len(readings) // 4 :]
+    return Done(digest, tokens, max(readings), max(settled) / settled[0])
 
 
 def works(size: int, folder: Path) -> list[Work]:
@@ -132,12 +135,12 @@ def main() -> int:
             for work, done in zip(todo, pool.map(run, todo, repeat(folder)), strict=True):
                 before = first.setdefault(work.name, done)
                 tokens += done.tokens
-                growth, between = max(growth, done.growth), max(between, done.most / before.most)
-                if n_rounds == 0:
-                    print(
-                        f"soak: {work.name}: {done.tokens:,} tokens, {done.most:,} KB, {done.growth:.4f}",
-                        flush=True,
-                    )
+                growth = max(growth, done.growth)
+                if done.most and before.most:
+                    between = max(between, done.most / before.most)
+                if n_rounds == 0 and done.most:
+                    grew = f"{done.growth - 1:.2%}"
+                    print(f"soak: {work.name}: {done.tokens:,} tokens, {done.most:,} KB, +{grew}", flush=True)
                 if done.output != before.output:
                     sys.exit(f"soak: {work.name}: round {n_rounds + 1} printed something else than the first")
                 if growth > LIMIT or between > LIMIT:
