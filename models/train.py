@@ -3,8 +3,8 @@
 
     python3 models/train.py --data tinystories.jsonl.xz     # stop it and start it again as you like
 
---data is a file with a story a line, as JSON with a field "text"; .xz is decompressed. One story in forty, chosen by
-its hash, is held out. Everything else is written to --work: the tokenizer, heldout.jsonl, checkpoint.pt, and log.csv
+--data is a file with a story a line, as JSON with a field "text"; .xz is decompressed. Without it, make_stories.py
+composes the stories. One story in forty, chosen by its hash, is held out. Everything else is written to --work: the tokenizer, heldout.jsonl, checkpoint.pt, and log.csv
 with the training loss and the held-out bits per byte. The model is Llama's architecture in PyTorch with the parameter
 names of a Hugging Face checkpoint, so export.py writes it like any other. tests/requirements.txt lists what it needs.
 """
@@ -38,6 +38,8 @@ TOP = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
 
 from export import Config, Model, in_memory, tokenizer_of_model, write_model
+from models.make_stories import GRAMMAR, read_grammar
+from models.make_stories import stories as composed
 from models.stories import read_stories, split
 
 CONFIG = Config(
@@ -53,6 +55,7 @@ CONFIG = Config(
     qk_norm=True,
 )
 BATCH_TOKENS = 4096  # of each process
+COMPOSED = 20_000  # stories, if there is no file of them
 LOGGED = 96  # held-out stories that the log measures; judge.py measures all
 WARMUP = 100  # steps
 IGNORED = -100  # a target that does not count
@@ -213,6 +216,12 @@ def loss_of(model: Llama, inputs: Tensor, targets: Tensor, reduction: str = "mea
 
 # ---------------------------------------------------------------------------------------------------------
 # Data
+
+
+def stories_of(data: Path | None) -> list[str]:
+    if data:
+        return read_stories(data)
+    return [text for _, text in composed(COMPOSED, 1, read_grammar(GRAMMAR))]
 
 
 def train_tokenizer(stories: list[str], work: Path) -> sentencepiece.SentencePieceProcessor:
@@ -598,7 +607,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     if args.processes > 1:
         address = f"file://{args.work.resolve()}/meeting"
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=args.processes)
-    stories, held = split(read_stories(args.data))
+    stories, held = split(stories_of(args.data))
     processor = train_tokenizer(stories, args.work)
     if rank == 0:
         lines = [json.dumps({"text": text}) + "\n" for text in held]
@@ -623,7 +632,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="a file of stories (default: composed ones)")
     parser.add_argument(
         "--work", type=Path, default=TOP / "build" / "stories", help="where all but the model goes"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from files import Program
 
 from models import judge, stories, train
+from models.make_stories import GRAMMAR, Grammar, read_grammar
+from models.make_stories import stories as composed
 
 WORDS = "the a and to Tim Lily dog cat ball tree river boat red big happy sad ran saw found gave"
 
@@ -54,6 +57,36 @@ def prepared(data: Path, work: Path) -> tuple[train.Texts, train.Texts]:
     told, heldout = stories.split(stories.read_stories(data))
     processor = train.train_tokenizer(told, work)
     return train.encode(told, processor), train.encode(heldout, processor)
+
+
+PLOTS = sorted(read_grammar(GRAMMAR).plots)
+
+
+def told(plot: str, count: int, seed: int = 1) -> list[str]:
+    whole = read_grammar(GRAMMAR)
+    one = Grammar(whole.lists, whole.rules, {plot: whole.plots[plot]})
+    return [text for _, text in composed(count, seed, one)]
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_tells_whole_stories(plot: str) -> None:
+    for text in told(plot, 20):
+        assert re.fullmatch(r"[A-Z][A-Za-z ,.:!?'\"-]*[.!?]\"?", text), text
+        assert 80 <= len(text.split()) <= 230, text
+        assert text.count('"') % 2 == 0, text
+        assert not re.search(r"\b[Aa] [aeiou]|[.] [a-z]| [,.!?]|\b(the|his|a) (the|his|her|a)\b", text), text
+
+
+def test_a_seed_gives_the_same_stories_again() -> None:
+    assert told("moon", 20, seed=5) == told("moon", 20, seed=5) != told("moon", 20, seed=6)
+
+
+def test_without_data_the_stories_are_composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "COMPOSED", 300)
+    found = train.stories_of(None)
+    assert len(set(found)) == 300
+    trained, heldout = stories.split(found)
+    assert 200 < len(trained) < 300 and 0 < len(heldout) < 20
 
 
 def test_stories_are_read_once_each(tmp_path: Path) -> None:
