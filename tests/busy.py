@@ -3,8 +3,9 @@
 
     python3 tests/busy.py models/smollm2.bin                  # build/peers/bin/python adds llama.cpp: --gguf FILE
 
-A busy program is a loop that does nothing. In each round, every number of threads has its turn with 0, 1, ... of them;
-the table has the medians of the rounds, in tokens per second, and the default's share of the best fixed number.
+A busy program is a loop that does nothing. In each round, every number of threads has its turn with 0, 1, ... of them.
+After each round, prints a table of the medians so far, in tokens per second, and the default's share of the best fixed
+number.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT = "default"
+DEFAULT, PEER = "default", "llama.cpp"
 Speeds = dict[tuple[int, str, str], list[float]]  # by busy programs, work and threads
 
 
@@ -36,7 +37,7 @@ def busy(number: int) -> Iterator[None]:
 
 
 def bench(program: Path, model: Path, threads: str, prefill: int, decode: int) -> dict[str, float]:
-    flags = ["-m", "bench", "--json", "--prefill", str(prefill), "--decode", str(decode), "--repeat", "3"]
+    flags = ["-m", "bench", "--json", "--prefill", str(prefill), "--decode", str(decode), "--repeat", "1"]
     if threads != DEFAULT:
         flags += ["-j", threads]
     made = subprocess.run([program, model, *flags], capture_output=True, text=True, check=True)
@@ -49,28 +50,38 @@ def bench_llama_cpp(path: Path, threads: int, prefill: int, decode: int) -> dict
 
     peer = LlamaCpp(path, threads)
     found = {
-        "prefill": statistics.median(peer.prefill(list(range(1, prefill + 1))) for _ in range(3)),
-        "decode": statistics.median(peer.decode(list(range(1, decode + 2))) for _ in range(3)),
+        "prefill": peer.prefill(list(range(1, prefill + 1))),
+        "decode": peer.decode(list(range(1, decode + 2))),
     }
     peer.close()
     return found
 
 
-def measure(args: argparse.Namespace, counts: list[str]) -> Speeds:
-    speeds: Speeds = {}
-    for _ in range(args.rounds):
-        for number in range(args.busy + 1):
-            for threads in counts:
-                with busy(number):
+def measure(args: argparse.Namespace, counts: list[str], speeds: Speeds) -> None:
+    """One round."""
+    for number in range(args.busy + 1):
+        for threads in counts:
+            with busy(number):
+                if threads == PEER:
+                    cores = os.cpu_count() or 1
+                    found = bench_llama_cpp(args.gguf, cores, args.prefill, args.decode)
+                else:
                     found = bench(args.run, args.model, threads, args.prefill, args.decode)
-                for work, speed in found.items():
-                    speeds.setdefault((number, work, threads), []).append(speed)
-            if args.gguf:
-                with busy(number):
-                    found = bench_llama_cpp(args.gguf, os.cpu_count() or 1, args.prefill, args.decode)
-                for work, speed in found.items():
-                    speeds.setdefault((number, work, "llama.cpp"), []).append(speed)
-    return speeds
+            for work, speed in found.items():
+                speeds.setdefault((number, work, threads), []).append(speed)
+
+
+def print_table(args: argparse.Namespace, counts: list[str], speeds: Speeds) -> None:
+    fixed = [name for name in counts if name.isdigit()]
+    names = [f"-j {name}" if name in fixed else name for name in counts]
+    print("| busy programs | work |", *(f"{name} |" for name in names), "default / best -j |")
+    print("|--:|---|" + "--:|" * (len(counts) + 1))
+    for number in range(args.busy + 1):
+        for work in ("prefill", "decode"):
+            medians = {name: statistics.median(speeds[number, work, name]) for name in counts}
+            share = medians[DEFAULT] / max(medians[n] for n in fixed)
+            figures = (f"{speed:.0f} |" for speed in medians.values())
+            print(f"| {number} | {work} |", *figures, f"{share:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -83,26 +94,16 @@ def main() -> None:
     parser.add_argument("--busy", type=int, default=2, help="the most busy programs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill", type=int, default=256)
-    parser.add_argument("--decode", type=int, default=200)
+    parser.add_argument("--decode", type=int, default=100)
     args = parser.parse_args()
-    fixed = [str(n) for n in range(1, (os.cpu_count() or 1) + 1)]
-    counts = [*fixed, DEFAULT]
-    speeds = measure(args, counts)
-    peer = ["llama.cpp"] if args.gguf else []
-    print(
-        "| busy programs | work |",
-        *(f"-j {n} |" for n in fixed),
-        *(f"{name} |" for name in [DEFAULT, *peer]),
-        "default / best -j |",
-    )
-    print("|--:|---|" + "--:|" * (len(counts) + len(peer) + 1))
-    for number in range(args.busy + 1):
-        for work in ("prefill", "decode"):
-            medians = {name: statistics.median(speeds[number, work, name]) for name in [*counts, *peer]}
-            share = medians[DEFAULT] / max(medians[n] for n in fixed)
-            print(
-                f"| {number} | {work} |", *(f"{speed:.0f} |" for speed in medians.values()), f"{share:.2f} |"
-            )
+    counts = [*map(str, range(1, (os.cpu_count() or 1) + 1)), DEFAULT]
+    if args.gguf:
+        counts.append(PEER)
+    speeds: Speeds = {}
+    for number in range(args.rounds):
+        measure(args, counts, speeds)
+        print(f"\nAfter {number + 1} of {args.rounds} rounds:\n")
+        print_table(args, counts, speeds)
 
 
 if __name__ == "__main__":
