@@ -1,9 +1,11 @@
 # twofiles: `make help` says what there is.
 
 CC ?= cc
-CFLAGS ?= -O3
 # Its argument, if the compiler takes these flags.
 known = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo '$(1)')
+# Loops that start in the middle of a cache line are up to 7 % slower, see tests/SPEED.md.
+ALIGN := $(call known,-falign-loops=64)
+CFLAGS ?= -O3 $(ALIGN)
 NATIVE := $(or $(call known,-march=native),$(call known,-mcpu=native))
 ARCH = $(NATIVE)
 WARNINGS = -Wall -Wextra -Wshadow -Wconversion -Wno-unknown-pragmas
@@ -38,10 +40,14 @@ demo: run ## a story by the small model that ships in models/, another one each 
 portable: ARCH =
 portable: run ## the same for any CPU of this kind, without its newer instructions: slow
 
-# Of a compiler that can link OpenMP statically, ld may warn of dlopen, which run does not use.
+# musl-gcc, if it is there, else $(CC), of which ld may warn of dlopen, which run does not use. gcc's OpenMP calls two
+# functions that musl lacks: sysconf under another name, and one that it needs only to bind threads to CPUs.
+MUSL := $(shell command -v musl-gcc)
+FOR_MUSL = -Wl,--defsym=__sysconf=sysconf,--defsym=pthread_attr_setaffinity_np=pthread_attr_setguardsize
+STATIC_CC = $(if $(MUSL),$(MUSL) $(FOR_MUSL),$(CC)) $(OPENMP)
 static: run-static ## run-static: for any Linux on this kind of CPU; TARGET=aarch64-linux-musl (zig, one thread): on others
 run-static: run.c Makefile always
-	$(if $(TARGET),$(ZIG) -target $(TARGET),$(CC) $(OPENMP)) -static $(CFLAGS) $(RULES) run.c -o $@ -lm
+	$(if $(TARGET),$(ZIG) -target $(TARGET),$(STATIC_CC)) -static $(CFLAGS) $(RULES) run.c -o $@ -lm
 
 mpi: run-mpi ## run-mpi: several machines share a model; needs mpicc
 run-mpi: run.c Makefile

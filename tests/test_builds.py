@@ -68,15 +68,20 @@ def test_other_systems(system: str, tmp_path: Path) -> None:
     assert np.abs(logits - reference_logits(model, tokens)).max() < 0.02
 
 
-def test_a_static_program(tmp_path: Path) -> None:
-    """It needs no other file, and says the same as the program for any CPU of this kind."""
+@pytest.mark.parametrize("libc", ["musl", "glibc"])
+def test_a_static_program(libc: str, tmp_path: Path) -> None:
+    """It needs no other file, has threads, and says the same as the program for any CPU of this kind."""
+    if libc == "musl" and not shutil.which("musl-gcc"):
+        pytest.skip("no musl-gcc here")
     for name in ("run.c", "Makefile", "models"):
         (tmp_path / name).symlink_to(ROOT / name)
-    if (done := make(tmp_path, "static")).returncode:
+    if (done := make(tmp_path, "static", *(["MUSL="] if libc == "glibc" else []))).returncode:
         pytest.skip(f"no static libraries here: {done.stderr}")
     assert make(tmp_path, "portable").returncode == 0
     program = (tmp_path / "run-static").read_bytes()
     assert program.startswith(b"\x7fELF") and b"/ld-" not in program[:4096]
+    assert (b"Fatal glibc error" in program) == (libc == "glibc")
+    assert b"GOMP_parallel" in program
     say = ["-t", "0", "-n", "40"]
     texts = [
         subprocess.run([tmp_path / name, *say], cwd=tmp_path, capture_output=True, check=True).stdout
