@@ -7,11 +7,11 @@
  * they were adjusted, little by little, until, in a very large amount of text, the token that really came next usually
  * had a high score. The program chooses the next token with the help of the logits, appends it to the text, and
  * repeats. Stories, answers and programs are all written in this way, token by token. The model itself works with ids
- * only. A small file beside the two lists the vocabulary, to turn a text into ids and back.
+ * only. A third, small file, the tokenizer file, contains the vocabulary. With it, a text is turned into ids and back.
  *
- * The program runs every model of the Llama family, which has the form that section 2 describes. export.py converts it
- * to a weights file, in which each parameter takes 2 bytes. The program does not train models. It needs libc and libm,
- * and it uses OpenMP, if the compiler has it, to run on all cores.
+ * The program runs every model of the Llama family. Section 2 describes the form of these models. export.py converts
+ * such a model to a weights file, in which each parameter takes 2 bytes. The program does not train models. It needs
+ * libc and libm, and it uses OpenMP, if the compiler has it, to run on all cores.
  *
  *    1 The model file       what it contains, and how it is mapped into memory
  *    2 The Transformer      from token ids to logits
@@ -222,22 +222,24 @@ static Model open_model(const char *path) {
 //   (what the token looks for), a key (what it can be found by) and a value (what it passes on), three vectors of d
 //   numbers. The dot product of a query with the key of a token is an attention score: it says how well the two match.
 //   Softmax turns attention scores into attention weights, which add up to 1, and the result is the sum of the values,
-//   each multiplied by its weight. A token looks at itself and at earlier tokens, never at later ones: in training, it
-//   had to predict those, and would only have copied them.
+//   each multiplied by its weight. A token looks at itself and at earlier tokens, never at later ones. In training, a
+//   whole text passes through the model at once, and the vector of each token has to predict the next token. If it
+//   could look at that token, the model would only learn to copy it.
 //
-//   All this is done H times side by side, each time with other rows of the weight matrix, so that each looks for
-//   something else. Each of them is called a head. The results of all heads stand side by side, Q = H*d numbers, and a
-//   second matrix makes from these the D numbers that are added to x. In many models, each head has its own queries,
-//   but shares its keys and values with others, so that fewer of them have to be kept and read. Models lose little by
-//   it. This is called grouped-query attention: there are H query heads and only G heads of keys and values, called kv
-//   heads, each for H/G query heads.
+//   H heads do all this side by side. Each head uses other rows of the weight matrix, so each looks for something else.
+//   The results of all heads stand side by side, Q = H*d numbers, and a second matrix makes from these the D numbers
+//   that are added to x. In many models, each head has its own queries, but shares its keys and values with other
+//   heads, so that fewer keys and values have to be kept and read. Models lose little by it. This is called
+//   grouped-query attention: there are H query heads and only G heads of keys and values, called kv heads, each for H/G
+//   query heads.
 //
 //   The feed-forward block works on the vector of each token alone. A matrix makes two vectors of F numbers from the
 //   copy, a non-linear function (SwiGLU) makes one vector of F numbers from the two, and a second matrix makes the D
-//   numbers that are added to x. Without the function, the product of the two matrices, a single matrix, could do the
-//   same. Most of the weights are in these blocks, and much of what a model knows.
+//   numbers that are added to x. If that function were linear, a single matrix could do the work of both. Most of the
+//   weights are in these blocks, and much of what a model knows.
 //
-// After the last layer and one more RMSNorm, a matrix called the classifier turns the vector of a token into logits.
+// After the last layer and one more RMSNorm, a matrix called the classifier turns the vector of a token into logits. It
+// has a row for each token of the vocabulary, as the embedding has. Some models use the embedding for both (TIED).
 // Below, the logits of a token are those that are computed from its vector: they score the token that follows it.
 //
 // The keys and values of a token depend on this token and earlier ones only, so they never change. They are kept in the
@@ -251,19 +253,20 @@ static Model open_model(const char *path) {
 // before, so T = 1 (or a few, with the guesses of section 4). Each pass needs all weights, and the limit is how fast
 // memory delivers them. The longer the text, the more keys and values each token has to read as well.
 //
-// All threads call the functions of this section at the same time. `omp for` gives each thread a share of the loop that
-// follows, and the threads wait for each other at its end. Without OpenMP it is an ordinary loop. A function without
-// such a loop is either called by one thread for its share of a loop, or it only calls functions that have one.
-// matmul_ref and attention_ref are the exception: only the plain program runs them, and it has one thread.
+// Several threads share the work. All of them call forward, and so the functions that forward calls directly, at the
+// same time. There, `omp for` gives each thread a share of the loop that follows, and the threads wait for each other
+// at its end. The other functions of this section are called inside such a loop, by one thread for its share. Without
+// OpenMP, `omp for` has no effect. matmul_ref and attention_ref are an exception: only the plain program runs them, and
+// it has one thread. Sections 3 and 4 run on one thread.
 
 typedef struct Paging Paging; // section 11
-typedef struct Team Team;     // section 10
 
 // The memory of a running model: the KV cache, and the numbers that are computed for one batch of tokens.
 typedef struct {
-    size_t threads;  // the number of threads
-    Team *team;      // measured times, by which the number of threads is chosen, see section 10
-    size_t context;  // C: the number of positions in the KV cache
+    size_t threads;     // the number of threads
+    bool adapt_threads; // -j was not given: fewer threads may run, if that is faster
+    struct Team *team;  // measured times, by which the number of threads is chosen, see section 10
+    size_t context;     // C: the number of positions in the KV cache
     size_t batch;    // the largest T, a limit for the memory of the arrays below: longer prompts take several batches
     uint16_t *k, *v; // the KV cache: layers*G*C*d numbers of keys, and as many of values; section 10 chooses the order
     Dtype kv_type;   // the type of these numbers: F16 or BF16
@@ -333,8 +336,8 @@ static void matmul_add(RunState *s, float *out, Tensor w, Tensor x) { matmul_upd
 // much this number counts: out = x / sqrt(mean(x^2) + eps) * weight.                         (Zhang and Sennrich 2019)
 static void rmsnorm_row(float *out, const float *x, Tensor weight, float eps) {
     size_t n = weight.cols;
-    // The sum of squares. Compilers may not reorder a sum, so they make vector code only if there are several: here 16
-    // side by side, which are then added up. The last n % 16 squares follow.
+    // The sum of squares. Compilers may not change the order of additions, so they cannot make vector code of a single
+    // sum. They can make it of 16 independent sums, which are added up afterwards. The last n % 16 squares follow.
     float sums[16] = {0}, squares = 0;
     for (size_t i = 0; i + 16 <= n; i += 16)
         for (size_t j = 0; j < 16; j++)
@@ -459,15 +462,17 @@ static void softmax(float *x, size_t n) {
 //                                                                                                 (Vaswani et al. 2017)
 static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos) {
     size_t d = m->h.head_dim, H = m->h.n_heads, G = m->h.n_kv_heads;
-    float result[MAX_HEAD_DIM], *attn = thread_scratch(s); // (d), and (n) attention scores, then attention weights
+    float result[MAX_HEAD_DIM];      // (d)
+    float *attn = thread_scratch(s); // (n)  attention scores, which softmax turns into attention weights
     for (size_t t = 0; t < out.rows; t++)
         for (size_t head = 0; head < H; head++) {
             const float *q = s->qkv + (t * (H + 2 * G) + head) * d;
             size_t g = head / (H / G); // the kv head that H/G query heads share
             size_t n = pos + t + 1;    // the positions that this token may look at
 
-            // scores: how well does the key of each position match the query? Undivided, these sums of d products
-            // would typically grow with sqrt(d), and softmax would give nearly all the weight to one position.
+            // scores: how well does the key of each position match the query? The d products of a score partly cancel
+            // out, as their signs differ, so that their sum typically grows with sqrt(d). Undivided, large scores
+            // would make softmax give nearly all the weight to one position.
             for (size_t j = 0; j < n; j++) {
                 float score = 0;
                 for (size_t i = 0; i < d; i++)
@@ -491,8 +496,9 @@ static void attention_ref(const Model *m, RunState *s, Tensor out, size_t layer,
 static void attention(const Model *m, RunState *s, Tensor out, size_t layer, size_t pos);
 
 // SwiGLU (Swish-gated linear unit), the non-linear function of the feed-forward block: out (T, F) = silu(gate) * up.
-// The gate decides, for each token, how much of each number of "up" passes: silu(x) = x / (1 + e^-x) is almost 0 if x
-// is far below 0, and almost x if x is far above. Models learn more with it than with a function of one vector.
+// Each number of "up" is multiplied by silu of its gate. silu(x) = x / (1 + e^-x) is almost 0 if x is far below 0,
+// which blocks the number, and almost x if x is far above. Models learn more with it than with a function of one
+// vector.
 //                                                                                                        (Shazeer 2020)
 static void swiglu(RunState *s, Tensor out, const float *gate_up) {
     size_t F = out.cols;
@@ -514,8 +520,9 @@ static void compute_logits(const Model *m, RunState *s, size_t t, size_t n) {
 }
 
 // The Transformer: takes T tokens at the positions pos, pos + 1, ..., adds their keys and values to the KV cache, and
-// leaves the logits of the last n_logits of them in s->logits. The earlier batches of a prompt need no logits, because
-// what follows their tokens is known. Its last batch needs those of its last token.
+// leaves the logits of the last n_logits of them in s->logits. n_logits is 0 for all batches of a prompt but the last
+// one, because the tokens that follow are known. It is 1 for the last batch, and 1 + n for a batch that ends with n
+// guesses (section 4).
 static void forward(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos, size_t n_logits) {
     // The inputs of the matrix products. Only one is in use at a time, so all three are views of s->xb.
     Tensor normed = xb_view(s, T, m->h.dim);
@@ -557,8 +564,9 @@ static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens
 //
 //   temperature   the logits are divided by it: below 1, likely tokens get more likely; at 0, the most likely is taken
 //   top-k         then only the k most likely tokens can be drawn                                  (Fan et al. 2018)
-//   top-p         and of these the most likely, until their probabilities add up to the share p of the total of
-//                 these; also called nucleus sampling                                         (Holtzman et al. 2020)
+//   top-p         of the tokens that top-k leaves, keeps the fewest, the most likely first, whose probabilities add up
+//                 to at least p times the sum of all that top-k leaves; also called nucleus sampling
+//                                                                                             (Holtzman et al. 2020)
 
 // An entry of a heap: an array from which the entry with the largest key is removed quickly. Section 9.
 typedef struct {
@@ -605,11 +613,11 @@ static double top_k_top_p(Sampler *s, size_t n) {
     const float *p = s->probabilities;
     size_t k = s->top_k ? s->top_k : n;
     double top_p = s->top_p > 0 ? (double)s->top_p : 1;
-    double enough = s->top_k ? 1 : top_p; // the sum of the list. With top-k, top_p is applied to the list afterwards.
+    double enough = s->top_k ? 1 : top_p; // the list is complete at this sum; with top-k, top-p shortens it afterwards
 
-    // A heap gives the most likely tokens without sorting all. Unlikely tokens do not need to enter it: each token
-    // below `least` has less than (1 - enough) / n, so all of these have less than 1 - enough together, and the others
-    // reach `enough` without them. With top-k, least is 0, and all tokens enter it.
+    // A heap gives the most likely tokens without sorting all. Unlikely tokens do not need to enter it: at most n
+    // tokens are below `least` = (1 - enough) / n, so they have less than 1 - enough together. All probabilities add up
+    // to 1, so the others reach `enough` alone. With top-k, least is 0, and all tokens enter it.
     double least = (1 - enough) / (double)n;
     s->heap.n = 0;
     for (size_t i = 0; i < n; i++)
@@ -640,7 +648,7 @@ static uint32_t sample(Sampler *s, const float *logits, size_t n) {
     if (s->temperature == 0)
         return best;
     float *p = s->probabilities;
-    for (size_t i = 0; i < n; i++) // minus the largest, as the division by a very small temperature could overflow
+    for (size_t i = 0; i < n; i++) // minus the largest: if the division overflows, then to -infinity: probability 0
         p[i] = (logits[i] - logits[best]) / s->temperature;
     softmax(p, n);
 
@@ -684,8 +692,8 @@ typedef struct {
 // What the statistics at the end are computed from.
 typedef struct {
     size_t n_prompt, n_generated;     // tokens that were read, and tokens that were generated
-    size_t n_decoded;                 // all but the first of each answer, which is chosen from the logits of prefill
-    size_t n_accepted;                // decoded tokens that had been guessed: see generate_reply
+    size_t n_decoded;                 // decode steps: one for each token but the first of a reply, see generate_reply
+    size_t n_accepted;                // decode steps that needed no pass, because the token had been guessed
     double prefill_time, decode_time; // in seconds
 } Stats;
 
@@ -703,7 +711,7 @@ typedef struct {
 
 static bool interrupted(void); // has Ctrl-C been pressed in a chat? Elsewhere, Ctrl-C ends the program. Section 6
 static void encode(Tokenizer *t, Tokens *tokens, Span text); // appends the tokens of a text; section 5
-static bool is_stop(const Tokenizer *t, uint32_t token);     // the model says by it that it has ended; section 5
+static bool is_stop(const Tokenizer *t, uint32_t token);     // is it a stop token, which ends a text? section 5
 static Span read_prompt(Session *s);                         // the text of the flags -i or -f
 static size_t start_generation(Session *s); // allocates memory; returns the most tokens to generate, 0: no limit
 static void print_prompt(Session *s);
@@ -711,8 +719,9 @@ static void print_prompt(Session *s);
 static void print_token(Session *s, uint32_t token, const float *logits);
 static void end_reply(Session *s); // ends the line
 static void print_stats(const Session *s);
-// make_room returns whether the last token has a place in the KV cache. If not, a chat makes one: it forgets its oldest
-// turns. Then the tokens after these have other positions, n_past is smaller, and evaluate computes them again.
+// make_room returns true if the last token has a place in the KV cache. In a chat, it first makes one if necessary: it
+// forgets the oldest turns. Then the tokens after these have other positions, n_past is smaller, and evaluate computes
+// their keys and values again.
 static bool make_room(Session *s);
 // draft guesses the next tokens: it takes the last few tokens of the text, looks for an earlier place where the same
 // ones stand, and copies what follows there to tokens.data[n], [n + 1], ..., without counting them in n. It returns how
@@ -721,9 +730,10 @@ static bool make_room(Session *s);
 static size_t draft(Session *s);
 
 // Runs the Transformer on the tokens that are not in the KV cache yet, batch by batch. n_draft guesses follow the last
-// token in the same batch. Then row 0 of the logits scores what follows the last token, and row i
-// what follows the i-th guess. Guesses do not count in n_past: the keys and values of wrong ones are overwritten before
-// any token looks at them. Ctrl-C ends it early.
+// token in the same batch. Then row 0 of the logits scores what follows the last token, and row i what follows the i-th
+// guess. Guesses do not count in n_past. No token looks at the keys and values of a wrong guess: the next batch
+// overwrites the positions from n_past on before attention, and no token looks beyond its own position. Ctrl-C ends
+// this early.
 static void evaluate(Session *s, size_t n_draft) {
     Context *c = &s->context;
     while (c->n_past < c->tokens.n && !interrupted()) {
@@ -771,7 +781,7 @@ static void generate_reply(Session *s, size_t max_new) {
 
         // decode: get the logits that follow it
         s->stats.n_decoded++;
-        if (guessed) { // the last pass has computed its keys, values and logits, as guesses always fit in the context
+        if (guessed) { // the last pass has computed them. make_room has moved nothing, as guesses fit in the context.
             c->n_past++;
             n_used++;
             s->stats.n_accepted++;
@@ -837,7 +847,6 @@ typedef ARRAY(unsigned char) Bytes;
 
 static double kv_cache_bytes(const Model *m, size_t context);
 static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits, size_t threads);
-static void allow_fewer_threads(Team *team);
 static const char *isa(void); // the instruction set
 
 // FAST: the kernels of section 10. `make plain`: the plain loops of section 2.
@@ -1427,7 +1436,7 @@ static bool is_stop(const Tokenizer *t, uint32_t token) {
 // before and after what the user and the model say. The model reads the whole conversation so far in this format, and
 // its continuation is the answer. The part of it that is in the KV cache already is not computed again.
 
-enum { MAX_DRAFT = 15 }; // --draft: the logits of each guess take memory
+enum { MAX_DRAFT = 15, MAX_THREADS = 1024 }; // limits of --draft, as the logits of guesses take memory, and of -j
 
 // The values of the flags; section 8 describes them.
 struct Options {
@@ -2012,8 +2021,7 @@ static void start_model(Session *s, size_t context, size_t n_logits) {
                 n_params(m) < 10000000, (double)n_params(m) / 1e6, dtype_name(m), context,
                 kv_cache_bytes(m, context) / 1e6, threads, threads == 1 ? "" : "s", isa());
     s->run = alloc_run_state(m, context, n_logits, threads);
-    if (s->options->adapt_threads)
-        allow_fewer_threads(s->run.team);
+    s->run.adapt_threads = s->options->adapt_threads;
 }
 
 static void print_stats(const Session *s) {
@@ -2378,7 +2386,7 @@ static Options parse_options(int argc, char **argv) {
         {"-f", TEXT, &o.prompt_file, 0, 0, "FILE", "prompt from a file; -: from standard input"},
         {"-y", TEXT, &o.system, 0, 0, "TEXT", "chat: system prompt"},
         {"-c", INTEGER, &o.context, 1, INT32_MAX, "N", "context in tokens (default: the model's)"},
-        {"-j", INTEGER, &o.threads, 1, 1024, "N", "threads (default: one per physical core)"},
+        {"-j", INTEGER, &o.threads, 1, MAX_THREADS, "N", "threads (default: one per physical core)"},
         {"-z", TEXT, &o.tokenizer, 0, 0, "FILE",
          "tokenizer (default: MODEL.tokenizer.bin, else" NEXT_LINE "tokenizer.bin beside it or here)"},
         {"--no-think", SWITCH, &o.no_think, 0, 0, "", "chat: ask the model not to think, if its template knows how"},
@@ -2770,11 +2778,11 @@ static size_t physical_cores(void) {
     return (size_t)CPU_COUNT(&cores);
 }
 
-// The CPUs that a quota of CPU time amounts to, rounded up, at most 1024. Containers are often limited in this way. A
-// quota is a part of a period, in microseconds, and that of any control group above counts, too.
+// The CPUs that a quota of CPU time amounts to, rounded up, at most MAX_THREADS. Containers are often limited in this
+// way. A quota is a part of a period, in microseconds, and that of any control group above counts, too.
 static size_t cpu_quota(void) {
     char line[PATH_MAX];
-    double cpus = 1024;
+    double cpus = MAX_THREADS;
     FILE *file = fopen("/proc/self/cgroup", "r");
     while (file && fgets(line, sizeof line, file)) {
         // version 2: "0::/group"; version 1: "4:cpu,cpuacct:/group"
@@ -2804,7 +2812,9 @@ static size_t cpu_quota(void) {
 
 static size_t default_threads(void) { return min(physical_cores(), cpu_quota()); }
 #else
-static size_t default_threads(void) { return (size_t)fmax(1, (double)sysconf(_SC_NPROCESSORS_ONLN)); }
+static size_t default_threads(void) {
+    return (size_t)fmin(fmax(1, (double)sysconf(_SC_NPROCESSORS_ONLN)), MAX_THREADS);
+}
 #endif
 
 // A page of the mapped file cannot be read: its disk failed, or another program has made the file shorter.
@@ -3042,22 +3052,14 @@ static double kv_cache_bytes(const Model *m, size_t context) {
 }
 
 // Another program that uses a core makes all threads slow: at the end of each loop they wait for the one that has lost
-// its core. Then fewer threads are faster, even a single one. So a team of another size is tried when a pass of one or
-// a few tokens takes unusually long, and a larger team every quarter of a second. The fastest is kept. The size of the
-// team does not change the bits. A prompt always uses all threads: its loops are long enough to wait for one of them.
-enum { MAX_SIZES = 32, FEW_TOKENS = 16 };
+// its core. Then fewer threads are faster, even a single one. So a smaller team is tried when a pass of one or a few
+// tokens takes unusually long, and a larger one every quarter of a second. The fastest is kept. The size of the team
+// does not change the bits. A prompt always uses all threads: its loops are long enough to wait for one of them.
 struct Team {
-    size_t sizes[MAX_SIZES]; // the numbers of threads to choose from, the largest first
-    size_t n_sizes, current; // current: the index of the one in use
-    double times[MAX_SIZES]; // how long a pass takes with each size, in seconds; 0: not known yet
-    double next_try;         // when a larger team is tried again
+    size_t all, size;              // the threads for a prompt, and for a few tokens
+    double times[MAX_THREADS + 1]; // how long a pass of a few tokens takes with each size, in seconds; 0: not known
+    double next_try;               // when a larger team is tried again
 };
-
-// Lets the program choose the number of threads: all, 3/4 of all, 3/4 of these, ..., 1.
-static void allow_fewer_threads(Team *team) {
-    for (size_t n = team->sizes[0] * 3 / 4; n > 0; n = n * 3 / 4)
-        team->sizes[team->n_sizes++] = n;
-}
 
 // Allocates the memory for `context` positions, and for the logits of up to n_logits tokens at a time.
 static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits, size_t threads) {
@@ -3066,7 +3068,7 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
     const char *what = "the activations";
     RunState s = {.threads = threads, .context = round_up(context, KV_BLOCK)};
     s.team = allocate(1, sizeof *s.team, what);
-    *s.team = (Team){.sizes = {threads}, .n_sizes = 1};
+    *s.team = (struct Team){.all = threads, .size = threads};
     s.xb_type = choose_xb_type(m->h.dtype);
     s.kv_type = s.xb_type == BF16 ? BF16 : F16; // a CPU that has AMX is slow at bf16 dot products of vectors
     size_t per_token = (D + outputs + d) * sizeof(float) + xb_stride(s.xb_type, widest) * size_of(s.xb_type);
@@ -3094,26 +3096,24 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
 }
 
 // Chooses the size of the team after a pass that took so many seconds.
-static void adapt_team(Team *team, double took) {
-    double *time = team->times + team->current, now = seconds(); // time[1]: of the next smaller team, time[-1]: larger
+static void adapt_team(struct Team *team, double took) {
+    size_t smaller = max(1, team->size * 3 / 4), larger = min(team->all, team->size * 4 / 3 + 1);
+    double *times = team->times, *time = &times[team->size], now = seconds();
     if (*time == 0)
         *time = took;
-    bool go_smaller = time[1] == 0 && took > 1.3 * *time;
+    bool too_long = times[smaller] == 0 && took > 1.3 * *time;
     *time = (*time + took) / 2;
-    go_smaller |= time[1] > 0 && time[1] < 0.9 * *time;
-    if (go_smaller && team->current + 1 < team->n_sizes)
-        team->current++;
-    else if (team->current > 0 && (time[-1] < *time || now > team->next_try))
-        team->current--;
-    else
-        return;
-    team->next_try = now + 0.25;
+    bool go_smaller = too_long || (times[smaller] > 0 && times[smaller] < 0.9 * *time);
+    if (go_smaller || times[larger] < *time || now > team->next_try) {
+        team->size = go_smaller ? smaller : larger;
+        team->next_try = now + 0.25;
+    }
 }
 
 static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens, size_t T, size_t pos,
                              size_t n_logits) {
     double start = seconds();
-    s->threads = s->team->sizes[T <= FEW_TOKENS ? s->team->current : 0];
+    s->threads = T <= 1 + MAX_DRAFT ? s->team->size : s->team->all;
     // One thread does not enter a parallel region: outside of one, `omp for` is an ordinary loop, and inside, even one
     // thread would pay for a barrier after each loop.
     if (s->threads == 1)
@@ -3121,7 +3121,7 @@ static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens
     else
 #pragma omp parallel num_threads((int)s->threads)
         forward(m, s, tokens, T, pos, n_logits);
-    if (T <= FEW_TOKENS)
+    if (s->adapt_threads && T <= 1 + MAX_DRAFT)
         adapt_team(s->team, seconds() - start);
     check_finite(m, s->logits, n_logits, pos + T - n_logits);
 }
@@ -3173,7 +3173,8 @@ INLINE vec load(const void *array, Dtype dtype, bool pairs, size_t i) {
     return load_f16(p);
 }
 
-// Forces a value into a register: gcc otherwise repeats the load in every multiplication, which is slow.
+// Forces a value into a register: otherwise gcc repeats a load in every multiplication, and clang 14 moves sums between
+// registers and memory.
 INLINE vec in_register(vec a) {
 #if defined(__x86_64__)
     __asm__("" : "+v"(a));
@@ -3241,7 +3242,7 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
                                            PREFETCH_LOCALITY);
                     vec row = load(w.data, w_type, pairs, at);
                     for (size_t t = 0; t < group; t++)
-                        chain[t][r][j] = fma_or_bf16_dot(row, token[t], chain[t][r][j], pairs);
+                        chain[t][r][j] = in_register(fma_or_bf16_dot(row, token[t], chain[t][r][j], pairs));
                 }
             }
         for (size_t t = 0; t < group; t++)
