@@ -3241,8 +3241,11 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
                         __builtin_prefetch((const char *)element_ptr(w.data, w_type, at) + PREFETCH_BYTES, 0,
                                            PREFETCH_LOCALITY);
                     vec row = load(w.data, w_type, pairs, at);
-                    for (size_t t = 0; t < group; t++)
-                        chain[t][r][j] = in_register(fma_or_bf16_dot(row, token[t], chain[t][r][j], pairs));
+                    for (size_t t = 0; t < group; t++) {
+                        chain[t][r][j] = fma_or_bf16_dot(row, token[t], chain[t][r][j], pairs);
+                        if (W < 16 && group > 1) // the sums take nearly all registers
+                            chain[t][r][j] = in_register(chain[t][r][j]);
+                    }
                 }
             }
         for (size_t t = 0; t < group; t++)
