@@ -3264,9 +3264,9 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
         }
 }
 
-// Up to this many tokens, the matrix product is limited by memory: each few rows are used for all tokens as they
-// arrive.
-enum { SMALL_BATCH = MR * NR };
+// Up to SMALL_BATCH tokens, the matrix product is limited by memory: each few rows are used for all tokens as they
+// arrive. Up to FEW tokens, or for as many that are left, the micro-kernel computes half of its sums.
+enum { SMALL_BATCH = MR * NR, FEW = (NR + 1) / 2 };
 
 // Multiplies whole groups of MR rows and whole vectors of columns by several tokens. A chunk of TOKENS_IN_L1 tokens
 // stays in L1 while the rows of w stream past. Meanwhile it prefetches the rows that follow in memory, which are likely
@@ -3281,8 +3281,10 @@ INLINE void gemm_blocked(float *out, size_t stride, Tensor w, Dtype w_type, Tens
     Prefetch prefetch = {element_ptr(w.data, w_type, w.rows * w.stride),
                          element_ptr(w.data, w_type, 2 * w.rows * w.stride),
                          large ? lines / passes + 1 : (lines + steps - 1) / steps};
+    Prefetch *ahead = large ? NULL : &prefetch;
     for (size_t c = 0, n; c < x.cols; c += n) {
         n = min(chunk, x.cols - c);
+        Update how = c ? ADD : update;
         for (size_t first = 0; first < x.rows; first += TOKENS_IN_L1)
             for (size_t r = 0; r < w.rows; r += MR) {
                 size_t end = min(first + TOKENS_IN_L1, x.rows);
@@ -3290,9 +3292,13 @@ INLINE void gemm_blocked(float *out, size_t stride, Tensor w, Dtype w_type, Tens
                     prefetch_lines(&prefetch);
                 for (size_t t = first, tokens; t < end; t += tokens) {
                     tokens = min(NR, end - t);
-                    micro_kernel(out + t * stride + r, stride, slice(w, r, MR, c, n), w_type, MR, 1,
-                                 slice(x, t, tokens, c, n), x_type, NR, tokens, c ? ADD : update,
-                                 large ? NULL : &prefetch);
+                    Tensor rows = slice(w, r, MR, c, n), part = slice(x, t, tokens, c, n);
+                    if (tokens > FEW)
+                        micro_kernel(out + t * stride + r, stride, rows, w_type, MR, 1, part, x_type, NR, tokens, how,
+                                     ahead);
+                    else
+                        micro_kernel(out + t * stride + r, stride, rows, w_type, MR, 1, part, x_type, FEW, tokens, how,
+                                     ahead);
                 }
             }
     }

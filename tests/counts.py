@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What the two programs have now, and must not exceed. The aims of the second edition were 2,200 and 1,650. Of run.c's
 # lines, 84 are for several machines (53 of them in section 12), and some 50 for busy machines and hostile tokenizers.
-RUN_LINES = 2960
+RUN_LINES = 2966
 EXPORT_LINES = 2568
 
 NOT_CODE = re.compile(r"\s*(//.*|/?\*.*)?")
