@@ -16,8 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What the two programs have now, and must not exceed. The aims of the second edition were 2,200 and 1,650. Of run.c's
-# lines, 84 are for several machines (53 of them in section 12), and some 50 for busy machines and hostile tokenizers.
+# What the two programs have now, and must not exceed. The aims of the second edition were 2,200 and 1,650. The first had
+# 2,561 lines of run.c, of which some 280 went. Came: several machines 84 (53 of them in section 12), busy machines 30, CPU
+# quotas and the check of the CPU 65, dropped thoughts and messages of several lines 50, checks of hostile tokenizers 40,
+# the plain loops 60, and some 200 for `if` in place of 80 conditional expressions. In tokens of C, run.c grew by 8 %. No
+# block of 50 lines could go without a feature, a check or speed.
 RUN_LINES = 2966
 EXPORT_LINES = 2568
 
