@@ -3101,7 +3101,7 @@ static void adapt_team(struct Team *team, double took) {
     double *times = team->times, *time = &times[team->size], now = seconds();
     if (*time == 0)
         *time = took;
-    bool too_long = times[smaller] == 0 && took > 1.15 * *time;
+    bool too_long = times[smaller] == 0 && took > 1.05 * *time;
     *time = (*time + took) / 2;
     bool go_smaller = too_long || (times[smaller] > 0 && times[smaller] < 0.9 * *time);
     if (go_smaller || times[larger] < *time || now > team->next_try) {
