@@ -40,8 +40,8 @@ demo: run ## a story by the small model that ships in models/, another one each 
 portable: ARCH =
 portable: run ## the same for any CPU of this kind, without its newer instructions: slow
 
-# musl-gcc, if it is there, else $(CC), of which ld may warn of dlopen, which run does not use. gcc's OpenMP calls two
-# functions that musl lacks: sysconf under another name, and one that it needs only to bind threads to CPUs.
+# The compiler is musl-gcc if it is installed, else $(CC), whose ld may warn of dlopen, which run does not use.
+# gcc's OpenMP calls two functions that musl lacks: sysconf under another name, and one that only binds threads to CPUs.
 MUSL := $(shell command -v musl-gcc)
 FOR_MUSL = -Wl,--defsym=__sysconf=sysconf,--defsym=pthread_attr_setaffinity_np=pthread_attr_setguardsize
 STATIC_CC = $(if $(MUSL),$(MUSL) $(FOR_MUSL),$(CC)) $(OPENMP)

@@ -3053,7 +3053,7 @@ static double kv_cache_bytes(const Model *m, size_t context) {
 
 // Another program that uses a core makes all threads slow: at the end of each loop they wait for the one that has lost
 // its core. Then fewer threads are faster, even a single one. So a smaller team is tried when a pass of one or a few
-// tokens takes unusually long, and a larger one every quarter of a second. The fastest is kept. The size of the team
+// tokens takes longer than usual, and a larger one every quarter of a second. The fastest is kept. The size of the team
 // does not change the bits. A prompt always uses all threads: its loops are long enough to wait for one of them.
 struct Team {
     size_t all, size;              // the threads for a prompt, and for a few tokens
@@ -3265,7 +3265,7 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
 }
 
 // Up to SMALL_BATCH tokens, the matrix product is limited by memory: each few rows are used for all tokens as they
-// arrive. Up to FEW tokens, or for as many that are left, the micro-kernel computes half of its sums.
+// arrive. For up to FEW tokens, also the last ones of a batch, the micro-kernel computes half as many sums.
 enum { SMALL_BATCH = MR * NR, FEW = (NR + 1) / 2 };
 
 // Multiplies whole groups of MR rows and whole vectors of columns by several tokens. A chunk of TOKENS_IN_L1 tokens
