@@ -810,13 +810,13 @@ static void generate(Session *s) {
 //
 // Byte-pair encoding (BPE) turns a text into tokens: it cuts the text into small pieces, the symbols, and merges
 // neighbours into larger ones, in an order that was learned from a large text, until nothing is left to merge. There
-// are two kinds. SentencePiece starts from characters; a character that is not in the vocabulary becomes bytes at the
-// end. Byte-level BPE starts from bytes. Before the merging, a text is normalised and cut into words, which merges do
-// not cross. The differences between models in all this are data in the tokenizer file, which export.py has prepared
-// so that it can be used as it is: read into memory, checked once, and searched by bisection.
+// are two kinds. SentencePiece starts from characters; at the end, each character that is not in the vocabulary is
+// replaced by one token per byte. Byte-level BPE starts from bytes. Before merging, a text is normalised and cut into
+// words, and no merge crosses the end of a word. How models differ in all this is data in the tokenizer file. export.py
+// has prepared it so that it can be used as it is: read into memory, checked once, and searched by bisection.
 
-// The language model is complete. From here on, the program needs more of the system, and these functions of sections
-// 7, 9 and 10.
+// The language model is complete. The rest of the program also needs these system headers, and these functions of
+// sections 7, 9, 10 and 12.
 
 #include <errno.h>
 #include <fcntl.h>
@@ -857,49 +857,50 @@ static const char *isa(void); // the instruction set
 #endif
 
 // Several processes that run a model together, see section 12. Without -DMPI, process 0 is alone.
-static int process, n_processes = 1;        // the number of this process, from 0 on, and how many there are
-static int error_fd = STDERR_FILENO;        // where the last message goes
-static int exit_status;                     // if it is not 0, the exit ends the other processes, too
+static int process, n_processes = 1;        // the rank of this process, from 0 on, and how many there are
+static int error_fd = STDERR_FILENO;        // where die prints: in all processes but 0, stderr is /dev/null
+static int exit_status;                     // not 0: the exit handler ends the other processes, too
 static void share(void *data, size_t size); // copies data of process 0 to the others
 static void gather_columns(float *out, size_t T, size_t n); // completes a matrix product
 
 enum { SENTENCEPIECE_BPE = 1, BYTE_LEVEL_BPE = 2 }; // TokenizerHeader.kind
-// Piece.type. NORMAL and BYTE tokens are results of merging. USER_DEFINED ones are found in the text as it is written,
-// and LATE_USER_DEFINED ones in the normalised text. No text becomes a CONTROL token.
+// Piece.type. NORMAL and BYTE tokens are the results of merging. USER_DEFINED tokens are searched for in the original
+// text, LATE_USER_DEFINED ones in the normalised text. No text is ever encoded as a CONTROL token.
 enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6, LATE_USER_DEFINED = 7 };
 enum { MAX_STOPS = 7, MAX_TEXT = 1 << 30, MAX_DFAS = 16 };
-// Code points of Unicode; larger numbers stand for bytes that are not UTF-8. Pages are groups of 256 of both.
+// Unicode's code points, and above them 256 numbers for bytes that are not valid UTF-8. A page is 256 of these numbers.
 enum { N_CODEPOINTS = 0x110000, N_PAGES = N_CODEPOINTS / 256 + 1 };
 
 enum { // TokenizerHeader.flags
     ADD_BOS = 1,
     ADD_DUMMY_PREFIX = 2,       // put a space in front of a text
-    PREFIX_AFTER_SPECIAL = 4,   // and in front of a text that follows a control or user-defined token
-    NO_PREFIX_BEFORE_SPACE = 8, // but not in front of a text that begins with a space
+    PREFIX_AFTER_SPECIAL = 4,   // also in front of a text that follows a control or user-defined token
+    NO_PREFIX_BEFORE_SPACE = 8, // but never in front of a text that begins with a space
     MERGES_BY_RANK = 16,        // merge by the list of merges, else by the scores of the merged tokens
-    IGNORE_MERGES = 32,         // a word that is a token is never cut
-    REMOVE_EXTRA_SPACES = 64,   // at both ends, and all but one of several
+    IGNORE_MERGES = 32,         // a word that is in the vocabulary becomes that token, without merging
+    REMOVE_EXTRA_SPACES = 64,   // remove spaces at both ends, and all but one of several in a row
     ALL_TOKENIZER_FLAGS = 127
 };
 
-// The texts of a chat template around what is said, and their order in the file; models/FORMAT.md describes them.
+// The texts that a chat template puts around the messages, in the order of the file; see models/FORMAT.md.
 enum { BEFORE_USER, BEFORE_SYSTEM, AFTER_SYSTEM, AFTER_USER, BEFORE_ANSWER, AFTER_ANSWER, NEXT_USER };
 enum { OPENS_ANSWER = NEXT_USER + 1, OPENS_ANSWER_NO_THINK, END_OF_THOUGHT, N_TEMPLATES };
-enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, ALL_TEMPLATE_FLAGS = 8191 };   // TokenizerHeader.template_flags
-enum { TRIM_NEWLINES = 1024, TRIM_SPACES = 2048, HAS_NO_THINK = 4096 }; // of those, after a dropped thought; --no-think
+// TokenizerHeader.template_flags; append_answer explains TRIM_NEWLINES and TRIM_SPACES.
+enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, TRIM_NEWLINES = 1024, TRIM_SPACES = 2048, HAS_NO_THINK = 4096 };
+enum { ALL_TEMPLATE_FLAGS = 8191 };
 
 #define NONE UINT32_MAX // no token, no symbol
 
 // The start of a tokenizer file, byte for byte. The arrays of struct Tokenizer follow it in their order.
 typedef struct {
     char magic[8];          // "twotoken"
-    uint32_t version, kind; // 3
-    uint64_t hash;          // of all that follows it
+    uint32_t version, kind; // version 3; SENTENCEPIECE_BPE or BYTE_LEVEL_BPE
+    uint64_t hash;          // of everything after this field
     uint64_t file_size;     // in bytes
     uint64_t vocab_hash;    // the weights file has the same
     uint32_t flags, vocab_size;
     int32_t bos_id;   // the token that begins a text; -1: none
-    int32_t unk_id;   // the token for what the vocabulary lacks; -1: none
+    int32_t unk_id;   // the unknown token, for text that the vocabulary cannot express; -1: none
     uint32_t n_stops; // tokens that end a text or an answer
     int32_t stop_ids[MAX_STOPS];
     uint32_t n_by_text, n_merges, n_dfas, n_classes, n_states; // lengths of arrays
@@ -925,8 +926,8 @@ typedef struct {
     uint32_t token, offset, length;
 } TemplateItem;
 
-// A part of a word that is on its way to becoming a token. Neighbours are linked by their indices. NONE is before the
-// first symbol, and the number of symbols after the last one.
+// A part of a word that is on its way to becoming a token. The symbols are a linked list of indices: `previous` of the
+// first one is NONE, and `next` of the last one is the number of symbols.
 typedef struct {
     Span text;   // empty once it has been merged into the symbol before it
     uint32_t id; // NONE: not in the vocabulary
@@ -937,7 +938,7 @@ struct Tokenizer {
     File file;
     TokenizerHeader h;
     const uint32_t *byte_id;     // (256)   the token of each byte, or unk_id
-    const uint32_t *longest;     // (256)   the length of the longest user-defined token that starts with a byte
+    const uint32_t *longest;     // (256)   the length of the longest user-defined token with this first byte
     const Piece *pieces;         // (V)
     const uint32_t *by_text;     // (n_by_text)  the tokens that text can become, sorted by their bytes
     const Merge *merges;         // (n_merges)   sorted by left and right
@@ -946,14 +947,14 @@ struct Tokenizer {
     const uint32_t *class_block; // (N_PAGES)   the block of each 256 code points; only with automata
     const uint8_t *classes;      // (n_class_blocks, 256)   the class of each code point of a block
     const unsigned char *text;   // (n_text)
-    uint32_t starts[0x10001];   // where in by_text the texts with the same first_bytes start; the next one is their end
-    bool prefix;                // encode: the next text gets a space in front
-    Bytes prompt;               // read_prompt: the text of -f
-    Bytes normalised;           // encode: the text, with room for that space
-    const unsigned char *words; // encode_words: where the text starts
-    Tokens states;              // match_word: for each byte of that text, the state that read on from it last
-    ARRAY(Symbol) symbols;      // encode_word: the symbols of a word
-    Heap pairs;                 // encode_word: neighbours that can be merged, the next merge on top
+    uint32_t starts[0x10001];    // the texts with first_bytes f are by_text[starts[f]] to [starts[f + 1] - 1]
+    bool prefix;                 // encode: the next text gets a space in front
+    Bytes prompt;                // read_prompt: the text of -f
+    Bytes normalised;            // encode: the text, with room for that space
+    const unsigned char *words;  // encode_words: where the text starts
+    Tokens states;               // match_word: for each byte of that text, the state of the last search that was there
+    ARRAY(Symbol) symbols;       // encode_word: the symbols of a word
+    Heap pairs;                  // encode_word: neighbours that can be merged, the next merge on top
 };
 
 static void append_bytes(Bytes *array, Span text) {
@@ -984,7 +985,7 @@ static Span piece_text(const Tokenizer *t, uint32_t id) {
     return (Span){t->text + t->pieces[id].offset, t->pieces[id].length};
 }
 
-// The order of bytes; a text comes after its own beginning.
+// Compares texts byte by byte (lexicographic order). A text that is the beginning of another comes before it.
 static int compare(Span a, Span b) {
     int order = memcmp(a.bytes, b.bytes, min(a.n, b.n));
     if (order == 0)
@@ -995,8 +996,8 @@ static int compare(Span a, Span b) {
 // The first two bytes of a text as a number. Texts that are sorted by their bytes are sorted by this number, too.
 static size_t first_bytes(Span text) { return (size_t)text.bytes[0] << 8 | (text.n > 1 ? text.bytes[1] : 0u); }
 
-// Of the tokens that start with the same two bytes, the last one in the order of bytes that does not come after this
-// text, found by bisection; NONE if all come after it. If a token has this text, it is this one.
+// Finds, by bisection, the last token in byte order that is not after this text, among the tokens that start with the
+// same two bytes. Returns NONE if all of these come after it. If a token has exactly this text, it is the one found.
 static uint32_t find_nearest(const Tokenizer *t, Span text) {
     size_t first = first_bytes(text), low = t->starts[first], high = t->starts[first + 1];
     while (low < high) {
@@ -1037,7 +1038,7 @@ static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
     for (size_t i = 0; i < h->n_stops; i++)
         check(path, "stop id", h->stop_ids[i], 0, h->vocab_size - 1);
     check(path, "n_by_text", h->n_by_text, 0, h->vocab_size);
-    check(path, "n_merges", h->n_merges, 0, 1 << 24); // a float is exact up to there, see push_pair
+    check(path, "n_merges", h->n_merges, 0, 1 << 24);
     check(path, "n_dfas", h->n_dfas, 0, MAX_DFAS);
     uint32_t any_dfa = h->n_dfas > 0, any_class = h->n_classes > 0; // 0: the arrays have to be empty
     check(path, "n_classes", h->n_classes, 2 * any_dfa, 256);
@@ -1080,6 +1081,7 @@ static void check_tokenizer(const Tokenizer *t) {
     for (size_t i = 0; i < h->n_merges; i++) {
         const Merge *merge = &t->merges[i];
         check(path, "a merge", (double)max(max(merge->left, merge->right), merge->merged), 0, last_id);
+        check(path, "a merge's rank", merge->rank, 0, 1 << 24); // a float is exact up to there, see push_pair
         expect(i == 0 || compare_merges(merge - 1, merge) < 0, "%s: expected sorted merges, found merge %zu too late",
                path, i);
     }
@@ -1093,11 +1095,12 @@ static void check_tokenizer(const Tokenizer *t) {
         const TemplateItem *item = &t->items[i];
         check(path, "a template's token", item->token == NONE ? 0 : item->token, 0, last_id);
         check(path, "a template's offset", item->offset, 0, h->n_text);
-        check(path, "a template's text", item->length, 0, h->n_text - item->offset);
+        check(path, "a template's text", item->length, i >= h->template_ends[END_OF_THOUGHT - 1],
+              h->n_text - item->offset);
     }
 }
 
-// The array of `count` elements that starts at `*at`, which moves on to the next one.
+// Returns the array of `count` elements that starts at `*at`, and moves `*at` to the next array.
 static const void *next_array(const Tokenizer *t, size_t *at, size_t count, size_t size) {
     size_t start = *at;
     *at = round_up(start + count * size, sizeof(uint32_t));
@@ -1134,16 +1137,16 @@ static Tokenizer *open_tokenizer(const char *path) {
            (unsigned long long)hash);
     check_tokenizer(t);
     for (uint32_t i = 0; i < h->n_by_text; i++)
-        t->starts[first_bytes(piece_text(t, t->by_text[i])) + 1] = i + 1; // the last of these texts decides
+        t->starts[first_bytes(piece_text(t, t->by_text[i])) + 1] = i + 1; // the last text with these bytes counts
     for (size_t i = 1; i < sizeof t->starts / sizeof *t->starts; i++)
         t->starts[i] = (uint32_t)max(t->starts[i], t->starts[i - 1]);
     return t;
 }
 
-// Decodes the first character of a text that is not empty. Returns its length; 0 if it is not UTF-8; -1 if it might be,
-// with more bytes.
+// Decodes the first character of a text that is not empty. Returns its length in bytes; 0 if it is not valid UTF-8; -1
+// if the text ends within a character that is valid so far.
 static int decode_utf8(Span text, uint32_t *codepoint) {
-    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; // a code point below it has a shorter form
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; // by length: a smaller code point has a shorter form
     int length = 0;                                               // the number of leading ones of the first byte
     while (*text.bytes << length & 0x80)
         length++;
@@ -1175,12 +1178,13 @@ static size_t next_char(Span text, uint32_t *codepoint) {
 }
 
 static Span from(Span text, size_t at) {
-    if (at == 0) // C has no NULL + 0, and an empty text may be NULL
+    if (at == 0) // an empty text may be NULL, and NULL + 0 is undefined in C
         return text;
     return (Span){text.bytes + at, text.n - at};
 }
 
-// SentencePiece: U+2581, by which its vocabularies mean a space, becomes one. The result has room for a byte in front.
+// Normalises a text. SentencePiece's vocabularies write a space as U+2581, so a U+2581 in the text becomes a space.
+// With REMOVE_EXTRA_SPACES, removes extra spaces. The result has room for a byte in front, for a space.
 static Span normalise(Tokenizer *t, Span text) {
     bool sentencepiece = t->h.kind == SENTENCEPIECE_BPE, remove = t->h.flags & REMOVE_EXTRA_SPACES;
     t->normalised.n = 0;
@@ -1236,8 +1240,8 @@ static void push_pair(Tokenizer *t, uint32_t first) {
     }
 }
 
-// Merges the best pair, of equals the leftmost, until none is left. With the heap, this takes n log n steps.
-//                                                                          (Sennrich, Haddow and Birch 2016)
+// Merges the best pair, or the leftmost of several equally good ones, again and again until none can be merged. With
+// the heap, n symbols take O(n log n) steps.                                      (Sennrich, Haddow and Birch 2016)
 static void merge_symbols(Tokenizer *t) {
     Symbol *symbols = t->symbols.data;
     for (uint32_t i = 0; i < t->symbols.n; i++)
@@ -1258,8 +1262,8 @@ static void merge_symbols(Tokenizer *t) {
     }
 }
 
-// Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes a token for each byte, or one
-// <unk> for all.
+// Encodes a word: merges its symbols. A symbol that is not in the vocabulary becomes one token per byte. A run of bytes
+// that have no token becomes a single unknown token.
 static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
     uint32_t whole = t->h.flags & IGNORE_MERGES ? find_piece(t, word) : NONE;
     if (whole != NONE) {
@@ -1282,13 +1286,14 @@ static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
 
 // The length of the longest word that starts here; 0 if none does. An automaton (DFA) reads the characters one by
 // one. Its next state follows from its state and the class of the character: a transition is twice the next state, plus
-// 1 if the characters before this one are a word. State 0 has no way on; class 0 is the end of the text. export.py
+// 1 if the characters before this one are a word. State 0 ends the search; class 0 is the end of the text. export.py
 // makes the automata from the regular expressions of the tokenizer.                                   (Thompson 1968)
 //
-// A search may read far beyond the word that it finds, and the next search starts right after that word. If it comes
-// to a character in the same state as the search before it, it cannot find more than that one did, and stops. Without
-// this, the pattern "[a-z]*!|[a-z]" would take quadratic time. Patterns that count still do, such as "(aa)*!|a": each
-// search passes a character in another state than the one before.                                          (Reps 1998)
+// A search may read far beyond the word that it finds, and the next search starts right after that word. So the state
+// in which a search reaches each character is remembered. A search that reaches a character in the same state as the
+// one before it cannot find more than that one did, and stops. Without this, the pattern "[a-z]*!|[a-z]" would take
+// quadratic time. Patterns that count, such as "(aa)*!|a", still take quadratic time, because each search reaches a
+// character in another state than the one before it.                                                        (Reps 1998)
 static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
     uint32_t *states = t->states.data + (text.bytes - t->words);
     size_t word = 0, at = 0;
@@ -1320,7 +1325,7 @@ static void encode_words(Tokenizer *t, Tokens *tokens, Span text, uint32_t dfa) 
         encode_word(t, tokens, text);
         return;
     }
-    size_t start = 0, at = 0; // of the text between words, and its end
+    size_t start = 0, at = 0; // the start and the end of the text between words
     while (at < text.n) {
         uint32_t codepoint;
         size_t n = match_word(t, 1 + dfa, from(text, at));
@@ -1342,7 +1347,7 @@ static uint32_t find_user_defined(const Tokenizer *t, Span text, uint32_t type) 
     text.n = min(text.n, t->longest[*text.bytes]);
     while (text.n > 0) {
         uint32_t id = find_nearest(t, text);
-        size_t common = 1; // at least, with a token of one byte
+        size_t common = 1; // find_nearest misses tokens of one byte, so this length is tried at the end
         if (id != NONE) {
             Span token = piece_text(t, id);
             while (common < token.n && common < text.n && token.bytes[common] == text.bytes[common])
@@ -1359,7 +1364,7 @@ static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t typ
 
 // Finds the user-defined tokens of a type, and encodes what is between them.
 static void encode_specials(Tokenizer *t, Tokens *tokens, Span text, uint32_t type) {
-    size_t start = 0, at = 0; // of the text between tokens, and its end
+    size_t start = 0, at = 0; // the start and the end of the text between tokens
     while (at < text.n) {
         uint32_t token = find_user_defined(t, from(text, at), type);
         if (token == NONE) {
@@ -1375,8 +1380,9 @@ static void encode_specials(Tokenizer *t, Tokens *tokens, Span text, uint32_t ty
     encode_between(t, tokens, from(text, start), type);
 }
 
-// Encodes a text between user-defined tokens: it is normalised and searched for late ones, or else cut into words. The
-// prefix comes before the late ones are searched, or if NO_PREFIX_BEFORE_SPACE is set, after.
+// Encodes the text between two user-defined tokens of a type. Between USER_DEFINED tokens, it is normalised and
+// searched for LATE_USER_DEFINED ones. Between those, it is cut into words, which are encoded. The space in front is
+// added after normalising, or with NO_PREFIX_BEFORE_SPACE only after the second search.
 static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t type) {
     if (text.n == 0)
         return;
@@ -1397,8 +1403,9 @@ static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t typ
         encode_specials(t, tokens, text, LATE_USER_DEFINED);
 }
 
-// Appends the tokens of a text to those before it. If there are none, the tokenizer may want bos, and a space in front
-// of the text; the space also after a control or user-defined token.
+// Appends the tokens of a text. If there are no tokens yet, first adds bos, and puts a space in front of the text, if
+// the tokenizer wants them. With PREFIX_AFTER_SPECIAL, the space is added also after a token that is not made by
+// merges.
 static void encode(Tokenizer *t, Tokens *tokens, Span text) {
     t->prefix = t->h.flags & ADD_DUMMY_PREFIX;
     if (tokens->n) {
@@ -1410,13 +1417,14 @@ static void encode(Tokenizer *t, Tokens *tokens, Span text) {
     encode_specials(t, tokens, text, USER_DEFINED);
 }
 
-// What the token at position `pos` prints. At the start of a text, that is without the space put there by encode.
+// Returns the text that a token prints at position `pos`. The first token of a text prints without the space that
+// encode puts in front of a text.
 static Span decode(const Tokenizer *t, uint32_t token, size_t pos) {
     Span text = piece_text(t, token);
     uint32_t type = t->pieces[token].type;
     if (type == UNKNOWN || type == CONTROL || type == UNUSED)
         return (Span){0};
-    bool first = t->h.flags & ADD_BOS; // bos, if there is one, is at 0
+    size_t first = (t->h.flags & ADD_BOS) != 0; // the position of the first token after bos
     if (pos == first && t->h.flags & ADD_DUMMY_PREFIX && *text.bytes == ' ')
         return from(text, 1);
     return text;
@@ -1434,9 +1442,10 @@ static bool is_stop(const Tokenizer *t, uint32_t token) {
 //
 // A chat model was trained on conversations in a fixed format, its chat template: control tokens and a few words stand
 // before and after what the user and the model say. The model reads the whole conversation so far in this format, and
-// its continuation is the answer. The part of it that is in the KV cache already is not computed again.
+// its continuation is the answer. The part of the conversation that is in the KV cache already is not computed again.
 
-enum { MAX_DRAFT = 15, MAX_THREADS = 1024 }; // limits of --draft, as the logits of guesses take memory, and of -j
+// The limits of --draft, because each guess takes memory for its logits, and of -j.
+enum { MAX_DRAFT = 15, MAX_THREADS = 1024 };
 
 // The values of the flags; section 8 describes them.
 struct Options {
@@ -1471,7 +1480,7 @@ struct Chat {
     bool terminal; // they are typed on a terminal
     ARRAY(Turn) turns;
     size_t reply_start; // the index of the first token of the last turn's answer
-    Bytes pending;      // text that is to follow the tokens; text that meets is encoded as one
+    Bytes pending;      // text to encode after the tokens; pieces of text that meet are encoded together
     Bytes message;      // the message that is being read
 };
 
@@ -1495,7 +1504,8 @@ static void append_template(Session *s, size_t which) {
     }
 }
 
-// Bits 2 + 2 * role and 3 + 2 * role of template_flags: the template trims such a text on the left, on the right.
+// Each role has two bits of template_flags: the template trims such a text on the left (bit 2 + 2 * role), and on the
+// right (bit 3 + 2 * role).
 typedef enum { SYSTEM_TEXT, FIRST_USER_AFTER_SYSTEM, OTHER_USER, ANSWER } Role;
 
 static Span trimmed(const Session *s, Span text, Role role) {
@@ -1507,8 +1517,9 @@ static Span trimmed(const Session *s, Span text, Role role) {
     return text;
 }
 
-// Appends an earlier answer as its tokens were sampled. But where the template drops what the model thought, up to the
-// last END_OF_THOUGHT, or trims the answer, appends the rest of its text.
+// Appends an earlier answer. If the template drops the model's thought, up to the last END_OF_THOUGHT, or trims the
+// answer, appends what is left as text. After a thought, TRIM_NEWLINES and TRIM_SPACES say which characters go, too.
+// Otherwise, appends the tokens as they were sampled.
 static void append_answer(Session *s, Tokens answer) {
     const Tokenizer *t = s->tokenizer;
     const uint32_t *ends = t->h.template_ends;
@@ -1530,7 +1541,7 @@ static void append_answer(Session *s, Tokens answer) {
     if (rest.n < text.n) {
         append_template(s, BEFORE_ANSWER);
         append_bytes(&s->chat->pending, rest);
-    } else {
+    } else { // the model has said itself what BEFORE_ANSWER adds, such as a space
         encode_pending(s);
         for (size_t i = 0; i < answer.n; i++)
             push(&s->context.tokens, answer.data[i]);
@@ -1538,8 +1549,8 @@ static void append_answer(Session *s, Tokens answer) {
     free(said.data);
 }
 
-// Renders the conversation to tokens, from turn `first` on. What someone said is only ever text: it cannot become a
-// control token.
+// Renders the conversation to tokens, from turn `first` on. Messages are encoded as text only, so they cannot become
+// control tokens.
 static void render_chat(Session *s, size_t first) {
     Chat *chat = s->chat;
     Context *c = &s->context;
@@ -1565,7 +1576,7 @@ static void render_chat(Session *s, size_t first) {
     append_template(s, s->options->no_think ? OPENS_ANSWER_NO_THINK : OPENS_ANSWER);
     encode_pending(s);
     chat->reply_start = c->tokens.n;
-    Tokens reply = chat->turns.data[chat->turns.n - 1].assistant; // so far
+    Tokens reply = chat->turns.data[chat->turns.n - 1].assistant; // its answer so far, if make_room calls
     for (size_t i = 0; i < reply.n; i++)
         push(&c->tokens, reply.data[i]);
 
@@ -1592,7 +1603,7 @@ static bool make_room(Session *s) {
     Chat *chat = s->chat;
     if (c->tokens.n <= c->max_tokens)
         return true;
-    if (s->printer->terminal && (!chat || c->tokens.n > chat->reply_start)) // the cursor is behind a part of the reply
+    if (s->printer->terminal && (!chat || c->tokens.n > chat->reply_start)) // the cursor is after a part of the reply
         fputc('\n', stderr);
     fprintf(stderr, "run: the context of %zu tokens is full%s", c->max_tokens, chat ? ": " : "\n");
     if (!chat)
@@ -1602,7 +1613,7 @@ static bool make_room(Session *s) {
     while (first + 1 < chat->turns.n && c->tokens.n > c->max_tokens / 2)
         render_chat(s, ++first);
     if (c->tokens.n > c->max_tokens || c->tokens.n == 0) {
-        fprintf(stderr, "this message and its answer alone take %zu\n", c->tokens.n);
+        fprintf(stderr, "this message and its answer alone take %zu tokens\n", c->tokens.n);
         return false;
     }
     fprintf(stderr, "the oldest turns (%zu) are forgotten, the rest is read again\n", first);
@@ -1640,14 +1651,14 @@ static void chat_turn(Session *s, Span message) {
         s->printer->skip_space = true; // space in front of an answer belongs to the template
         generate_reply(s, s->options->steps);
         keep_reply(s);
-    } else { // leaves the message out
+    } else { // leaves the message out; its line ends as after an answer
         fputs(s->options->json ? "" : "\n", stdout);
         free(turn.user.data);
         chat->turns.n--;
     }
 }
 
-// Ctrl-C sets this. The handler of a signal can only reach a global variable.
+// Ctrl-C sets this. A signal handler can only reach global variables.
 static volatile sig_atomic_t interrupts;
 
 static bool interrupted(void) { return interrupts; }
@@ -1658,7 +1669,7 @@ static _Noreturn void exit_from_signal(int status, const char *message) {
     _exit(status);
 }
 
-// The first Ctrl-C stops the answer; the second one before the next message exits.
+// The first Ctrl-C stops the answer. A second one, before the next message has been read, ends the program.
 static void on_sigint(int signal) {
     (void)signal;
     if (interrupts)
@@ -1666,13 +1677,14 @@ static void on_sigint(int signal) {
     interrupts = 1;
 }
 
-// With SA_RESTART, Ctrl-C does not disturb output. Without, it ends the wait for a line. Several processes end at once.
+// With SA_RESTART, Ctrl-C does not interrupt output. Without it, Ctrl-C ends the wait for a line. Of several processes,
+// each ends at the first Ctrl-C.
 static void install_sigint(int flags) {
     struct sigaction action = {.sa_handler = n_processes > 1 ? SIG_DFL : on_sigint, .sa_flags = flags};
     sigaction(SIGINT, &action, NULL);
 }
 
-// Process 0 has read a text, or found none, for all.
+// Gives all processes the text that process 0 has read, and `found`, whether there was one. Returns `found`.
 static bool share_text(Bytes *text, bool found) {
     share(&found, sizeof found);
     share(&text->n, sizeof text->n);
@@ -1709,8 +1721,8 @@ static Span read_prompt(Session *s) {
     return (Span){text->data, text->n};
 }
 
-// Reads a message: a line, and as long as a line ends in a backslash, the next one; on a terminal, no empty message.
-// Returns false at the end of input.
+// Reads a message: a line, and the next one as long as a line ends in a backslash. On a terminal, skips empty messages.
+// Returns false at the end of the input.
 static bool read_message(Chat *chat) {
     Bytes *message = &chat->message;
     char *line = NULL;
@@ -1729,7 +1741,7 @@ static bool read_message(Chat *chat) {
         if (interrupted) {
             clearerr(chat->input);
             if (chat->terminal) { // Ctrl-C drops what has been typed
-                fputs("\n(Ctrl-C again, or Ctrl-D, leaves)\n", stderr);
+                fputs("\n(press Ctrl-C again, or Ctrl-D, to leave)\n", stderr);
                 message->n = start = 0;
             }
             continue;
@@ -1738,7 +1750,7 @@ static bool read_message(Chat *chat) {
             break;
         interrupts = 0;
 
-        // remove the end of the line; a backslash before it becomes a newline
+        // remove the line ending; a backslash before it becomes a newline
         if (chat->terminal && n > 0 && line[n - 1] != '\n') // Ctrl-D ends a line, too
             fputc('\n', stderr);
         while (message->n > start && (message->data[message->n - 1] == '\n' || message->data[message->n - 1] == '\r'))
@@ -1758,12 +1770,12 @@ static bool read_message(Chat *chat) {
 static void chat(Session *s) {
     Tokenizer *t = s->tokenizer;
     expect(t->h.template_flags & HAS_TEMPLATE,
-           "%s: -m chat: expected a chat template, found none: export.py found none, or none that it can take apart",
+           "%s: -m chat: expected a chat template, found none: export.py found none, or one that it cannot store",
            t->file.path);
     expect(!s->options->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system prompt",
            t->file.path);
     expect(!s->options->no_think || t->h.template_flags & HAS_NO_THINK,
-           "%s: --no-think: its chat template knows no such switch", t->file.path);
+           "%s: --no-think: its chat template has no such option", t->file.path);
     t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
     s->chat = allocate(1, sizeof *s->chat, "the conversation");
     *s->chat = (Chat){.input = open_text(s->options->prompt_file)};
@@ -1801,9 +1813,10 @@ typedef enum { PRINT_PLAIN, PRINT_TERMINAL, PRINT_QUOTED, PRINT_JSON } Style;
 
 // Prints a text in one of these styles:
 //   PRINT_PLAIN     as it is
-//   PRINT_TERMINAL  control characters and bytes that are not UTF-8 as \x1b, so a model cannot control the terminal
-//   PRINT_QUOTED    the same, with \" \\ \n \t and \u001b, as between quotes
-//   PRINT_JSON      the same as a JSON string, which cannot express bytes that are not UTF-8: they become U+FFFD
+//   PRINT_TERMINAL  bytes that are not UTF-8, and control characters except newline and tab, as \x1b, because a model
+//                   must not control the terminal
+//   PRINT_QUOTED    for use between quotes: \" \\ \n \t, other control characters as \u001b, bytes as above
+//   PRINT_JSON      the same, but bytes that are not UTF-8, which JSON cannot express, become U+FFFD
 static void print_text(Span text, Style style) {
     const char *special = "\n\t\"\\", *names = "nt\"\\";
     for (size_t at = 0, n; at < text.n; at += n) {
@@ -1894,8 +1907,9 @@ static void stream_text(Printer *p, Span text, int colour, bool end) {
     memmove(p->pending.data, p->pending.data + text.n, p->pending.n);
 }
 
-// Prints a token at position pos as a JSON object that is still open. `text` is what it prints there. If that is not
-// UTF-8, because a character is spread over several tokens, `bytes` has its bytes.
+// Prints a token at position pos as a JSON object without the closing brace, so that the caller can add to it. `text`
+// is what the token prints. If this is not valid UTF-8, because a character is split between tokens, `bytes` has its
+// bytes.
 static void print_token_json(const Tokenizer *t, uint32_t token, size_t pos, double logprob) {
     Span text = decode(t, token, pos);
     printf("{\"id\": %u, \"text\": ", token);
@@ -1971,7 +1985,7 @@ static void print_token(Session *s, uint32_t token, const float *logits) {
     const Options *o = s->options;
     size_t pos = s->context.n_past;
     double logprob = 0;
-    if (o->json || s->printer->colours) // takes as long as a layer of a small model
+    if (o->json || s->printer->colours) // else not computed, as it takes as long as a layer of a small model
         logprob = log_probability(logits, s->model.h.vocab_size, token);
     if (o->json) {
         print_token_json(s->tokenizer, token, pos, logprob);
@@ -2005,14 +2019,14 @@ static size_t layer_params(const Model *m) {
 
 static size_t n_params(const Model *m) { return (m->file.size - HEADER_SPACE) / sizeof(uint16_t); }
 
-// More threads than this do not pay: they wait for each other several times per layer, which costs microseconds, and
-// more on a busy machine. Each needs at least 768 KB of a layer's weights.
+// More threads than this do not help. They wait for each other several times per layer, which costs microseconds, and
+// more on a busy machine. A thread is worth this if it multiplies at least 768 KB of a layer's weights.
 static size_t max_useful_threads(const Model *m) {
     return FAST ? max(1, layer_params(m) * sizeof(uint16_t) / (768 << 10) / (size_t)n_processes) : 1;
 }
 
-// Allocates the memory to run the model with `context` tokens and n_logits tokens' logits at a time. On a terminal,
-// says what is running.
+// Allocates the memory to run the model on up to `context` tokens, with the logits of n_logits tokens at a time. On a
+// terminal, prints a line that describes the run.
 static void start_model(Session *s, size_t context, size_t n_logits) {
     const Model *m = &s->model;
     size_t threads = s->options->threads;
@@ -2026,13 +2040,13 @@ static void start_model(Session *s, size_t context, size_t n_logits) {
 
 static void print_stats(const Session *s) {
     const Stats *stats = &s->stats;
-    double prefill = (double)stats->n_prompt / fmax(stats->prefill_time, 1e-9); // an answer may take no time
+    double prefill = (double)stats->n_prompt / fmax(stats->prefill_time, 1e-9); // no division by 0
     double decode = (double)stats->n_decoded / fmax(stats->decode_time, 1e-9);
     fprintf(stderr, "\nprefill: %zu tokens, %.*f tok/s; decode: %zu tokens, %.*f tok/s; seed %llu\n", stats->n_prompt,
             prefill < 10 ? 2 : 1, prefill, stats->n_generated, decode < 10 ? 2 : 1, decode,
             (unsigned long long)s->options->seed);
     if (s->options->draft)
-        fprintf(stderr, "draft: %zu of %zu tokens accepted\n", stats->n_accepted, stats->n_decoded);
+        fprintf(stderr, "draft: %zu of %zu decoded tokens had been guessed\n", stats->n_accepted, stats->n_decoded);
 }
 
 // Allocates all that generation needs, for `context` tokens.
@@ -2045,7 +2059,7 @@ static void start_run(Session *s, size_t context) {
     s->sampler.probabilities = allocate(s->model.h.vocab_size, sizeof *s->sampler.probabilities, "sampling");
 }
 
-// Checks the length of the prompt against -c and -n. An empty prompt becomes bos: text begins as in training.
+// Checks the length of the prompt against -c and -n. An empty prompt becomes bos, with which texts began in training.
 static size_t start_generation(Session *s) {
     Context *c = &s->context;
     int32_t bos = s->tokenizer->h.bos_id;
@@ -2059,7 +2073,7 @@ static size_t start_generation(Session *s) {
         expect(n < steps + n_bos, "the prompt: expected fewer than %zu tokens (-n; 0 fills the context), found %zu",
                steps, n - n_bos);
         max_new = steps + n_bos - n;
-        context = min(context, n + max_new - 1); // the last token is not computed
+        context = min(context, n + max_new - 1); // the last token does not pass through the model
     }
     start_run(s, context);
     return max_new;
@@ -2078,7 +2092,7 @@ static void begin_with_bos(const Tokenizer *t, uint32_t *tokens) {
         tokens[0] = (uint32_t)t->h.bos_id;
 }
 
-// Prints a result: a line, or in JSON `"key": value` behind `separator`.
+// Prints a result: a line, or in JSON, `separator` and then `"key": value`.
 static void print_result(bool json, const char *separator, const char *key, const char *format, double value) {
     if (json)
         printf("%s\"%s\": ", separator, key);
@@ -2119,7 +2133,7 @@ static void next(Session *s) {
         memmove(tokens->data, tokens->data + all - n, n * sizeof *tokens->data);
         tokens->n = n;
         begin_with_bos(s->tokenizer, tokens->data);
-        fprintf(stderr, "run: of %zu tokens, the last %zu fit the context\n", all, n);
+        fprintf(stderr, "run: the prompt has %zu tokens; the context holds only the last %zu\n", all, n);
     }
     start_model(s, n, 1);
     evaluate(s, 0);
@@ -2175,15 +2189,14 @@ static void window_nll(Session *s, double *nll, const uint32_t *tokens, size_t n
     }
 }
 
-// -m perplexity: how well the model predicts a text, in windows of the length of the context. Each window overlaps the
-// one before by a token, in whose place is bos, if the tokenizer begins texts with it; so each token is scored once,
-// except the first of the text. With --stride N, windows start N tokens apart, no token is replaced, and each window
-// scores the tokens that the ones before it have not.
+// -m perplexity: how well the model predicts a text, in windows of the length of the context. Each window starts at the
+// last token of the one before it. If the tokenizer begins texts with bos, bos replaces this token. So each token is
+// scored once, except the first of the text. With --stride N, windows start N tokens apart, no token is replaced, and
+// each window scores its tokens after the first that no window before it has scored.
 static void perplexity(Session *s) {
     const Options *o = s->options;
-    size_t context = s->context.max_tokens;
-    size_t stride = o->stride;
-    expect_usage(context >= 2, "-c: perplexity expected at least 2, found %zu", context);
+    size_t context = s->context.max_tokens, stride = o->stride;
+    expect_usage(context >= 2, "-c: expected at least 2 for -m perplexity, found %zu", context);
     expect_usage(stride <= context, "--stride: expected at most %zu, the context, found %zu", context, stride);
     encode_text(s);
     uint32_t *tokens = s->context.tokens.data;
@@ -2230,15 +2243,15 @@ enum { MAX_REPEAT = 100 };
 // A kind of work that -m bench measures.
 typedef struct {
     const char *name;
-    size_t tokens, pos, step; // so many tokens from this position on, so many in a pass
-    const char *rate;         // what its limit is counted in
+    size_t tokens, pos, step; // the number of tokens, the position of the first, and the tokens of a pass
+    const char *rate;         // the unit of the rate at which the work is done: gflops or gb_s
     double work;              // floating-point operations, or bytes read, per token
     double tok_s[MAX_REPEAT]; // tokens per second, once for each repetition
 } Work;
 
 enum { PREFILL, DECODE, DECODE_AT_END, N_WORKS };
 
-// Fills in the works: a prompt, and generation at the start and at the end of the context.
+// Fills in the three kinds of work: prefill of a prompt, and decode at the start and at the end of the context.
 static void prepare_bench(Session *s, Work works[N_WORKS]) {
     const Options *o = s->options;
     const Model *m = &s->model;
@@ -2261,8 +2274,10 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
     for (size_t i = 0; i < context; i++)
         push(&s->context.tokens, (uint32_t)(random_f64(&random) * m->h.vocab_size));
 
-    // A product with n weights takes 2n operations per token. Attention multiplies each query with the keys of the
-    // positions so far, (T + 1) / 2 on average, and the weights of the positions with the values.
+    // A product with n weights takes 2n operations per token. Attention computes the dot products of each query with
+    // the keys of the positions so far, (T + 1) / 2 on average, and the weighted sum of their values. The classifier
+    // has as many weights as the embedding, and runs once per prompt. Decode reads all weights, but of an embedding
+    // that is not tied only a row.
     double T = (double)prefill, layers = m->h.n_layers, embedding = (double)m->embedding.rows * m->h.dim;
     double flops = 2 * layers * ((double)layer_params(m) + (double)m->q_dim * (T + 1)) + 2 * embedding / T;
     double weights = (double)m->file.size - (m->h.flags & TIED ? 0 : 2 * embedding);
@@ -2303,7 +2318,7 @@ static void bench(Session *s) {
     const Options *o = s->options;
     const Model *m = &s->model;
     prepare_bench(s, works);
-    eval_range(s, 0, 1); // loads the weights into memory
+    eval_range(s, 0, 1); // once before measuring: loads the weights into memory
     for (size_t i = 0; i < o->repeat; i++)
         for (Work *w = works; w < works + N_WORKS; w++) {
             double start = seconds();
@@ -2311,7 +2326,7 @@ static void bench(Session *s) {
                 eval_range(s, w->pos + t, w->step);
             w->tok_s[i] = (double)w->tokens / (seconds() - start);
         }
-    uint64_t hash = hash_of(s->run.logits, m->h.vocab_size * sizeof(float));
+    uint64_t hash = hash_of(s->run.logits, m->h.vocab_size * sizeof(float)); // equal if two builds compute the same
     fputs(o->json ? "{\"model\": " : "", stdout);
     print_quoted(span_of(m->file.path), PRINT_JSON);
     printf(o->json ? ", \"params\": %zu, \"dtype\": \"%s\", \"file_bytes\": %zu, \"isa\": \"%s\", \"threads\": %zu, "
@@ -2405,7 +2420,7 @@ static Options parse_options(int argc, char **argv) {
         {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
         {"", SWITCH, NULL, 0, 0, "", "Measuring"},
         {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N",
-         "perplexity: start windows N tokens apart (default: the context)"},
+         "perplexity: start windows N tokens apart (default: context - 1)"},
         {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX, "N", "bench: tokens of the prompt (default 512)"},
         {"--decode", INTEGER, &o.decode, 1, INT32_MAX, "N", "bench: tokens to generate (default 64)"},
         {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT, "N", "bench: repetitions (default 5)"},
@@ -2464,8 +2479,9 @@ static int stem(const char *path) {
     return (int)n;
 }
 
-// The tokenizer file: -z FILE, else MODEL.tokenizer.bin beside MODEL.bin, else tokenizer.bin beside it, else here. If
-// MODEL is a link, looks beside the link and beside the file that it leads to.
+// Searches for the tokenizer file: -z FILE, else MODEL.tokenizer.bin beside MODEL.bin, else tokenizer.bin beside it,
+// else tokenizer.bin in the current directory. If MODEL is a symbolic link, searches beside the link, then beside its
+// target.
 static const char *tokenizer_path(const Options *o) {
     if (o->tokenizer)
         return o->tokenizer;
@@ -2496,7 +2512,7 @@ static _Noreturn void die(int status, const char *format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
-    sleep((unsigned)process); // if several processes fail alike, the first one speaks for all
+    sleep((unsigned)process); // if several processes fail for the same reason, the first to print ends the others
     dup2(error_fd, STDERR_FILENO);
     fputs("run: ", stderr);
     if (process)
@@ -2508,7 +2524,8 @@ static _Noreturn void die(int status, const char *format, ...) {
     exit(status);
 }
 
-// Aligned to a cache line: a vector load that crosses two lines costs twice. At least 1 byte, so that NULL is an error.
+// Aligned to a cache line, because a vector load that reaches into a second line takes twice as long. One byte more,
+// because for 0 bytes the result may be NULL.
 static void *allocate(size_t count, size_t size, const char *what) {
     void *memory;
     expect(!posix_memalign(&memory, 64, count * size + 1), "no memory for %s: %.1f MB needed", what,
@@ -2522,7 +2539,7 @@ static void *grow(void *data, size_t *capacity, size_t n, size_t size) {
         return data;
     *capacity = 2 * n;
     data = realloc(data, *capacity * size);
-    expect(data, "no memory for a text: %.1f MB needed", (double)*capacity * (double)size / 1e6);
+    expect(data, "no memory for an array: %.1f MB needed", (double)*capacity * (double)size / 1e6);
     return data;
 }
 
@@ -2602,21 +2619,21 @@ static void check_header(const Model *m) {
 static File map_file(const char *path, const char *magic, size_t min_size, const char *what) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe must not block; it is refused below
     struct stat st;
-    expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s, as python3 export.py CHECKPOINT -o MODEL.bin makes it: %s",
-           path, what, strerror(errno));
+    expect(fd >= 0 && !fstat(fd, &st), "%s: expected %s, made by python3 export.py CHECKPOINT -o MODEL.bin: %s", path,
+           what, strerror(errno));
     expect(S_ISREG(st.st_mode), "%s: expected %s, found %s", path, what,
-           S_ISDIR(st.st_mode) ? "a directory" : "no regular file");
+           S_ISDIR(st.st_mode) ? "a directory" : "a device or a pipe");
     size_t size = (size_t)st.st_size;
     char start[16] = {0};
     (void)!pread(fd, start, 15, 0);
     expect(strcmp(start, "version https:/"),
            "%s: expected %s, found a Git LFS pointer (git lfs pull gets the file itself)", path, what);
-    expect(*start != '<', "%s: expected %s, found a web page (the download has failed)", path, what);
+    expect(*start != '<', "%s: expected %s, found a web page (the download failed)", path, what);
     expect(size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, size);
     File f = {path, mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0), size, fd};
     expect(f.bytes != MAP_FAILED, "%s: cannot map %zu bytes: %s", path, size, strerror(errno));
 
-    // The file of another program is the likeliest mistake, so this shows what it starts with.
+    // The most likely mistake is a file of another program, so the message shows how the file starts.
     for (char *c = start; c < start + 8; c++)
         if (*c < ' ' || *c > '~')
             *c = '.';
@@ -2778,24 +2795,26 @@ static size_t physical_cores(void) {
     return (size_t)CPU_COUNT(&cores);
 }
 
-// The CPUs that a quota of CPU time amounts to, rounded up, at most MAX_THREADS. Containers are often limited in this
-// way. A quota is a part of a period, in microseconds, and that of any control group above counts, too.
+// The number of CPUs that the quota of CPU time allows, rounded up, at most MAX_THREADS. Containers often have a quota:
+// so many microseconds of CPU time in each period. The quotas of the control groups above count, too.
 static size_t cpu_quota(void) {
     char line[PATH_MAX];
     double cpus = MAX_THREADS;
     FILE *file = fopen("/proc/self/cgroup", "r");
     while (file && fgets(line, sizeof line, file)) {
-        // version 2: "0::/group"; version 1: "4:cpu,cpuacct:/group"
+        // version 2: "0::/group"; version 1: "4:cpu,cpuacct:/group", with the controllers in any order
         char *rest = line;
         strsep(&rest, ":");
-        const char *controllers = strsep(&rest, ":");
-        char *group = strsep(&rest, "\n");
-        if (!group || (*controllers && strcmp(controllers, "cpu") && strncmp(controllers, "cpu,", 4)))
+        char *controllers = strsep(&rest, ":"), *group = strsep(&rest, "\n");
+        bool version_1 = controllers && *controllers, limits_cpu = !version_1;
+        for (char *name; (name = strsep(&controllers, ","));)
+            limits_cpu |= !strcmp(name, "cpu");
+        if (!group || !limits_cpu)
             continue;
         for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
             *end = 0; // the group, then those above it
             double quota = 0, period = 0, none;
-            if (*controllers) {
+            if (version_1) {
                 read_numbers(&quota, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group); // -1: no limit
                 read_numbers(&period, &none, "/sys/fs/cgroup/cpu%s/cpu.cfs_period_us", group);
             } else {
@@ -2820,20 +2839,21 @@ static size_t default_threads(void) {
 // A page of the mapped file cannot be read: its disk failed, or another program has made the file shorter.
 static void on_sigbus(int signal) {
     (void)signal;
-    exit_from_signal(EXIT_ERROR, "run: the weights: expected the bytes that were there when the file was opened, found "
-                                 "none: it was made shorter, or its disk fails\n");
+    exit_from_signal(EXIT_ERROR, "run: cannot read the weights file any more: it was made shorter while it was "
+                                 "open, or its disk failed\n");
 }
 
 static void prepare_process(char **argv) {
-    // Occupies standard descriptors that are closed, in the wrong direction, so that to use them still fails. Otherwise
-    // the next file that is opened would get such a number.
+    // If a standard descriptor is closed, the next file that is opened would get its number. So /dev/null takes its
+    // place, opened in the wrong direction, so that reading or writing still fails.
     for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
         if (fcntl(fd, F_GETFD) < 0)
             open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
     sigaction(SIGBUS, &(struct sigaction){.sa_handler = on_sigbus}, NULL);
 #if defined(_OPENMP) && defined(__linux__)
-    // OpenMP's threads wait by spinning, for milliseconds. If another program has one of the cores, that keeps the
-    // thread that is waited for from running. OpenMP reads this setting when the program starts, so it starts again.
+    // OpenMP's threads wait by spinning, for milliseconds. If another program occupies a core, a spinning thread can
+    // keep the thread that it waits for from running, so this setting makes them spin less. OpenMP reads it only when
+    // the program starts, so the program starts itself again.
     if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "3000", 1))
         execv("/proc/self/exe", argv);
 #endif
@@ -2846,18 +2866,19 @@ static void prepare_process(char **argv) {
 // The loops of section 2 on vectors of W floats. Each instruction set supplies a few functions on vectors, and the
 // kernels are written once, on these functions.
 //
-// A sum is made by CHAINS accumulators of W lanes: number j takes the vectors j, j + CHAINS, ... of the operands. A
-// chain of dependent additions is slow. So a kernel with few sums works on all accumulators at the same time; one
-// with many sums takes the accumulators one after the other. The sums are the same, bit for bit.
+// Each sum is computed in CHAINS accumulators of W lanes: accumulator j takes the vectors j, j + CHAINS, ... of the
+// operands. The additions of an accumulator wait for each other. So a kernel with few sums works on all accumulators of
+// a sum at the same time. A kernel with many sums takes the accumulators one after the other, because its sums do not
+// wait for each other. Both compute the same sums, bit for bit.
 
 enum {
     MR = 4,             // rows of weights that the micro-kernel multiplies at a time
     MC = 128,           // rows of weights that stay in L2 while all tokens are multiplied with them
-    KC_BYTES = 4096,    // of each token's row, multiplied at a time
+    KC_BYTES = 4096,    // bytes of each token's row of x that are multiplied at a time
     TOKENS_IN_L1 = 6,   // tokens that stay in L1 while the rows of a block stream past
     AMX_BLOCK = 32,     // AMX: rows and tokens that are multiplied at a time, and columns that an instruction takes
-    AMX_TOKENS = 256,   // AMX: tokens, and
-    AMX_COLUMNS = 2048, // AMX: columns of them, that stay in L2 while all rows are multiplied with them
+    AMX_TOKENS = 256,   // AMX: tokens in the block of x that stays in L2 while all rows are multiplied with it
+    AMX_COLUMNS = 2048, // AMX: columns in this block
     KV_BLOCK = 64,      // keys and values that attention handles at a time
     Q_BLOCK = 64,       // queries that are multiplied with a block of keys while it is in cache
     Q_TILE = 4          // queries that share each key and value that is loaded
@@ -2867,6 +2888,9 @@ static void page_weights(Paging *p, Tensor w); // section 11
 static Paging *open_paging(const Model *m);
 
 #define INLINE static inline __attribute__((always_inline))
+
+// W: floats in a vector. NR: tokens in the micro-kernel; NV: vectors of columns in attention. Both are such that the
+// sums fit in registers. CHAINS: accumulators of a sum; PAIR_CHAINS: the same for pairs of bf16.
 
 #if FAST && defined(__AVX512F__) && defined(__AVX512DQ__)
 
@@ -2948,7 +2972,6 @@ INLINE vec sum4(vec a, vec b, vec c, vec d) {
 }
 #endif
 
-// W: floats of a vector. NR: tokens, and NV: vectors of columns in attention, for which sums fit in registers.
 #ifdef BF16_DOT
 static bool has_bf16_dot(void) { return true; }
 static const char *isa(void) { return BF16_DOT; }
@@ -2958,8 +2981,8 @@ static bool has_bf16_dot(void) { return false; }
 static const char *isa(void) { return ISA; }
 #endif
 
-// How many bytes ahead the weights of one token are prefetched, and how close to the CPU (3: L1, 2: L2). These were
-// fastest on Zen 5, which is known by its AVX-VNNI, and on Zen 4 and Xeons.
+// With one token: how many bytes ahead the weights are prefetched, and into which cache (3: L1, 2: L2). The first
+// values were fastest on Zen 5, which is recognised by its AVX-VNNI, the second ones on Zen 4 and Xeons.
 #if defined(__AVXVNNI__) && !defined(AMX)
 enum { PREFETCH_BYTES = 4096, PREFETCH_LOCALITY = 3 };
 #else
@@ -2976,13 +2999,14 @@ static Dtype choose_xb_type(uint32_t weights) {
     // Linux gives the tile registers only to programs that ask for them.
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
     expect(syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0,
-           "no AMX from the system: %s; make ARCH='-march=native -mno-amx-bf16' does without", strerror(errno));
+           "the system does not allow AMX: %s; without: make ARCH='-march=native -mno-amx-bf16'", strerror(errno));
     return BF16_AMX;
 #endif
     return BF16;
 }
 
-// The distance between rows of xb. With a power of two, all rows would compete for the same sets of the cache.
+// The distance between rows of xb, in elements. If it were a power of two, all rows would compete for the same sets of
+// the cache. With AMX, the rows of 16 tokens are interleaved, so this does not matter.
 static size_t xb_stride(Dtype dtype, size_t cols) {
     return dtype == BF16_AMX ? round_up(cols, AMX_BLOCK) : round_up(cols, 64) + 32;
 }
@@ -3025,7 +3049,7 @@ static inline Tensor slice(Tensor a, size_t r, size_t rows, size_t c, size_t col
 // bf16 numbers of the KV cache are stored in pairs (P = 2), which the bf16 dot product takes together.
 static inline size_t pair_size(const RunState *s) { return s->kv_type == BF16 ? 2 : 1; }
 
-// Where the KV cache holds the KV_BLOCK keys, or values, of kv head g from position `pos` on, a multiple of KV_BLOCK.
+// Where the KV cache holds a block of KV_BLOCK keys, or values, of kv head g. `pos` is the position of the first one.
 static inline size_t kv_offset(const Model *m, const RunState *s, size_t layer, size_t g, size_t pos) {
     return ((layer * m->h.n_kv_heads + g) * s->context + pos) * m->h.head_dim;
 }
@@ -3051,10 +3075,11 @@ static double kv_cache_bytes(const Model *m, size_t context) {
     return 2 * (double)m->h.n_layers * (double)m->kv_dim * (double)round_up(context, KV_BLOCK) * sizeof(uint16_t);
 }
 
-// Another program that uses a core makes all threads slow: at the end of each loop they wait for the one that has lost
-// its core. Then fewer threads are faster, even a single one. So a smaller team is tried when a pass of one or a few
-// tokens takes longer than usual, and a larger one every quarter of a second. The fastest is kept. The size of the team
-// does not change the bits. A prompt always uses all threads: its loops are long enough to wait for one of them.
+// Another program that occupies a core slows down all threads: at the end of each loop, they wait for the thread that
+// has lost its core. Then fewer threads are faster, even a single one. So a smaller team is tried when a pass of one or
+// a few tokens takes longer than usual, and a larger one every quarter of a second. The fastest is kept. The size of
+// the team does not change the results. A prompt always uses all threads: its loops are so long that one wait costs
+// little.
 struct Team {
     size_t all, size;              // the threads for a prompt, and for a few tokens
     double times[MAX_THREADS + 1]; // how long a pass of a few tokens takes with each size, in seconds; 0: not known
@@ -3072,15 +3097,16 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
     s.xb_type = choose_xb_type(m->h.dtype);
     s.kv_type = s.xb_type == BF16 ? BF16 : F16; // a CPU that has AMX is slow at bf16 dot products of vectors
     size_t per_token = (D + outputs + d) * sizeof(float) + xb_stride(s.xb_type, widest) * size_of(s.xb_type);
+    // the logits take a part of BATCH_BYTES, at most half
     size_t room = BATCH_BYTES - min(BATCH_BYTES / 2, n_logits * m->h.vocab_size * sizeof(float));
     s.batch = min(min(max(room / per_token, 1), MAX_BATCH), context);
 
-    // mmap gives zeroed pages when they are first touched. Zeros matter: a pair of bf16 may reach one position past the
-    // last, where it is multiplied by 0, so it must not be NaN. 64 bytes more, as kernels read past the end.
+    // mmap gives zeroed pages when they are first touched. Zeros matter: a pair of bf16 may include one position past
+    // the last. Its weight is 0, but 0 times NaN is NaN. 64 bytes more, because kernels read past the end.
     double bytes = kv_cache_bytes(m, context);
     size_t size = (size_t)fmin(bytes, 0x1p62) + 64; // 2^62: more than any machine has
     s.k = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    expect(s.k != MAP_FAILED, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c takes fewer",
+    expect(s.k != MAP_FAILED, "%s: no memory for a KV cache of %zu positions: %.1f MB needed; -c sets fewer",
            m->file.path, context, bytes / 1e6);
     s.v = s.k + (size_t)bytes / 2 / sizeof *s.v;
     s.x = allocate(s.batch * D, sizeof *s.x, what);
@@ -3095,7 +3121,7 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
     return s;
 }
 
-// Chooses the size of the team after a pass that took so many seconds.
+// Chooses the size of the team after a pass that took `took` seconds.
 static void adapt_team(struct Team *team, double took) {
     size_t smaller = max(1, team->size * 3 / 4), larger = min(team->all, team->size * 4 / 3 + 1);
     double *times = team->times, *time = &times[team->size], now = seconds();
@@ -3203,25 +3229,27 @@ INLINE void store_sums4(float *out, vec a, vec b, vec c, vec d, Update update) {
 // The cache lines that are prefetched while the micro-kernel works.
 typedef struct {
     const char *next, *end;
-    size_t lines; // at a time
+    size_t lines; // at each step
 } Prefetch;
 
-INLINE void prefetch_lines(Prefetch *p) {
-    for (size_t i = 0; i < p->lines && p->next < p->end; i++) {
+INLINE void prefetch_line(Prefetch *p) {
+    if (p->next < p->end) {
         __builtin_prefetch(p->next, 0, 2); // 2: into L2, as L1 is full
         p->next += 64;
     }
 }
 
-// Multiplies `rows` rows of w, which are `apart` from each other, by `group` rows of x, over all columns of x, a
-// multiple of the vector's. Of the latter, `tokens` are stored: if there are fewer than `group`, the last one is
-// computed repeatedly. All arguments but `tokens` are compile-time constants, so that all sums stay in registers; gcc
-// needs the types as arguments for that. AVX2 has 16 registers: 4 x 3 sums, 3 tokens, and a row.
+// Multiplies `rows` rows of w, `apart` rows apart, by `group` tokens (rows of x), over all columns of x, which must
+// fill whole vectors. Stores the sums of the first `tokens` tokens only: if there are fewer than `group`, the last one
+// is computed several times. `rows`, `group` and the types are compile-time constants, so that all sums stay in
+// registers; gcc needs the types as arguments of their own for that. AVX2 has 16 registers: 4 x 3 sums, 3 tokens, and a
+// row.
 INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size_t rows, size_t apart, Tensor x,
                          Dtype x_type, size_t group, size_t tokens, Update update, Prefetch *prefetch) {
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
-    const size_t n = group == 1 ? chains : 1; // chains at a time
+    const size_t n = group == 1 ? chains : 1;                   // chains at a time
+    const size_t most_lines = MR * step * size_of(w_type) / 64; // of memory in a vector from each row
     vec sums[NR][MR], chain[NR][MR][CHAINS];
     for (size_t first = 0; first < chains; first += n) {
         for (size_t t = 0; t < group; t++)
@@ -3233,11 +3261,11 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
                 vec token[NR];
                 for (size_t t = 0; t < group; t++)
                     token[t] = in_register(load(x.data, x_type, pairs, min(t, tokens - 1) * x.stride + i + j * step));
-                if (prefetch)
-                    prefetch_lines(prefetch);
                 for (size_t r = 0; r < rows; r++) {
+                    if (prefetch && r < most_lines && r < prefetch->lines) // one with each row, not all at once
+                        prefetch_line(prefetch);
                     size_t at = r * apart * w.stride + i + j * step;
-                    if (group == 1 && (W < 16 || !pairs)) // otherwise the CPU looks far enough ahead
+                    if (group == 1 && (W < 16 || !pairs)) // else the CPU loads far enough ahead without prefetching
                         __builtin_prefetch((const char *)element_ptr(w.data, w_type, at) + PREFETCH_BYTES, 0,
                                            PREFETCH_LOCALITY);
                     vec row = load(w.data, w_type, pairs, at);
@@ -3264,20 +3292,20 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
         }
 }
 
-// Up to SMALL_BATCH tokens, the matrix product is limited by memory: each few rows are used for all tokens as they
-// arrive. For up to FEW tokens, also the last ones of a batch, the micro-kernel computes half as many sums.
+// For up to SMALL_BATCH tokens, the matrix product is limited by memory: each group of MR rows is multiplied by all
+// tokens as soon as it arrives. Where at most FEW tokens are left, the micro-kernel computes about half as many sums.
 enum { SMALL_BATCH = MR * NR, FEW = (NR + 1) / 2 };
 
 // Multiplies whole groups of MR rows and whole vectors of columns by several tokens. A chunk of TOKENS_IN_L1 tokens
-// stays in L1 while the rows of w stream past. Meanwhile it prefetches the rows that follow in memory, which are likely
-// to be next: for a large batch some lines before each group of rows; for a small one with each vector of the group, as
-// asking for all lines at once was slower by a quarter.
+// stays in L1 while the rows of w stream past. Meanwhile it prefetches the rows that follow in memory, which are
+// probably multiplied next. For a large batch, it prefetches some cache lines before each group of rows. For a small
+// batch, the micro-kernel prefetches some at each step, because all of them at once were slower by a quarter.
 INLINE void gemm_blocked(float *out, size_t stride, Tensor w, Dtype w_type, Tensor x, Dtype x_type, Update update,
                          bool large) {
     const size_t step = w_type == BF16 && x_type == BF16 ? 2 * W : W, chunk = KC_BYTES / size_of(x_type);
     size_t lines = MR * w.stride * size_of(w_type) / 64;                                         // in a group of rows
-    size_t passes = (x.rows + TOKENS_IN_L1 - 1) / TOKENS_IN_L1 * ((x.cols + chunk - 1) / chunk); // of these rows
-    size_t steps = (x.rows + NR - 1) / NR * (x.cols / step);
+    size_t passes = (x.rows + TOKENS_IN_L1 - 1) / TOKENS_IN_L1 * ((x.cols + chunk - 1) / chunk); // over each group
+    size_t steps = (x.rows + NR - 1) / NR * (x.cols / step); // of the micro-kernel for each group
     Prefetch prefetch = {element_ptr(w.data, w_type, w.rows * w.stride),
                          element_ptr(w.data, w_type, 2 * w.rows * w.stride),
                          large ? lines / passes + 1 : (lines + steps - 1) / steps};
@@ -3288,8 +3316,8 @@ INLINE void gemm_blocked(float *out, size_t stride, Tensor w, Dtype w_type, Tens
         for (size_t first = 0; first < x.rows; first += TOKENS_IN_L1)
             for (size_t r = 0; r < w.rows; r += MR) {
                 size_t end = min(first + TOKENS_IN_L1, x.rows);
-                if (large)
-                    prefetch_lines(&prefetch);
+                for (size_t i = 0; large && i < prefetch.lines; i++)
+                    prefetch_line(&prefetch);
                 for (size_t t = first, tokens; t < end; t += tokens) {
                     tokens = min(NR, end - t);
                     Tensor rows = slice(w, r, MR, c, n), part = slice(x, t, tokens, c, n);
@@ -3304,7 +3332,8 @@ INLINE void gemm_blocked(float *out, size_t stride, Tensor w, Dtype w_type, Tens
     }
 }
 
-// Adds what whole vectors, or tiles, leave of a product: the columns from `cols` on, and the rows from `rows` on.
+// Completes a product of whole vectors, or of tiles: adds the columns from `cols` on to the first `rows` rows, and
+// computes the other rows.
 static void gemm_rest(float *out, size_t stride, Tensor w, Tensor x, size_t rows, size_t cols, Update update) {
     for (size_t r = 0; r < w.rows; r++) {
         size_t c = r < rows ? cols : 0;
@@ -3327,8 +3356,8 @@ INLINE void gemm_typed(float *out, size_t stride, Tensor w, Dtype w_type, Tensor
         gemm_blocked(out, stride, rows, w_type, tokens, x_type, update, true);
     else if (whole)
         gemm_blocked(out, stride, rows, w_type, tokens, x_type, update, false);
-    // One token, or the last rows: two rows at a time, one from the first half and one from the second. Memory delivers
-    // more to two streams that are far apart than to one, and less to two neighbours.
+    // One token, or the rows that are left: two rows at a time, one from the first half and one from the second. Two
+    // streams that are far apart get more memory bandwidth than one stream; two adjacent ones get less.
     size_t half = (w.rows - whole) / 2;
     for (size_t t = 0; t < x.rows; t++)
         for (size_t i = 0; i < w.rows - whole - half; i++) {
@@ -3363,9 +3392,9 @@ static void gemm(float *out, size_t stride, Tensor w, Tensor x, Update update) {
 // them. It adds the products to a third tile of 16 x 16 sums, in the same order for each sum. A batch is padded to
 // whole tiles; the sums of the padding are not used. So a token has the same bits alone as in a batch.
 
-// Multiplies 32 rows of w, from row r on, by up to 32 tokens, from token t on, over the columns from c to end. Each
-// pass over these rows prefetches: a single pass two tiles ahead in these rows, and then in the next 32; pass number
-// `pass` of several `passes` its share of the next 32 rows.
+// Multiplies 32 rows of w, from row r on, by up to 32 tokens, from token t on, over the columns from c to end.
+// Meanwhile it prefetches weights. A single pass over these rows prefetches two tiles ahead, in these rows and then in
+// the next 32. Of several `passes`, each prefetches its share of the next 32 rows; this one is number `pass`.
 static void amx_micro_kernel(float *out, size_t stride, Tensor w, size_t r, size_t c, size_t end, Tensor x, size_t t,
                              Update update, size_t pass, size_t passes) {
     const size_t tokens = min(AMX_BLOCK, x.rows - t), share = (AMX_BLOCK + passes - 1) / passes;
@@ -3407,8 +3436,8 @@ static void amx_micro_kernel(float *out, size_t stride, Tensor w, size_t r, size
         }
 }
 
-// Up to 32 tokens: each few rows are read once, from end to end. More: a part of x stays in L2 while a thread's rows
-// pass.
+// Up to 32 tokens: each block of 32 rows is read once, from the first column to the last. More tokens: a block of x
+// stays in L2 while all rows of a thread are multiplied by it.
 static void matmul_amx(RunState *s, float *out, size_t stride, Tensor w, Tensor x, Update update) {
     size_t block = AMX_BLOCK, cols = w.cols / AMX_BLOCK * AMX_BLOCK, end, passes;
     if (x.rows > AMX_BLOCK)
@@ -3439,16 +3468,17 @@ static void matmul_amx(RunState *s, float *out, size_t stride, Tensor w, Tensor 
 }
 #endif
 
-// The first of the rows of a matrix that process p multiplies; it has all, if it is alone. AMX handles whole blocks of
-// rows, and those that are left in another way, so every part but the last one consists of whole blocks.
+// Returns the first of the rows that process p multiplies; a single process has all rows. AMX handles whole blocks of
+// rows only, and gemm_rest, which adds in another order, the rest. So all parts but the last one consist of whole
+// blocks, and the sums do not depend on the number of processes.
 static size_t first_row(int p, size_t rows) {
     size_t blocks = (rows + AMX_BLOCK - 1) / AMX_BLOCK;
     return min(blocks * (size_t)p / (size_t)n_processes * AMX_BLOCK, rows);
 }
 
-// Splits the rows of w among the processes, and then among the threads. One token: each thread has a range of rows to
-// stream. A small batch: each few rows are used for all tokens as they arrive. A large batch: a block of rows stays in
-// L2.
+// Splits the rows of w among the processes, and then among the threads. One token: each thread streams a range of rows.
+// A small batch: each group of MR rows is multiplied by all tokens as soon as it arrives. A large batch: a block of MC
+// rows stays in L2.
 static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update update) {
     if (!FAST) {
         matmul_ref(out, w, x, update);
@@ -3476,9 +3506,9 @@ static void matmul_update(RunState *s, float *out, Tensor w, Tensor x, Update up
 // ---- Attention
 
 // y[c] += sum_j a[j] x[j][c] for a (m) f32 and x (m, n) f16; or for pairs of bf16 in both,
-// y[c] += sum_j a[j][0] x[j][c][0] + a[j][1] x[j][c][1]. Handles `queries` vectors y and a, which are y_stride and
-// a_stride floats, or pairs, apart, and columns of x: `vectors` vectors of them, from column `first` on. Both numbers
-// are compile-time constants.
+// y[c] += sum_j a[j][0] x[j][c][0] + a[j][1] x[j][c][1]. Does this for `queries` vectors y, which are y_stride floats
+// apart, each with its own vector a, a_stride floats or pairs apart, and for `vectors` vectors of columns of x, from
+// column `first` on. `queries` and `vectors` are compile-time constants.
 INLINE void weighted_sum_fixed(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries,
                                const uint16_t *x, bool pairs, size_t m, size_t n, size_t first, size_t vectors) {
     const size_t P = pairs ? 2 : 1;
@@ -3495,9 +3525,10 @@ INLINE void weighted_sum_fixed(float *y, size_t y_stride, const float *a, size_t
                 __builtin_prefetch(at + m * n * P, 0, 2);
         }
         for (size_t q = 0; q < queries; q++) {
-            vec weight = splat(float_bits(a[q * a_stride + j]));
+            uint32_t weight; // a float, or a pair of bf16
+            memcpy(&weight, a + q * a_stride + j, sizeof weight);
             for (size_t c = 0; c < vectors; c++)
-                sums[q][c] = fma_or_bf16_dot(weight, row[c], sums[q][c], pairs);
+                sums[q][c] = fma_or_bf16_dot(splat(weight), row[c], sums[q][c], pairs);
         }
     }
     for (size_t q = 0; q < queries; q++)
@@ -3523,7 +3554,8 @@ INLINE void weighted_sum_typed(float *y, size_t y_stride, const float *a, size_t
         }
 }
 
-// The weighted sums of rows that attention is made of, for 1 or Q_TILE queries. May read a vector past the end of x.
+// The weighted sums of rows that attention_block computes, for 1 or Q_TILE queries. May read up to a vector past the
+// end of x.
 static void weighted_sum(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
                          bool pairs, size_t m, size_t n) {
     if (pairs)
@@ -3536,8 +3568,8 @@ static void weighted_sum(float *y, size_t y_stride, const float *a, size_t a_str
 // sum are updated. Returns the factor by which earlier partial results must be rescaled. Keys from n_visible on get no
 // weight.                                                                          (Milakov and Gimelshein 2018)
 static float online_softmax(float score[KV_BLOCK], size_t n_visible, float scale, float *largest, float *sum) {
-    // Tree reductions, which the compiler can vectorise; a sequential maximum or sum it cannot. They are unrolled,
-    // because a loop of unknown length would pass each half through memory.
+    // Tree reductions: the compiler can vectorise these, but not a sequential maximum or sum. They are unrolled,
+    // because in a loop of unknown length each half would pass through memory.
     float fold[KV_BLOCK];
     for (size_t j = 0; j < KV_BLOCK; j++)
         fold[j] = score[j] = j < n_visible ? score[j] * scale : -INFINITY;
@@ -3633,7 +3665,7 @@ static size_t draft(Session *s) {
         return 0;
     reserve(&c->tokens, n_draft);
     uint32_t *tokens = c->tokens.data;
-    size_t place = n, longest = 1; // where the tokens after the longest occurrence so far start, and its length
+    size_t place = n, longest = 1; // where the tokens after the longest match so far start; its length, if above 1
     for (size_t i = n - 1; i > 0 && longest < 4; i--) {
         size_t same = 0;
         while (same < min(i, 4) && tokens[i - 1 - same] == tokens[n - 1 - same])
@@ -3653,21 +3685,21 @@ static size_t draft(Session *s) {
 // ------------------------------------------------------------------------------------------------
 // 11 Larger than memory
 //
-// Each pass reads the file from front to back. Where it does not fit in memory, the system evicts the pages that have
-// not been used for longest, which are always those that are needed next, so that all of it is read in every pass. To
-// avoid that, pieces of the file that were missing in two passes in a row are evicted right after use, and the rest of
-// the file stays in memory.
+// Each pass reads the file from front to back. If the file does not fit in memory, the system evicts the least recently
+// used pages. These are always the ones that are needed next, so every pass would read the whole file from the disk. To
+// avoid that, pieces of the file that were missing in two passes in a row are evicted right after use. The rest of the
+// file stays in memory.
 
 enum { PIECE_BYTES = 16 << 20, PIECES_AHEAD = 2, MIN_PAGE = 4096 };
 
 struct Paging {
     const Model *m;
     size_t at;         // where in the file this pass is
-    long major_faults; // the process's page faults that had to read, when this pass began; LONG_MAX before the first
-    bool active;       // there were such page faults in the pass before
+    long major_faults; // major page faults (that read from the disk) before this pass; LONG_MAX at first
+    bool active;       // there were major page faults in the previous pass
     size_t n_checked;  // pieces that have been checked for being in memory in this pass
     size_t n_used;     // pieces that have been used in this pass
-    uint8_t *misses;   // (pieces)  the number of passes in a row in which a piece was missing, at most 2
+    uint8_t *misses;   // (pieces)  in how many passes in a row a piece was missing from memory, at most 2
     size_t keep;       // the first piece that was missing in this pass; it stays, to find out if there is room again
 };
 
@@ -3694,12 +3726,12 @@ static void evict(const Paging *p, size_t piece) {
     }
 }
 
-// Called before the matrix w is used.
+// Called by one thread before the matrix w is used: checks the pieces that are needed next, and evicts used ones.
 static void page_weights(Paging *p, Tensor w) {
     if (!p)
         return;
     size_t start = (size_t)((unsigned char *)w.data - p->m->file.bytes), size = w.rows * w.cols * sizeof(uint16_t);
-    if (start < p->at) { // another pass begins
+    if (start < p->at) { // another pass begins; in a tied model, with the classifier
         while (p->n_used < p->n_checked)
             evict(p, p->n_used++);
         struct rusage usage;
@@ -3710,7 +3742,7 @@ static void page_weights(Paging *p, Tensor w) {
         p->keep = SIZE_MAX;
     }
     p->at = start;
-    // Checks pieces before the system reads them ahead, but none of other processes.
+    // Checks a piece before the system's readahead loads it. Of several processes, each checks only its own rows.
     size_t end = min(start + size + (n_processes > 1 ? 0 : PIECES_AHEAD * PIECE_BYTES), p->m->file.size);
     p->n_checked = max(p->n_checked, start / PIECE_BYTES);
     while (p->active && p->n_checked * PIECE_BYTES < end)
@@ -3739,11 +3771,11 @@ static Paging *open_paging(const Model *m) { return (void)m, NULL; }
 // `make mpi` builds a program for several processes, usually one on each machine. mpirun starts it on all of them. Each
 // process multiplies a part of the rows of every matrix, so it needs only this part of the weights file in memory.
 // After each product, the processes exchange their parts of the result with MPI. All of them compute everything else,
-// so they have the same numbers at any time, which are those of a single process, bit for bit. Process 0 reads texts,
-// for all, and prints.
+// so at any time they have the same numbers, which are those of a single process, bit for bit. Process 0 reads the
+// input for all, and prints.
 
-// Exits if process 0 has other data. Compares 64 KB of every 256th part of it, because a machine may have no room for
-// all weights.
+// Exits if process 0 has other data. Compares the first 64 KB of each of 256 parts, because a machine may not have
+// enough memory for all weights.
 static void expect_same(const char *what, const void *data, size_t size) {
     uint64_t hash = size;
     for (size_t start = 0; n_processes > 1 && start < size; start += max(1 << 16, size / 256))
@@ -3751,7 +3783,7 @@ static void expect_same(const char *what, const void *data, size_t size) {
             hash = hash * 31 + ((const unsigned char *)data)[i];
     uint64_t first = hash;
     share(&first, sizeof first);
-    expect(hash == first, "expected the %s of process 0, found others", what);
+    expect(hash == first, "expected the same %s as process 0, found a different one", what);
 }
 
 #ifdef MPI
@@ -3837,6 +3869,6 @@ int main(int argc, char **argv) {
     share(&o.seed, sizeof o.seed);
     mode->run(&s);
     flush_output();
-    exit(0); // instead of return, so that no memory counts as lost
+    exit(0); // not return: the memory that s refers to stays reachable for leak checkers
 }
 #endif

@@ -90,7 +90,7 @@ def spoil_path(path: Path, how: str) -> str:
         return "symbolic links"
     if how == "device":
         path.symlink_to("/dev/null")
-        return "found no regular file"
+        return "found a device or a pipe"
     path.write_bytes({"empty": b"", "one byte": b"t", "text": b"To be, or not to be\n" * 1000}[how])
     return {"empty": "found 0", "one byte": "found 1", "text": 'found "To be, o"'}[how]
 
@@ -783,7 +783,7 @@ def test_no_memory_for_the_context(run: Program, tmp_path: Path, megabytes: int)
     assert amount, stderr
     needed = float(amount[1]) * {"MB": 1e6, "GB": 1e9}[amount[2]]
     assert math.isclose(needed, position * context, rel_tol=0.01), stderr
-    assert "-c takes fewer" in stderr
+    assert "-c sets fewer" in stderr
     fits = ((megabytes - 100) << 20) // position
     assert run.ok(path, "-n", 0, "-j", 1, "-c", fits, preexec=limit).stdout == b"ab\n"
 

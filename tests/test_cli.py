@@ -250,7 +250,7 @@ def test_guesses_change_nothing_but_the_time(run: Program, root: Path, draft: in
         command = [root / "models" / "stories.bin", "-i", text, "-s", 3, "--json", "--probs", *args]
         slow, fast = run.ok(*command), run.ok(*command, "--draft", draft)
         assert fast.stdout == slow.stdout
-        found = re.search(r"draft: (\d+) of (\d+) tokens accepted\n", fast.stderr)
+        found = re.search(r"draft: (\d+) of (\d+) decoded tokens had been guessed\n", fast.stderr)
         assert found and int(found[2]) == len(fast.stdout.splitlines()) - 1
         saved += int(found[1])
     assert saved > 20
@@ -263,7 +263,7 @@ def test_guesses_end_with_the_text(run: Program, tmp_path: Path, steps: int) -> 
     done = run.ok(*args, "--draft", 9)
     assert done.stdout == run.ok(*args).stdout
     known = max(0, steps - 6)  # for a guess, the text has to end with two tokens that it had before
-    assert f"draft: {known - known // 10} of {steps - 1} tokens accepted\n" in done.stderr
+    assert f"draft: {known - known // 10} of {steps - 1} decoded tokens had been guessed\n" in done.stderr
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 63, 64])

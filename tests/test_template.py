@@ -380,7 +380,7 @@ def test_no_think_takes_a_template_that_knows_it(tmp_path: Path, run: Program) -
     found.close()
     vocabulary = read_tokenizer(found.tokenizer.to_bytes())
     path = FileModel(vocabulary=vocabulary).zero().write(tmp_path / "m.bin")
-    run.fails(1, path, "-m", "chat", "--no-think", says=["--no-think", "knows no such switch"])
+    run.fails(1, path, "-m", "chat", "--no-think", says=["--no-think", "has no such option"])
 
 
 def test_what_cannot_be_done_is_said_with_the_turn(capsys: pytest.CaptureFixture[str]) -> None:

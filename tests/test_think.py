@@ -156,7 +156,7 @@ def test_next_of_the_end_of_a_long_text(run: Program, tmp_path: Path) -> None:
     assert len(ids) > 200
     for context in (96, 20, 1):
         result = run.ok(path, "-m", "next", "-f", file, "-k", 3, "--json", "-c", context)
-        assert f"of {len(ids)} tokens, the last {context} fit the context" in result.stderr
+        assert f"the prompt has {len(ids)} tokens; the context holds only the last {context}\n" in result.stderr
         window = [BOS, *ids[len(ids) - context + 1 :]]
         expected = log_softmax(transformers_logits(model, [window])[0][-1])
         found = json.loads(result.stdout)
