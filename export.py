@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Turns a checkpoint into the two files that run.c reads: OUT.bin (weights) and OUT.tokenizer.bin.
 
-    export.py SOURCE -o OUT.bin [--tokenizer FILE] [--dtype auto|bf16|f16] [--lora DIR] [--verify]
+    export.py SOURCE -o OUT.bin [--tokenizer FILE] [--dtype auto|bf16|f16] [--lora DIR] [--verify] ...
 
 `export.py --help` explains every kind of SOURCE; models/FORMAT.md documents both output files.
 
-The text follows the data: 1. errors, and what a file is, 2. the model's configuration, 3. the layout of the weights
-file, 4. tensors that are read piece by piece, 5. formats of files, 6. checkpoints, 7. tokenizers, 8. how text is cut
-into words, 9. chat templates, 10. writing, 11. the command line. A model is never held in memory: each tensor is
-read, converted, checked and written in pieces of a few megabytes. Everything is little-endian.
+Sections, in the order in which data passes through them: 1. errors and kinds of files, 2. the model's
+configuration, 3. the layout of the weights file, 4. tensors that are read piece by piece, 5. file formats,
+6. checkpoints, 7. tokenizers, 8. pre-tokenizers, 9. chat templates, 10. writing, 11. the command line. A model is
+never held in memory: each tensor is read, converted and written in small pieces. Everything is little-endian.
 
 Shape letters: V vocabulary, D dim, F hidden_dim, L layers, H head_dim.
 """
@@ -58,18 +58,18 @@ except ImportError as error:
 Array = NDArray[Any]
 T = TypeVar("T")
 
-LLAMA2_TOKENIZER = Path(__file__).with_name("tokenizer.bin")  # stands beside this program
+LLAMA2_TOKENIZER = Path(__file__).with_name("tokenizer.bin")  # in the same directory as this program
 
-LONG_WRITE = 16 << 20  # bytes
-PIECE = 1 << 19  # elements that are worked on at a time: few enough to stay in the cache
+WRITE_BUFFER = 16 << 20  # bytes, see atomic()
+PIECE = 1 << 19  # elements that are processed at a time; few enough to stay in the CPU's cache
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 1. Errors, and what a file is
+# 1. Errors and kinds of files
 
 
 class ExportError(Exception):
-    """What the user has to know, in one line; `about` is the file or model that is wrong, once that is known."""
+    """A message for the user, in one line; `about` is the file or model at fault, once it is known."""
 
     def __init__(self, message: str, about: object = None) -> None:
         super().__init__(message)
@@ -81,7 +81,7 @@ class ExportError(Exception):
 
 @contextmanager
 def naming(about: object) -> Iterator[None]:
-    """Makes one line that names the file of whatever goes wrong, here or in a library."""
+    """Turns errors of the block, also those of libraries, into ExportErrors that name their file, else `about`."""
     try:
         yield
     except ExportError as error:
@@ -96,18 +96,18 @@ def naming(about: object) -> Iterator[None]:
         raise ExportError(BEYOND, about) from None
     except Exception as error:  # noqa: BLE001
         message = str(error).strip().partition("\n")[0]
-        words = f"damaged, or of an unknown form ({type(error).__name__}: {message})"
+        words = f"damaged, or in a form that is not supported ({type(error).__name__}: {message})"
         raise ExportError(words, about) from None
 
 
-READ_SECONDS, READ_BYTES = 9, 800 << 20  # of CPU time, and of memory
-BEYOND = f"cannot be read within {READ_SECONDS} s and {READ_BYTES >> 20} MB (--no-limits, if you trust it)"
+READ_SECONDS, READ_BYTES = 9, 800 << 20  # limits on CPU time and on memory, see limited()
+BEYOND = f"takes more than {READ_SECONDS} s or {READ_BYTES >> 20} MB to read (--no-limits, if you trust it)"
 
 
 def limited(work: Callable[[], T], room: int = 0) -> T:
-    """Calls `work` in a child process that may take so much CPU time and memory, and `room` bytes, but no more.
+    """Calls `work` in a child process that may take READ_SECONDS, and READ_BYTES + `room` of memory.
 
-    What templates, expressions, archives and counts in a file make a library do cannot be known beforehand.
+    A hostile template, regular expression, archive or count could make a library run or allocate without end.
     """
     forking = multiprocessing.get_context("fork")
     receiver, sender = forking.Pipe(duplex=False)
@@ -116,9 +116,9 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
     def child() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library prints as it gives up
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # discards what libraries print when they abort
         resource.setrlimit(resource.RLIMIT_CPU, (READ_SECONDS, READ_SECONDS))
-        with suppress(OSError):  # only Linux has this file
+        with suppress(OSError):  # only Linux has this file; its field 5 is the memory for data, in pages
             pages = int(Path("/proc/self/statm").read_text().split()[5])
             memory = pages * resource.getpagesize() + READ_BYTES + room
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
@@ -145,34 +145,34 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
 
 
 def say(kind: str, message: object) -> None:
-    """Prints one line to standard error, whatever names and control characters a file has brought into it."""
+    """Prints one line to standard error; characters that cannot be printed are escaped."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message)[:1000])
     print(f"export.py: {kind}: {text}", file=sys.stderr)
 
 
-MAGIC, VERSION = b"twofiles", 1
+MAGIC, VERSION = b"twofiles", 1  # MAGIC begins OUT.bin, TOKENIZER_MAGIC OUT.tokenizer.bin
 TOKENIZER_MAGIC, TOKENIZER_VERSION = b"twotoken", 3
 
-FILE_KINDS = [  # what a file is, by its first bytes
+FILE_KINDS = [  # (pattern of the first bytes, description)
     (rb"\Z", "an empty file"),
-    (rb"version https://git-lfs", "a Git LFS pointer instead of the file (`git lfs pull` gets that)"),
+    (rb"version https://git-lfs", "a Git LFS pointer instead of the file (run `git lfs pull`)"),
     (rb"GGUF\0\0\0|FUGG", "a big-endian GGUF file (convert the model again without --bigendian)"),
     (rb"GGUF", "a GGUF file"),
-    (rb"lmgg|fmgg|tjgg|algg", "a GGML file from before GGUF (convert the model again)"),
-    (re.escape(MAGIC), "a twofiles weights file"),
-    (re.escape(TOKENIZER_MAGIC), "a twofiles tokenizer file"),
+    (rb"lmgg|fmgg|tjgg|algg", "a GGML file, older than GGUF (convert the original model to GGUF)"),
+    (re.escape(MAGIC), "a weights file of this program"),
+    (re.escape(TOKENIZER_MAGIC), "a tokenizer file of this program"),
     (rb"24ka", "a llama2.c model of version 1 or later (export it with --version 0)"),
     (rb".{7}\0\{", "a safetensors file"),
-    (rb"PK\x03\x04", "a zip archive, as PyTorch and Keras write them"),
-    (rb"\x80[\x02-\x05]", "a pickle, as PyTorch wrote them before 1.6"),
-    (rb"\x89HDF\r\n", "an HDF5 file, as Keras and TensorFlow write them"),
+    (rb"PK\x03\x04", "a zip archive, as written by PyTorch or Keras"),
+    (rb"\x80[\x02-\x05]", "a pickle, as written by PyTorch before 1.6"),
+    (rb"\x89HDF\r\n", "an HDF5 file, as written by Keras or TensorFlow"),
     (rb"\x93NUMPY", "a NumPy array"),
     (rb"\x08[\x01-\x20][\x12\x1a\x3a\x42].", "an ONNX model"),
     (rb".{4}TFL3", "a TensorFlow Lite model"),
     (rb"\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh|7z\xbc\xaf|Rar!", "a compressed archive (unpack it)"),
     (rb".{257}ustar", "a tar archive (unpack it)"),
     (rb"%PDF|\x89PNG|\xff\xd8\xff", "a document or an image"),
-    (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file (the download has failed)"),
+    (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file (the download failed)"),
     (rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[}\]]", "a JSON file"),
     (rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", "a tiktoken vocabulary"),
     (rb"\n.\n", "a SentencePiece model"),
@@ -181,9 +181,9 @@ FILE_KINDS = [  # what a file is, by its first bytes
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file is by its first bytes; None for what has no magic number, as llama2.c's files."""
-    if path.exists() and not path.is_file():  # a device has no end, and a pipe may have no beginning
-        raise ExportError("expected a regular file", path)
+    """Tells what a file is by its first bytes; None if they are not known, as those of llama2.c's files."""
+    if path.exists() and not path.is_file():  # a device may have no end, and a pipe may make us wait forever
+        raise ExportError("expected a regular file, found a device or a pipe", path)
     with open(path, "rb") as file:
         start = file.read(512)
     for pattern, kind in FILE_KINDS:
@@ -193,7 +193,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def expect(path: Path, *kinds: str) -> None:
-    """Refuses a file that is known to be of another kind, before a parser finds other words for that."""
+    """Refuses a file that is known to be of another kind, because a parser's message would be less clear."""
     found = kind_of(path)
     if found is not None and not found.startswith(kinds):
         raise ExportError(f"expected {' or '.join(kinds)}, found {found}", path)
@@ -212,24 +212,23 @@ def read_json(path: Path) -> dict[str, Any]:
         try:
             values = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            words = f": {error}" if kind in (None, "a JSON file") else f" but {kind}"
-            raise ExportError(f"not JSON{words}") from None
+            raise ExportError(f"not JSON: {error}" if kind in (None, "a JSON file") else f" but {kind}") from None
         if not isinstance(values, dict):
             raise ExportError(f"expected a JSON object, found {values!r:.40}")
         return values
 
 
 def read_text(path: Path) -> str:
-    kind_of(path)
+    kind_of(path)  # refuses all but regular files
     return path.read_text("utf-8")
 
 
 def setting(s: Settings, key: str, kind: type, *default: Any) -> Any:
-    """A setting of this very type, but a whole number may stand for any; null counts as absent."""
+    """The setting `key`, which must be of the type `kind` (a float may be an int); null counts as absent."""
     value = s.get(key)
     if value is None:
         if not default:
-            raise ExportError(f"lacks {key}")
+            raise ExportError(f"{key} is missing")
         return default[0]
     if kind is float and type(value) is int:
         value = float(value)
@@ -239,19 +238,19 @@ def setting(s: Settings, key: str, kind: type, *default: Any) -> Any:
 
 
 def known_setting(s: Settings, key: str, known: Sequence[Any], *default: Any) -> Any:
-    """A setting of which run.c computes some values only."""
+    """A setting for which run.c supports only the values in `known`."""
     value = setting(s, key, type(known[0]), *default)
     if value not in known:
         expected = ", ".join(map(str, known))
-        raise ExportError(f"{key} {value!r} is not supported, expected {expected}")
+        raise ExportError(f"{key}: expected {expected}, found {value!r}")
     return value
 
 
 def refuse(s: Settings, *keys: str) -> None:
-    """Refuses settings that change the result in ways that run.c does not know."""
+    """Refuses settings that run.c does not implement, unless they are absent, null, 0 or false."""
     for key in keys:
         if s.get(key):
-            raise ExportError(f"{key} {s[key]!r:.60} is not supported")
+            raise ExportError(f"{key} is not supported, found {s[key]!r:.60}")
 
 
 def ids_in(s: Settings, key: str) -> tuple[int, ...]:
@@ -259,7 +258,7 @@ def ids_in(s: Settings, key: str) -> tuple[int, ...]:
     value = s.get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(id) is not int for id in ids):
-        raise ExportError(f"{key}: expected a token id or a list, found {value!r:.40}")
+        raise ExportError(f"{key}: expected a token id or a list of them, found {value!r:.40}")
     return tuple(ids)
 
 
@@ -269,7 +268,7 @@ def ids_in(s: Settings, key: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a Llama-like model; up to `tied`, in the order of the header."""
+    """The shape of a Llama-like model. The fields before `tied` have the order of the file's header."""
 
     dim: int
     hidden_dim: int
@@ -281,21 +280,21 @@ class Config:
     max_seq_len: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: int = 0  # 0 none, 1 linear, 2 llama3; the next four are 0 where they have no meaning
+    rope_scaling: int = 0  # 0 none, 1 linear, 2 llama3; the next four are 0 if they are not used
     rope_factor: float = 0.0
     rope_low_freq_factor: float = 0.0
     rope_high_freq_factor: float = 0.0
     rope_original_max_seq_len: int = 0
-    tied: bool = False  # the classifier is the embedding
+    tied: bool = False  # the embedding is also the classifier, lm_head
     qkv_bias: bool = False
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
-        """Checks what the layout needs; run.c checks the limits of what it computes."""
-        for name, value in list(vars(self).items())[:8]:
+        """Checks what the layout of the file needs; run.c checks its own limits."""
+        for name, value in list(vars(self).items())[:8]:  # dim to max_seq_len
             limit = 1 << (28 if name == "max_seq_len" else 24)
             if not 1 <= value <= limit:
-                raise ExportError(f"{name} is {value}, expected 1 to {limit}")
+                raise ExportError(f"{name}: expected 1 to {limit}, found {value}")
         if self.n_heads % self.n_kv_heads:
             raise ExportError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -319,7 +318,7 @@ ALIGNMENT = 64
 
 
 class Spec(NamedTuple):
-    """A tensor of the checkpoint, by its Hugging Face name; its shape is (out, in) or (elements,)."""
+    """A tensor that is needed: its Hugging Face name, and its shape, (out, in) or (elements,)."""
 
     name: str
     shape: tuple[int, ...]
@@ -330,9 +329,9 @@ class Spec(NamedTuple):
 
 
 def file_order(c: Config) -> Iterator[list[Spec]]:
-    """The tensors of the weights file in its order; one of several specs holds their rows, one after another.
+    """The tensors of the weights file, in its order; several specs are joined by rows to one tensor.
 
-    q, k and v are one tensor, so that run.c has them from one matrix product; so are gate and up.
+    So run.c computes q, k and v with one matrix product; likewise gate and up.
     """
     yield [Spec("model.embed_tokens.weight", (c.vocab_size, c.dim))]
     for layer in range(c.n_layers):
@@ -369,17 +368,17 @@ def layout(config: Config) -> Iterator[tuple[int, list[Spec]]]:
 
 
 def file_size(config: Config) -> int:
-    """The weights file ends with the last byte of its last tensor."""
+    """The size of the weights file in bytes; it ends with its last tensor."""
     *_, (offset, specs) = layout(config)
     return offset + 2 * sum(spec.size for spec in specs)
 
 
 def header(c: Config, dtype: str, vocab_hash: int) -> bytes:
     """The first 4096 bytes of the weights file."""
-    *fields, tied, qkv_bias, qk_norm = astuple(c)
+    *numbers, tied, qkv_bias, qk_norm = astuple(c)
     flags = tied | qkv_bias << 1 | qk_norm << 2
     code = list(DTYPES).index(dtype) + 1
-    packed = HEADER.pack(MAGIC, VERSION, code, flags, *fields, file_size(c), vocab_hash)
+    packed = HEADER.pack(MAGIC, VERSION, code, flags, *numbers, file_size(c), vocab_hash)
     return packed.ljust(TENSORS_START, b"\0")
 
 
@@ -387,8 +386,8 @@ def header(c: Config, dtype: str, vocab_hash: int) -> bytes:
 # 4. Tensors that are read piece by piece
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}  # of the weights file
-LARGEST = {"bf16": float.fromhex("0x1.fep127"), "f16": 65504.0}
-STORED = {  # types of numbers that are read, as safetensors calls them
+LARGEST = {"bf16": float.fromhex("0x1.fep127"), "f16": 65504.0}  # finite numbers
+STORED = {  # types that can be read, by safetensors' names
     "BF16": DTYPES["bf16"],
     "F16": DTYPES["f16"],
     "F32": np.dtype(np.float32),
@@ -403,21 +402,22 @@ def widened(piece: Array) -> NDArray[np.float32]:
 def largest_magnitude(piece: Array, name: str) -> float:
     largest = float(np.abs(widened(piece)).max())
     if not math.isfinite(largest):
-        raise ExportError(f"tensor {name} has a value that is not finite: {largest}")
+        raise ExportError(f"tensor {name}: expected finite values, found {largest}")
     return largest
 
 
 def encode(piece: Array, dtype: str, name: str) -> Array:
-    """A piece of the tensor `name` in `dtype`, rounded to nearest even, or as it is if it has that type."""
+    """Converts a piece of the tensor `name`, rounds to nearest even, and checks that all of it is finite."""
     kind = DTYPES[dtype]
     if piece.dtype == kind:
-        bits = piece.view(np.uint16) & 0x7FFF  # these grow with the magnitude, up to infinity and NaN
+        bits = piece.view(np.uint16) & 0x7FFF  # without the sign; infinity and NaN are the largest
         if bits.max() >= np.array(np.inf, kind).view(np.uint16):
-            largest_magnitude(piece, name)
+            largest_magnitude(piece, name)  # raises an error
         return piece
     largest = largest_magnitude(piece, name)
     if largest > LARGEST[dtype]:
-        raise ExportError(f"tensor {name} does not fit {dtype}: it has the magnitude {largest:g}")
+        expected = f"expected values up to {LARGEST[dtype]:g} for {dtype}"
+        raise ExportError(f"tensor {name}: {expected}, found {largest:g} (another --dtype may do)")
     return widened(piece).astype(kind)
 
 
@@ -429,9 +429,9 @@ class Tensor(NamedTuple):
 
     path: Path
     shape: tuple[int, ...]
-    dtype: str  # of STORED, or another, which cannot be read
+    dtype: str  # of STORED, or a type that cannot be read
     rows: Rows
-    unit: int = 1  # rows that belong together: `start` has to be a multiple of it, and `stop`
+    unit: int = 1  # `start` and `stop` of rows() must be multiples of this
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of the rows of each piece."""
@@ -448,18 +448,19 @@ class Tensor(NamedTuple):
 
 
 def in_memory(array: Array) -> Tensor:
+    """A tensor of an array; used by other programs."""
     dtype = next(name for name, kind in STORED.items() if kind == array.dtype)
     return Tensor(Path("memory"), array.shape, dtype, lambda a, b: np.ascontiguousarray(array[a:b]))
 
 
 def in_file(path: Path, offset: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Rows:
-    """The rows of an array that lies in a file as it does in memory."""
+    """Reads rows of an array that lies in a file, row after row, from `offset` on."""
     width = math.prod(shape[1:]) * kind.itemsize
 
     def rows(start: int, stop: int) -> Array:
         found = np.fromfile(path, np.uint8, (stop - start) * width, offset=offset + start * width)
         if found.size != (stop - start) * width:
-            raise ExportError("ends within a tensor", path)
+            raise ExportError("ends within a tensor: incomplete or damaged", path)
         return found.view(kind).reshape(-1, *shape[1:])
 
     return rows
@@ -470,7 +471,7 @@ def stored(path: Path, offset: int, shape: tuple[int, ...], dtype: str) -> Tenso
 
 
 def half_split(tensor: Tensor, head_dim: int) -> Tensor:
-    """RoPE rotates rows (2i, 2i + 1) of a head in Meta's checkpoints, but (i, i + H/2) in Hugging Face's."""
+    """Reorders each head's rows from Meta's RoPE pairs (2i, 2i + 1) to Hugging Face's (i, i + H/2)."""
 
     def rows(start: int, stop: int) -> Array:
         x = tensor.rows(start, stop)
@@ -481,7 +482,7 @@ def half_split(tensor: Tensor, head_dim: int) -> Tensor:
 
 
 def concatenated(shards: list[Tensor], axis: int) -> Tensor:
-    """The rows of the first shard, then those of the next; or (axis 1) each row begins in the first, and goes on."""
+    """Joins shards of the same shape by rows (axis 0) or by columns (axis 1)."""
     height, *width = shards[0].shape
     *firsts, total = accumulate((shard.shape[axis] for shard in shards), initial=0)
 
@@ -494,41 +495,40 @@ def concatenated(shards: list[Tensor], axis: int) -> Tensor:
     return shards[0]._replace(shape=(height, total) if axis == 1 else (total, *width), rows=rows)
 
 
-# Buffers that run.c computes itself: RoPE's angles, and masks of attention
+# Tensors to leave out, because run.c computes them itself: RoPE's angles and masks of attention
 BUFFER = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)|rope\.freqs")
 
 
 @dataclass
 class Model:
-    """A checkpoint: its tensors by their Hugging Face names, all that the configuration needs and no other."""
+    """A checkpoint: its tensors by their Hugging Face names, all that the configuration needs and no others."""
 
     path: Path
     config: Config
     tensors: dict[str, Tensor]
-    stop_ids: tuple[int, ...] = ()  # tokens that end a text, besides those that the tokenizer knows
-    window: int | None = None  # positions that attention looks back, if that is limited
-    tokenizer_file: Path | None = None  # that comes with it
+    stop_ids: tuple[int, ...] = ()  # tokens that end a text, in addition to the tokenizer's own
+    window: int | None = None  # how many positions attention looks back; None: to the first
+    tokenizer_file: Path | None = None  # the checkpoint's own tokenizer, a file or a folder
 
     def __post_init__(self) -> None:
         others = dict(self.tensors)
         for name, shape in specs_of(self.config):
             tensor = others.pop(name, None)
             if tensor is None:
-                raise ExportError(f"lacks the tensor {name} of the shape {shape}", self.path)
+                raise ExportError(f"the tensor {name} of the shape {shape} is missing", self.path)
             if tensor.dtype not in STORED:
-                found = f"expected the type F32, F16 or BF16, found {tensor.dtype}"
+                found = f"expected the type {', '.join(STORED)}, found {tensor.dtype}"
                 raise ExportError(f"tensor {name}: {found}", tensor.path)
             if tensor.shape != shape:
-                found = f"expected the shape {shape}, found {tensor.shape}"
-                raise ExportError(f"tensor {name}: {found}", tensor.path)
+                raise ExportError(f"tensor {name}: expected the shape {shape}, found {tensor.shape}", tensor.path)
         for name, tensor in others.items():
-            is_bias = name.endswith(".bias") and tensor.dtype in STORED  # one of zeros changes nothing
+            is_bias = name.endswith(".bias") and tensor.dtype in STORED  # a bias of zeros has no effect
             zeros = is_bias and not any(map(np.any, tensor.pieces()))
             if not zeros and not BUFFER.fullmatch(name):
-                raise ExportError(f"has a tensor that is not supported: {name}", tensor.path)
+                raise ExportError(f"the tensor {name} is not supported", tensor.path)
 
     def dtype(self) -> str:
-        """Of STORED: what most of it is made of."""
+        """The type, of STORED, that most of the model's elements have."""
         sizes: Counter[str] = Counter()
         for spec in specs_of(self.config):
             sizes[self.tensors[spec.name].dtype] += spec.size
@@ -536,7 +536,7 @@ class Model:
 
 
 def choose_dtype(model: Model) -> str:
-    """16 bits stay what they are; 32 become bf16 if none is lost, else f16 (finer), else bf16 (wider)."""
+    """16-bit types stay; others become bf16 if that is exact, else f16 if the values fit (finer), else bf16."""
     stored_as = model.dtype()
     if stored_as.lower() in DTYPES:
         return stored_as.lower()
@@ -546,7 +546,7 @@ def choose_dtype(model: Model) -> str:
             for piece in model.tensors[spec.name].pieces():
                 x = widened(piece)
                 largest = max(largest, largest_magnitude(x, spec.name))
-                exact = exact and not np.any(x.view(np.uint32) & 0xFFFF)
+                exact = exact and not np.any(x.view(np.uint32) & 0xFFFF)  # bf16 is the upper half
                 bar.update(2 * x.size)
     return "bf16" if exact or largest > LARGEST["f16"] else "f16"
 
@@ -556,9 +556,9 @@ def choose_dtype(model: Model) -> str:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """A length in 8 bytes, a JSON object of that length, and the tensors.
+    """A length in 8 bytes, a JSON object of this length, and the tensors.
 
-    The safetensors library checks the header. It would map the tensors, which counts as memory in use.
+    The safetensors library only checks the header: the memory that it maps would count as memory in use.
     """
     expect(path, "a safetensors file")
     with naming(path), safe_open(path, "numpy"):
@@ -574,13 +574,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
-    """A dictionary of tensors, as torch.save() writes it; nothing that a pickle names is run but what makes tensors."""
+    """A dictionary of tensors that torch.save() has written; its pickle may call only what makes tensors."""
     expect(path, "a zip archive", "a pickle")
     try:
         import torch
     except ImportError as error:
         hint = "pip install torch, or take the model's .safetensors or .gguf files"
-        raise ExportError(f"to read PyTorch files takes torch: {error} ({hint})", path) from None
+        raise ExportError(f"reading PyTorch files requires torch: {error} ({hint})", path) from None
     in_zip = zipfile.is_zipfile(path)
     with naming(path):
         try:
@@ -589,32 +589,31 @@ def read_torch(path: Path) -> dict[str, Tensor]:
             asked = re.search(r"GLOBAL (\S+)", str(error))
             if asked is None:
                 raise
-            expected = "expected tensors and nothing that could run code"
-            raise ExportError(f"its pickle asks for {asked[1]}, {expected}") from None
+            raise ExportError(f"expected only tensors in its pickle, found {asked[1]}, which could run code") from None
         if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
-            raise ExportError("expected a dictionary of tensors, found something else in its pickle")
+            raise ExportError("expected a dictionary of tensors in its pickle, found something else")
         size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
-        # strides of 0 make much out of little, a shared storage not so much
+        # a stride of 0 makes a large tensor of a tiny storage; tensors that share a storage stay below 4 times
         if size > 4 * path.stat().st_size:
-            raise ExportError(f"a damaged PyTorch file: its tensors would have {size} bytes")
+            raise ExportError(f"a damaged PyTorch file: its tensors would take {size} bytes, more than 4 times its own")
         if in_zip:
             check_records(path, found.values())
     return {str(name): tensor_of_torch(path, tensor.detach()) for name, tensor in found.items()}
 
 
 def check_records(path: Path, tensors: Iterable[Any]) -> None:
-    """torch.load(mmap=True) reads past the end of a record that is too short without a word."""
+    """Checks that no record is too short: torch.load(mmap=True) reads past its end without an error."""
     with zipfile.ZipFile(path) as archive:
         records = [info for info in archive.infolist() if re.search(r"/data/\d+$", info.filename)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     sizes = [info.file_size for info in sorted(records, key=lambda info: info.header_offset)]
     compressed = any(info.compress_type != zipfile.ZIP_STORED for info in records)
     if compressed or [n for n in sizes if n] != [n for _, n in sorted(storages.items()) if n]:
-        raise ExportError("a damaged PyTorch file: its records are compressed, or not as long as its tensors")
+        raise ExportError("a damaged PyTorch file: expected records as long as its tensors, found others")
 
 
 def tensor_of_torch(path: Path, tensor: Any) -> Tensor:
-    """Of any strides: a tensor may be stored transposed. torch does not give bfloat16 to numpy, but its bytes."""
+    """A tensor of any strides: it may be stored transposed. torch converts no bfloat16 to numpy, but its bytes."""
     import torch
 
     name = str(tensor.dtype).removeprefix("torch.")
@@ -627,15 +626,16 @@ def tensor_of_torch(path: Path, tensor: Any) -> Tensor:
     return Tensor(path, tuple(tensor.shape), dtype, rows)
 
 
+# types of metadata, and what struct calls them
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metadata of a GGUF file, and its tensors by their names there.
+    """The metadata of a GGUF file, and its tensors by their GGUF names.
 
-    The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package makes two numpy
-    objects of every string: Llama 3's vocabulary takes it 8 seconds and 600 MB.
+    The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. gguf.GGUFReader is not used: it makes two
+    numpy objects of every string, which takes 8 seconds and 600 MB for Llama 3's vocabulary.
     """
     expect(path, "a GGUF file")
     size = path.stat().st_size
@@ -643,7 +643,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     def read(n: int) -> bytes:
         data = file.read(n) if n <= size else b""
         if len(data) != n:
-            raise ExportError("ends within its header, or the header lies")
+            raise ExportError("ends within its header, or a length in the header is wrong")
         return data
 
     def unpack(form: str) -> tuple[Any, ...]:
@@ -658,7 +658,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if kind in GGUF_NUMBERS:
             return unpack(GGUF_NUMBERS[kind])[0]
         if kind != GGUF_ARRAY:
-            raise ExportError(f"a metadata value of the unknown type {kind}")
+            raise ExportError(f"metadata: expected types from 0 to 12, found {kind}")
         element, count = unpack("IQ")
         if element in GGUF_NUMBERS:
             return list(unpack(f"{count}{GGUF_NUMBERS[element]}"))
@@ -679,12 +679,12 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for name, shape, kind, at in entries:
             found[name], end = gguf_tensor(path, start + at, shape[::-1], kind, name)
             if end > size:
-                raise ExportError(f"tensor {name} should end at byte {end} of {size}")
+                raise ExportError(f"tensor {name} ends at byte {end}, but the file at {size}: incomplete or damaged")
     return metadata, found
 
 
 def gguf_tensor(path: Path, offset: int, shape: tuple[int, ...], kind: int, name: str) -> tuple[Tensor, int]:
-    """The tensor, as float32 if it is quantised, in blocks with a scale each; and where it ends."""
+    """The tensor, dequantised to float32 if it is quantised, and the byte in the file where it ends."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     try:
@@ -692,11 +692,11 @@ def gguf_tensor(path: Path, offset: int, shape: tuple[int, ...], kind: int, name
         block, block_bytes = GGML_QUANT_SIZES[form]
         if form.name in STORED:
             return stored(path, offset, shape, form.name), offset + math.prod(shape) * block_bytes
-        dequantize(np.zeros((1, block_bytes), np.uint8), form)
+        dequantize(np.zeros((1, block_bytes), np.uint8), form)  # fails for what the package cannot read
     except (ValueError, KeyError, NotImplementedError):
-        raise ExportError(f"tensor {name}: type {kind} is not supported") from None
+        raise ExportError(f"tensor {name}: GGML type {kind} is not supported") from None
     if len(shape) != 2 or shape[1] % block:
-        raise ExportError(f"tensor {name} of the shape {shape} is in blocks of {block}")
+        raise ExportError(f"tensor {name}: expected a matrix with a multiple of {block} columns, found {shape}")
     row_bytes = shape[1] // block * block_bytes
     packed = in_file(path, offset, (shape[0], row_bytes), np.dtype(np.uint8))
     tensor = Tensor(path, shape, "F32", lambda start, stop: dequantize(packed(start, stop), form))
@@ -706,8 +706,8 @@ def gguf_tensor(path: Path, offset: int, shape: tuple[int, ...], kind: int, name
 # ---------------------------------------------------------------------------------------------------------
 # 6. Checkpoints: Hugging Face, Meta, GGUF, llama2.c, LoRA adapters
 
-HUGGING_FACE, META, GGUF = range(3)
-SETTINGS = {  # what each of them calls a number of Config; what is left out is as the tensors' shapes say
+HUGGING_FACE, META, GGUF = range(3)  # columns of SETTINGS
+SETTINGS = {  # a field of Config: its name in Hugging Face's, Meta's and GGUF's settings
     "dim": ("hidden_size", "dim", "embedding_length"),
     "hidden_dim": ("intermediate_size", "hidden_dim", "feed_forward_length"),
     "n_layers": ("num_hidden_layers", "n_layers", "block_count"),
@@ -721,9 +721,9 @@ SETTINGS = {  # what each of them calls a number of Config; what is left out is 
 
 
 def config_of(source: int, s: Settings, found: dict[str, Tensor], **others: Any) -> Config:
-    """The configuration from settings and shapes; `others` are fields, or defaults, that the caller knows.
+    """The configuration from settings and the tensors' shapes; `others` are fields that the caller knows.
 
-    Where both say something, Model checks that they agree.
+    Settings count more than `others`, and these more than shapes; Model checks that the tensors fit the result.
     """
     layer = "model.layers.0."
     rows, dim, *_ = shape_of(found, "model.embed_tokens.weight")
@@ -736,8 +736,8 @@ def config_of(source: int, s: Settings, found: dict[str, Tensor], **others: Any)
     for field, keys in SETTINGS.items():
         default = [None] if field in values or field in ("n_kv_heads", "head_dim") else []
         value = setting(s, keys[source], float if field == "norm_eps" else int, *default)
-        ask_the_tokenizer = field == "vocab_size" and value == -1  # as Meta has it
-        if value is not None and not ask_the_tokenizer:
+        unset = field == "vocab_size" and value == -1  # in Meta's params.json: as the tokenizer has it
+        if value is not None and not unset:
             values[field] = value
     if "head_dim" not in values:
         dim, n_heads = values["dim"], values["n_heads"]
@@ -751,12 +751,13 @@ def config_of(source: int, s: Settings, found: dict[str, Tensor], **others: Any)
 
 
 def shape_of(found: dict[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor that is needed; zeros at its end make sure that it has a number of columns."""
     if name not in found:
-        raise ExportError(f"lacks the tensor {name}")
+        raise ExportError(f"the tensor {name} is missing")
     return (*found[name].shape, 0, 0)
 
 
-FAMILIES = {  # what run.c computes, with transformers' defaults
+FAMILIES = {  # what run.c computes, with transformers' defaults for settings that are absent
     "llama": {"max_seq_len": 2048},
     "mistral": {"max_seq_len": 131072},
     "qwen2": {"max_seq_len": 32768},
@@ -772,7 +773,7 @@ def open_hugging_face(folder: Path) -> Model:
         name = known_setting(s, "model_type", list(FAMILIES))
         architectures = setting(s, "architectures", list, [f"{name}ForCausalLM"])
         if [str(one).lower() for one in architectures] != [f"{name}forcausallm"]:
-            raise ExportError(f"architectures {architectures} of {name!r} are not supported")
+            raise ExportError(f"architectures: expected that of {name}, ...ForCausalLM, found {architectures}")
         refuse(s, "mlp_bias", "quantization_config", "quantization")
         known_setting(s, "hidden_act", ["silu", "swish"], "silu")
         tied = setting(s, "tie_word_embeddings", bool, False)
@@ -793,16 +794,16 @@ def open_hugging_face(folder: Path) -> Model:
 
 
 def share_embedding(found: dict[str, Tensor]) -> None:
-    """Of tied tensors, leaves the embedding, which may be stored as the classifier, or as both."""
+    """Keeps one of two tied tensors, as the embedding; a file may have either, or both."""
     classifier = found.pop("lm_head.weight", None)
     if classifier is None:
         return
     embedding = found.setdefault("model.embed_tokens.weight", classifier)
     if (classifier.shape, classifier.dtype) != (embedding.shape, embedding.dtype):
-        raise ExportError("tie_word_embeddings is true, but lm_head.weight differs in shape or type")
+        raise ExportError("tie_word_embeddings is true, but lm_head.weight has another shape or type")
     spans = () if embedding is classifier else classifier.spans()
     if not all(np.array_equal(classifier.rows(*span), embedding.rows(*span)) for span in spans):
-        raise ExportError("tie_word_embeddings is true, but lm_head.weight differs")
+        raise ExportError("tie_word_embeddings is true, but lm_head.weight differs from the embedding")
 
 
 def hugging_face_rope(s: Settings) -> dict[str, Any]:
@@ -815,7 +816,7 @@ def hugging_face_rope(s: Settings) -> dict[str, Any]:
             if isinstance(value, dict):
                 raise ExportError(f"RoPE that differs from layer to layer ({key}) is not supported")
             if value is not None and rope.setdefault(key, value) != value:
-                raise ExportError(f"contradicts itself: {key} is {rope[key]!r} and {value!r}")
+                raise ExportError(f"{key} is given twice, as {rope[key]!r} and as {value!r}")
     for key in ("original_max_position_embeddings", "partial_rotary_factor"):
         rope.setdefault(key, s.get(key))
     known_setting(rope, "partial_rotary_factor", [1.0], 1.0)
@@ -831,7 +832,7 @@ def hugging_face_rope(s: Settings) -> dict[str, Any]:
 
 
 def llama3_rope(factor: float, original: int = 8192, low: float = 1.0, high: float = 4.0) -> dict[str, Any]:
-    """As Llama 3.1 stretches RoPE; only the factor has changed since."""
+    """RoPE of Llama 3.1; later versions changed only the factor."""
     return {
         "rope_scaling": 2,
         "rope_factor": factor,
@@ -842,7 +843,7 @@ def llama3_rope(factor: float, original: int = 8192, low: float = 1.0, high: flo
 
 
 def sliding_window(family: str, s: Settings, config: Config) -> int | None:
-    """How far attention looks back, if in some layer it does not see everything."""
+    """How many positions attention looks back; None if all layers look back to the first."""
     layers = setting(s, "layer_types", list, [])
     if other := set(map(str, layers)) - {"full_attention", "sliding_attention"}:
         raise ExportError(f"layer_types: {min(other)!r} is not supported")
@@ -852,15 +853,15 @@ def sliding_window(family: str, s: Settings, config: Config) -> int | None:
         return None
     if not layers and family != "mistral" and setting(s, "max_window_layers", int) >= config.n_layers:
         return None
-    unsaid = family == "mistral" and "sliding_window" not in s
-    window: int = setting(s, "sliding_window", int, 4096 if unsaid else 0)  # as in transformers
+    absent = family == "mistral" and "sliding_window" not in s
+    window: int = setting(s, "sliding_window", int, 4096 if absent else 0)  # transformers' default
     if window < 0:
-        raise ExportError(f"sliding_window is {window}, expected 1 or more")
+        raise ExportError(f"sliding_window: expected 0 or more, found {window}")
     return window or None
 
 
 def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
-    """In one file, or in those that the index names, or if one of these is missing, in all that look like shards."""
+    """Of the one file, else of the shards that the index names, or if one of these is missing, of all *-of-*."""
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
         one, index = folder / name, folder / f"{name}.index.json"
         paths = [one] if one.exists() else sorted(folder.glob(f"*-of-*{one.suffix}"))
@@ -871,8 +872,8 @@ def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for path in paths:
             part = read(path)
-            for twice in part.keys() & found.keys():
-                raise ExportError(f"has the tensor {twice}, as {found[twice].path.name} has", path)
+            if twice := sorted(part.keys() & found.keys()):
+                raise ExportError(f"the tensor {twice[0]} is also in {found[twice[0]].path.name}", path)
             found |= part
         if paths:
             prefix = "" if any(name.startswith("model.") for name in found) else "model."  # a bare LlamaModel
@@ -883,19 +884,20 @@ def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
 META_SETTINGS = """
     dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta use_scaled_rope
     rope_scaling_factor rope_high_freq_factor head_dim hidden_dim max_seq_len max_batch_size sliding_window model_type
-""".split()  # noqa: SIM905 all that is known in params.json; of others, nobody knows what they change
+""".split()  # noqa: SIM905 the settings of params.json that are known; others are refused
 
 
 def open_meta(folder: Path) -> Model:
-    """Llama as Meta publishes it, and Mistral's models in its form: a shard for each GPU of a group."""
+    """A checkpoint in Meta's format, which Mistral also uses: params.json, and a shard for each GPU."""
     path = folder / "params.json"
     s = read_json(path)
     with naming(path):
         if unknown := sorted(s.keys() - set(META_SETTINGS)):
-            raise ExportError(f"{unknown[0]} is not supported")
+            raise ExportError(f"the setting {unknown[0]} is not supported")
         n_layers = setting(s, "n_layers", int)
     shards = meta_shards(folder)
     whole = {name: joined(name, [shard[name] for shard in shards]) for name in shards[0]}
+    # Llama 1 and 2 split the embedding by columns, Llama 3 by rows, as joined() assumes.
     columns = shape_of(whole, "tok_embeddings.weight")[1]
     if "norm.weight" in whole and columns != whole["norm.weight"].shape[0]:
         whole["tok_embeddings.weight"] = concatenated([shard["tok_embeddings.weight"] for shard in shards], 1)
@@ -911,25 +913,25 @@ def open_meta(folder: Path) -> Model:
         config = config_of(META, s, found, **length, **rope)
         window = setting(s, "sliding_window", int, 0) or None
     columns = shape_of(found, "model.layers.0.self_attn.o_proj.weight")[1]
-    if columns != config.q_dim:  # without the last shards, shapes would be wrong all over
-        number = f"found {len(shards)} with {columns // len(shards)} each"
-        raise ExportError(f"expected consolidated.* with {config.q_dim} columns of wo, {number}", folder)
+    if columns != config.q_dim:  # reports missing shards here, before every shape is found to be wrong
+        found_columns = f"found {columns} in {len(shards)} (are shards missing?)"
+        raise ExportError(f"expected {config.q_dim} columns of wo in all shards, {found_columns}", folder)
     found = {name: rotated_by_halves(name, tensor, config) for name, tensor in found.items()}
     tokenizer = folder / "tokenizer.model"
     return Model(folder, config, found, (), window, tokenizer if tokenizer.exists() else None)
 
 
 def rotated_by_halves(name: str, tensor: Tensor, config: Config) -> Tensor:
-    """Permutes what RoPE is applied to: queries and keys."""
+    """Reorders the rows of what RoPE is applied to, queries and keys; other tensors stay."""
     rotated = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
     return half_split(tensor, config.head_dim) if name.endswith(rotated) else tensor
 
 
 def by_hugging_face_names(found: dict[str, Tensor], n_layers: int) -> dict[str, Tensor]:
-    """The gguf package knows what llama.cpp, Meta and Hugging Face call each tensor."""
+    """Renames tensors of llama.cpp or Meta to Hugging Face's names, by the gguf package's tables."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    n_layers = min(n_layers, len(found))
+    n_layers = min(n_layers, len(found))  # whatever the file claims
     names, suffixes = get_tensor_name_map(MODEL_ARCH.QWEN3, n_layers), (".weight", ".bias")
     every = Config(1, 1, max(1, n_layers), 1, 1, 2, 1, 1, qkv_bias=True, qk_norm=True)  # has all tensors
     known = {names.get_name(spec.name, suffixes): spec.name for spec in specs_of(every)}
@@ -947,15 +949,15 @@ def meta_shards(folder: Path) -> list[dict[str, Tensor]]:
     shards = [read(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if different := sorted(shard.keys() ^ shards[0].keys()):
-            raise ExportError(f"{different[0]} is only in this or in {paths[0].name}", path)
+            raise ExportError(f"expected the tensors of {paths[0].name}, but only one of both has {different[0]}", path)
     return shards
 
 
 def joined(name: str, shards: list[Tensor]) -> Tensor:
-    """A tensor as it was before Meta distributed it; norms are in every shard."""
+    """Joins the shards of a tensor that was split among GPUs; norms are whole in every shard."""
     if len({(shard.dtype, shard.shape) for shard in shards}) > 1:
         other = shards[0].path.name
-        raise ExportError(f"tensor {name} differs in shape or type from {other}'s", shards[-1].path)
+        raise ExportError(f"tensor {name}: expected the shape and type of {other}'s", shards[-1].path)
     if len(shards) == 1 or len(shards[0].shape) != 2:
         return shards[0]
     by_columns = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
@@ -963,25 +965,25 @@ def joined(name: str, shards: list[Tensor]) -> Tensor:
 
 
 def meta_context(s: Settings) -> int:
-    """params.json does not say for how many positions a model was trained; other settings give it away."""
+    """Guesses the context length, which params.json does not state, from settings that only some versions have."""
     if setting(s, "use_scaled_rope", bool, False):
         return 131072  # Llama 3.1 and later
     if "rope_theta" in s:
         return 8192  # Llama 3
-    say("warning", "no context length; assuming 2048 as for Llama 1 (for Llama 2: --max-seq-len 4096)")
+    say("warning", "params.json has no context length: assuming 2048, as in Llama 1 (Llama 2: --max-seq-len 4096)")
     return 2048
 
 
-# What a GGUF file leaves out has llama.cpp's default, but for these (in brackets, llama.cpp's):
+# Settings that are absent from a GGUF file have llama.cpp's defaults, except these (in brackets, llama.cpp's):
 #
 #   ARCH.feed_forward_length       the rows of ffn_gate [0]
-#   ARCH.attention.head_count_kv   the rows of attn_k by the head's [head_count: an error if the rows differ]
-#   bos and eos of "gpt2"          none [11: GPT-2's comma]
+#   ARCH.attention.head_count_kv   the rows of attn_k divided by head_dim [head_count: an error if the rows differ]
+#   bos and eos of "gpt2"          none [11, a comma in GPT-2]
 #   tokenizer.ggml.pre             refused for "gpt2" ["default", which warns of degraded quality]
 
 
 def open_gguf(path: Path) -> Model:
-    """A model of llama.cpp; quantised weights become 16 bits, which is exact or nearly so."""
+    """A model of llama.cpp; quantised weights are converted to 16 bits, exactly or nearly so."""
     s, found = read_gguf(path)
     with naming(path):
         others = gguf_splits(path, s)
@@ -998,11 +1000,10 @@ def open_gguf(path: Path) -> Model:
         config = config_of(GGUF, own, found, **gguf_rope(own), qk_norm=architecture == "qwen3")
         for key in ("attention.value_length", "rope.dimension_count"):
             if setting(own, key, int, config.head_dim) != config.head_dim:
-                expected = f"expected {config.head_dim} as all of a head"
-                raise ExportError(f"{architecture}.{key} is {own[key]}, {expected}")
+                raise ExportError(f"{architecture}.{key}: expected {config.head_dim}, the whole head, found {own[key]}")
         if factors:
             config = replace(config, **rope_of_factors(config, factors))
-        if architecture == "llama":  # the one that llama.cpp rotates by pairs
+        if architecture == "llama":  # only here, llama.cpp rotates pairs (2i, 2i + 1)
             found = {name: rotated_by_halves(name, tensor, config) for name, tensor in found.items()}
         stop_ids = ids_in(s, "tokenizer.ggml.eos_token_id") + ids_in(s, "tokenizer.ggml.eot_token_id")
         window = setting(own, "attention.sliding_window", int, 0) or None
@@ -1010,7 +1011,7 @@ def open_gguf(path: Path) -> Model:
 
 
 def same_in_all_layers(value: Any) -> Any:
-    """A number of which llama.cpp may have one for each layer."""
+    """A list of equal numbers, one for each layer, becomes that number."""
     return value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
 
 
@@ -1021,7 +1022,7 @@ def gguf_splits(path: Path, s: Settings) -> list[Path]:
         return []
     name = re.fullmatch(rf"(.*)-00001-of-{count:05}\.gguf", path.name)
     if not name:
-        raise ExportError(f"one of {count} files, expected the first, NAME-00001-of-{count:05}.gguf")
+        raise ExportError(f"expected the first of {count} files, NAME-00001-of-{count:05}.gguf, found another")
     paths = []
     for i in range(2, count + 1):
         paths.append(path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf"))
@@ -1040,20 +1041,20 @@ def gguf_rope(own: Settings) -> dict[str, Any]:
 
 
 def rope_of_factors(c: Config, tensor: Tensor) -> dict[str, Any]:
-    """llama.cpp stores what Llama 3's RoPE divides each frequency by: finds what gave these numbers."""
+    """Finds Llama 3's RoPE settings that give these numbers, by which frequencies are divided."""
     if c.rope_scaling == 0 and tensor.shape == (c.head_dim // 2,):
         stored_factors = tensor.whole().astype(np.float64)
         frequencies = c.rope_theta ** -(np.arange(0, c.head_dim, 2) / c.head_dim)
         factor = float(stored_factors.max())
         for original in (2**i for i in range(5, 21)):
             turns = original * frequencies / (2 * np.pi)
-            keep = np.clip((turns - 1) / (4 - 1), 0, 1)
+            keep = np.clip((turns - 1) / (4 - 1), 0, 1)  # low_freq_factor 1, high_freq_factor 4
             if np.allclose(stored_factors, 1 / (keep + (1 - keep) / factor), rtol=1e-4):
                 return llama3_rope(factor, original)
-    raise ExportError("rope_freqs.weight is not of Llama 3's kind, which alone is supported", tensor.path)
+    raise ExportError("rope_freqs.weight: expected the numbers of Llama 3's RoPE, found others", tensor.path)
 
 
-LLAMA2C_ORDER = (  # the kinds of tensors, each for all layers
+LLAMA2C_ORDER = (  # the order of the file; {} stands for all layers, one after another
     "model.embed_tokens.weight",
     "model.layers.{}.input_layernorm.weight",
     *(f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"),
@@ -1066,9 +1067,9 @@ LLAMA2C_ORDER = (  # the kinds of tensors, each for all layers
 
 
 def open_llama2c(path: Path) -> Model:
-    """A llama2.c checkpoint of float32, where texts are separated by bos alone (its run.c stops there).
+    """A llama2.c checkpoint of float32. Its texts are separated by bos alone, so bos (id 1) ends a text.
 
-    Seven int32 and the tensors; an untied model has a negative vocab_size.
+    Seven int32, then the tensors; a negative vocab_size means that the classifier is not tied.
     """
     with open(path, "rb") as file:
         start = file.read(28)
@@ -1085,7 +1086,7 @@ def open_llama2c(path: Path) -> Model:
     kinds = [(name, n_layers if "{}" in name else 1) for name in LLAMA2C_ORDER if name in shapes]
     expected = len(start) + 4 * sum(count * math.prod(shapes[name]) for name, count in kinds)
     if (found_size := path.stat().st_size) != expected:
-        raise ExportError(f"expected {expected} bytes by its header, found {found_size}", path)
+        raise ExportError(f"expected {expected} bytes by its header, found {found_size}: incomplete or damaged", path)
     found, offset = {}, len(start)
     for kind, count in kinds:
         for name in (kind.format(layer) for layer in range(count)):
@@ -1099,7 +1100,7 @@ LORA_SETTINGS = """
     peft_type r lora_alpha use_rslora bias init_lora_weights target_modules base_model_name_or_path revision
     peft_version auto_mapping task_type inference_mode lora_dropout exclude_modules layers_to_transform layers_pattern
     eva_config megatron_config megatron_core qalora_group_size runtime_config ensure_weight_tying
-""".split()  # noqa: SIM905 all in adapter_config.json that does not change how weights are merged, or is looked at
+""".split()  # noqa: SIM905 settings that are read below, or do not change the merged weights; others must be unset
 
 
 def with_adapter(base: Model, folder: Path) -> Model:
@@ -1110,12 +1111,12 @@ def with_adapter(base: Model, folder: Path) -> Model:
         known_setting(s, "peft_type", ["LORA"])
         refuse(s, *sorted(s.keys() - set(LORA_SETTINGS)))
         known_setting(s, "bias", ["none"], "none")
-        init = s.get("init_lora_weights", True)  # some other ways change the model's own weights as well
+        init = s.get("init_lora_weights", True)  # other ways also change the base model's weights
         if init not in (True, False, "gaussian", "orthogonal", "eva"):
-            raise ExportError(f"init_lora_weights {init!r} is not supported")
+            raise ExportError(f"init_lora_weights: expected a method that keeps the base model, found {init!r}")
         rank, alpha = setting(s, "r", int), setting(s, "lora_alpha", float)
         if rank < 1:
-            raise ExportError(f"r is {rank}, expected 1 or more")
+            raise ExportError(f"r: expected 1 or more, found {rank}")
         scale = alpha / (math.sqrt(rank) if setting(s, "use_rslora", bool, False) else rank)
     path = folder / "adapter_model.safetensors"
     found = read_safetensors(path) if path.exists() else read_torch(folder / "adapter_model.bin")
@@ -1123,10 +1124,10 @@ def with_adapter(base: Model, folder: Path) -> Model:
     for name, tensor in found.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
         if not match or f"{match[1]}.weight" not in base.tensors:
-            raise ExportError(f"has a tensor that does not belong to this model: {name}", tensor.path)
+            raise ExportError(f"expected lora_A and lora_B of the model's weights, found {name}", tensor.path)
         pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor
     if not pairs:
-        raise ExportError("an adapter without tensors", path)
+        raise ExportError("expected tensors of an adapter, found none", path)
     merged = {name: adapted(base.tensors[name], name, pair, rank, scale) for name, pair in pairs.items()}
     return replace(base, tensors=base.tensors | merged)
 
@@ -1137,7 +1138,7 @@ def adapted(tensor: Tensor, name: str, pair: dict[str, Tensor], rank: int, scale
     shapes = {"A": (rank, *tensor.shape[1:]), "B": (tensor.shape[0], rank)}
     for x, shape in shapes.items():
         if x not in pair:
-            raise ExportError(f"lacks lora_{x} of {name}", path)
+            raise ExportError(f"lora_{x} of {name} is missing", path)
         if pair[x].shape != shape:
             raise ExportError(f"lora_{x} of {name}: expected the shape {shape}, found {pair[x].shape}", path)
     a, scaled = pair["A"].whole(), np.float32(scale) * pair["B"].whole()
@@ -1154,16 +1155,16 @@ def open_source(path: Path) -> Model:
             if (path / settings).exists():
                 return opener(path)
         if (path / "adapter_config.json").exists():
-            raise ExportError("an adapter (expected its model's directory, and this one behind --lora)", path)
-        expected = "config.json (as Hugging Face has it) or params.json (as Meta has it)"
-        raise ExportError(f"a directory without {expected}", path)
+            raise ExportError("found a LoRA adapter, expected its base model (and this directory after --lora)", path)
+        expected = "config.json (Hugging Face) or params.json (Meta) in this directory"
+        raise ExportError(f"expected {expected}, found neither", path)
     kind = kind_of(path)
     if kind is None:
         return open_llama2c(path)
     if kind == "a GGUF file":
         return open_gguf(path)
     belongs = kind.startswith(("a safetensors", "a zip", "a pickle", "a JSON"))
-    hint = " (expected the directory that it belongs to)" if belongs else ""
+    hint = " (give the directory that it is in)" if belongs else ""
     raise ExportError(f"expected a directory, a GGUF file or a llama2.c .bin, found {kind}{hint}", path)
 
 
@@ -1172,7 +1173,7 @@ def open_source(path: Path) -> Model:
 
 TOKENIZER_HEADER = struct.Struct("<8s2I3Q2I2iI7i8I10I")  # 160 bytes, then the arrays
 HASHED_FROM = 24  # the first byte that the file's hash covers
-TOKEN = struct.Struct("<IIf")  # of a token in the hash of a vocabulary: length, type, score; then the bytes
+TOKEN = struct.Struct("<IIf")  # of each token in the hash of a vocabulary: length, type, score; then its text
 SENTENCEPIECE_BPE, BYTE_LEVEL_BPE = 1, 2  # the kind of tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece's types of tokens
 USER_DEFINED_NORMALIZED = 7  # matched after the text has been normalised
@@ -1181,33 +1182,35 @@ NONE = 0xFFFFFFFF  # no token
 
 
 class Token(NamedTuple):
-    text: bytes  # what it prints: ' ' and not '▁', one byte of a byte token, the name of a control token
+    text: bytes  # what it prints: ' ' instead of '▁', the byte of a byte token; of a control token, the name
     type: int
-    score: float = 0.0  # of the pairs that may be merged, that with the highest score is
+    score: float = 0.0  # SentencePiece merges the pair whose merged token has the highest score
 
 
 class Merge(NamedTuple):
+    """Ids of tokens."""
+
     left: int
     right: int
     merged: int
 
 
 class WordTables(NamedTuple):
-    """How text is cut into words: state machines, each for what the one before it has left, see `word_tables`."""
+    """How text is cut into words, by automata; each cuts what the one before it has left, see `word_tables`."""
 
-    char_class: bytes = b""  # of each code point, then of stray bytes
-    # (states, classes): twice the next state, + 1 at a word's end
+    char_class: bytes = b""  # of each code point, then of bytes that are not UTF-8
+    # (states, classes): twice the next state, + 1 if a word ends before this character
     transitions: tuple[tuple[int, ...], ...] = ()
     n_dfas: int = 0
 
 
-NO_WORDS = WordTables()  # a text is one word
+NO_WORDS = WordTables()  # the whole text is one word
 
-Script = tuple[int | str, ...]  # ids of tokens, and texts between them
+Script = tuple[int | str, ...]  # ids of tokens, and texts, in order
 
 
 class Template(NamedTuple):
-    """What stands around the texts of a conversation, in the order of TEMPLATE_PARTS."""
+    """What a chat template puts around messages, in the order of TEMPLATE_PARTS."""
 
     parts: tuple[Script, ...]
     flags: int
@@ -1220,12 +1223,12 @@ class Tokenizer:
     unk_id: int  # -1 = none
     stop_ids: tuple[int, ...]
     add_bos: bool
-    add_dummy_prefix: bool  # a space in front of a text
-    prefix_after_special: bool = False  # and of a text that follows a control or user-defined token
-    no_prefix_before_space: bool = False  # but not of one that begins with a space
-    merges_by_rank: bool = False  # the order of merging is that of `merges`, not that of the scores
-    ignore_merges: bool = False  # a word that is a token is never cut
-    remove_extra_spaces: bool = False  # at both ends of a text, and all but one of several
+    add_dummy_prefix: bool  # puts a space in front of a text
+    prefix_after_special: bool = False  # also in front of a text that follows a control or user-defined token
+    no_prefix_before_space: bool = False  # but never in front of a text that begins with a space
+    merges_by_rank: bool = False  # merges in the order of `merges`, not by scores
+    ignore_merges: bool = False  # a word that is a token becomes that token, without merging
+    remove_extra_spaces: bool = False  # all but one space between words
     kind: int = SENTENCEPIECE_BPE
     merges: tuple[Merge, ...] = ()
     words: WordTables = NO_WORDS
@@ -1234,31 +1237,32 @@ class Tokenizer:
     def __post_init__(self) -> None:
         for id, token in enumerate(self.tokens):
             if not NORMAL <= token.type <= USER_DEFINED_NORMALIZED or not math.isfinite(token.score):
-                raise ExportError(f"token {id} has the type {token.type} and the score {token.score}")
+                found = f"found {token.type} and {token.score}"
+                raise ExportError(f"token {id}: expected a type from 1 to 7 and a finite score, {found}")
             if not token.text and token.type != UNUSED:
-                raise ExportError(f"token {id} is empty")
+                raise ExportError(f"token {id}: expected a text, found none")
         byte_tokens = sorted(token.text for token in self.tokens if token.type == BYTE)
         all_bytes = [bytes([b]) for b in range(256)]
         if self.kind == SENTENCEPIECE_BPE and byte_tokens not in ([], all_bytes):
-            raise ExportError(f"expected a token for each of the 256 bytes, found {len(byte_tokens)}")
+            raise ExportError(f"expected a token for each of the 256 bytes, or for none, found {len(byte_tokens)}")
         if len(self.stop_ids) > MAX_STOP_IDS:
             raise ExportError(f"expected at most {MAX_STOP_IDS} stop ids, found {len(self.stop_ids)}")
         ids = [id for id in (self.bos_id, self.unk_id) if id != -1] + list(self.stop_ids)
         if wrong := [id for id in ids if not 0 <= id < len(self.tokens)]:
-            raise ExportError(f"id {wrong[0]} is out of range, there are {len(self.tokens)} tokens")
+            raise ExportError(f"bos, unk and eos: expected ids below {len(self.tokens)}, found {wrong[0]}")
         if self.add_bos and self.bos_id == -1:
-            raise ExportError("a bos token is to be added, but there is none")
+            raise ExportError("expected a bos token, as texts begin with it, found none")
 
     @cached_property
     def vocab_hash(self) -> int:
-        """Tells one vocabulary from another, whatever format it is written in."""
+        """A hash of the vocabulary that does not depend on the format of a file."""
         return fnv1a(b"".join(TOKEN.pack(len(t.text), t.type, t.score) + t.text for t in self.tokens))
 
     def to_bytes(self) -> bytes:
-        """The tokenizer file: the header, then arrays that run.c uses as they are, each on 4 bytes."""
-        # what a text becomes: the last user-defined token, else the first normal one
+        """The tokenizer file: the header, then arrays that run.c uses as they are, each aligned to 4 bytes."""
+        # the token of each text: the last user-defined one, else the first normal one
         by_text: dict[bytes, int] = {}
-        longest, byte_id = [0] * 256, [self.unk_id & NONE] * 256
+        longest, byte_id = [0] * 256, [self.unk_id & NONE] * 256  # by a token's first byte
         for id, (text, type, _) in enumerate(self.tokens):
             if type in (USER_DEFINED, USER_DEFINED_NORMALIZED):
                 longest[text[0]] = max(longest[text[0]], len(text))
@@ -1304,7 +1308,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
-        """Of a tokenizer file; refuses it unless to_bytes() would give the same again."""
+        """Of a tokenizer file; refuses it unless to_bytes() gives the same bytes again."""
         version, size = int.from_bytes(data[8:12], "little"), TOKENIZER_HEADER.size
         if version != TOKENIZER_VERSION or len(data) < size:
             expected = f"expected version {TOKENIZER_VERSION} and a header of {size} bytes"
@@ -1313,7 +1317,7 @@ class Tokenizer:
         stop_ids, ends = others[:n_stop], [0, *others[15:]]
         n_by_text, n_merges, n_dfas, n_classes, n_states, template_flags, n_blocks, n_text = others[7:15]
         if kind not in (SENTENCEPIECE_BPE, BYTE_LEVEL_BPE):
-            raise ExportError(f"a tokenizer file of the unknown kind {kind}")
+            raise ExportError(f"a tokenizer file: expected kind 1 or 2, found {kind}")
         at = size + 2 * 4 * 256  # after byte_id and longest
 
         def take(form: str, count: int, width: int = 1) -> Any:
@@ -1348,18 +1352,18 @@ class Tokenizer:
             template=Template(parts, template_flags) if script else None,
         )
         if found.to_bytes() != data:
-            raise ExportError(f"a damaged tokenizer file: {len(data)} bytes that do not fit together")
+            raise ExportError(f"a damaged tokenizer file: its {len(data)} bytes contradict each other")
         return found
 
     def with_template(self, source: str | None, special: dict[str, str], added: dict[str, int]) -> Tokenizer:
-        """The same with the parts of a chat template; its tokens, of those in `added`, become control tokens.
+        """Adds a chat template. Its tokens, if they are in `added`, become control tokens, so nobody can type them.
 
-        So a user cannot type them. And that which ends an answer ends the model's text.
+        The first token after an answer ends the model's text.
         """
         template = find_template(source, special, added) if source else None
         if template is None:
             return self
-        opens = TEMPLATE_PARTS.index("opens_answer")  # from here on, what the model may say itself
+        opens = TEMPLATE_PARTS.index("opens_answer")  # from here on, the model may say these tokens itself
         used = {item for script in template.parts[:opens] for item in script if isinstance(item, int)}
         tokens = [t._replace(type=CONTROL) if id in used else t for id, t in enumerate(self.tokens)]
         after_answer = template.parts[TEMPLATE_PARTS.index("after_answer")]
@@ -1375,7 +1379,7 @@ def unique(ids: Iterable[int]) -> tuple[int, ...]:
 
 
 def fnv1a(numbers: Iterable[int]) -> int:
-    """The 64-bit FNV-1a hash (Fowler, Noll, Vo), of bytes or of numbers of 32 bits."""
+    """The 64-bit FNV-1a hash (Fowler, Noll, Vo) of bytes, or of 32-bit numbers."""
     hash = 0xCBF29CE484222325
     for number in numbers:
         hash = (hash ^ number) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
@@ -1393,18 +1397,18 @@ BAR = "▁"  # a space, in the names of tokens
 
 
 def sentencepiece(pieces: Iterable[tuple[bytes, int, float]], **settings: Any) -> Tokenizer:
-    """A tokenizer of (name, type, score) of each token."""
+    """A tokenizer, from the (name, type, score) of each token."""
     tokens = [token_of(*piece) for piece in pieces]
     return Tokenizer(tokens, words=word_tables(words_at_spaces(tokens)), **settings)
 
 
 def token_type(name: bytes) -> int:
-    """By its name alone: a byte token is named like <0x0A>."""
+    """The type of a token by its name: <0x0A> is a byte token, other names are normal."""
     return BYTE if re.fullmatch(rb"<0x[0-9A-F]{2}>", name) else NORMAL
 
 
 def token_of(name: bytes, type: int, score: float = 0.0) -> Token:
-    """By its name in a vocabulary: a space is '▁' there, and a byte <0x0A>."""
+    """A token by its name in a vocabulary, where '▁' is a space and <0x0A> a byte."""
     if not name:
         return Token(b"", UNUSED, score)
     if type == BYTE:
@@ -1414,15 +1418,15 @@ def token_of(name: bytes, type: int, score: float = 0.0) -> Token:
 
 
 def words_at_spaces(tokens: Sequence[Token]) -> list[str]:
-    """A word begins with its spaces, unless there is a token with a space after something else."""
+    """The pattern of a word with the spaces before it; none if a token has a space after another character."""
     across = any(b" " in token.text.lstrip(b" ") for token in tokens if token.type == NORMAL)
     return [] if across else [" *[^ ]+| +"]
 
 
 def tokenizer_of_llama2c(data: bytes) -> Tokenizer:
-    """Of llama2.c's tokenizer.bin: int32 max_token_length, then float32 score, int32 length and the text.
+    """Of llama2.c's tokenizer.bin: int32 max_token_length; then of each token float32 score, int32 length, text.
 
-    Texts have spaces for '▁'. Types are not stored, but ids 0 to 2 are <unk>, bos and eos as in Llama's.
+    Texts contain spaces, not '▁'. Types are not stored, but ids 0 to 2 are <unk>, bos and eos as in Llama's.
     """
     pieces: list[tuple[bytes, int, float]] = []
     position = 4
@@ -1431,7 +1435,7 @@ def tokenizer_of_llama2c(data: bytes) -> Tokenizer:
         score, length = struct.unpack("<fi", data[position:start].ljust(8, b"\0"))
         position = start + length
         if length < 0 or position > len(data):
-            raise ExportError(f"a llama2.c tokenizer that ends within token {len(pieces)}")
+            raise ExportError(f"a llama2.c tokenizer: ends within token {len(pieces)}: incomplete or damaged")
         text = data[start:position]
         special = len(pieces) < 3
         type = (UNKNOWN, CONTROL, CONTROL)[len(pieces)] if special else token_type(text)
@@ -1440,7 +1444,7 @@ def tokenizer_of_llama2c(data: bytes) -> Tokenizer:
 
 
 def tokenizer_of_model(data: bytes) -> Tokenizer:
-    """Of a SentencePiece .model, a protobuf message; only BPE that leaves all but spaces as they are."""
+    """Of a SentencePiece .model, a protobuf message; only BPE without normalisation of anything but spaces."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -1450,13 +1454,13 @@ def tokenizer_of_model(data: bytes) -> Tokenizer:
         found = trainer.ModelType.Name(trainer.model_type)
         raise ExportError(f"expected a SentencePiece model of type BPE, found {found}")
     if normalizer.precompiled_charsmap or model.denormalizer_spec.precompiled_charsmap:
-        raise ExportError(f"a SentencePiece model that changes the text (normalizer {normalizer.name!r})")
+        raise ExportError(f"expected a SentencePiece model without a normalizer, found {normalizer.name!r}")
     if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
-        raise ExportError("a SentencePiece model that treats spaces in an unknown way")
+        raise ExportError("a SentencePiece model: expected escape_whitespaces, and no treat_whitespace_as_suffix")
     pieces = []
     for id, piece in enumerate(model.pieces):
         if piece.type == BYTE and token_type(piece.piece.encode()) != BYTE:
-            raise ExportError(f"token {id} {piece.piece!r} is no byte, but should be")
+            raise ExportError(f"token {id} of the type BYTE: expected a name like <0x0A>, found {piece.piece!r}")
         type = USER_DEFINED_NORMALIZED if piece.type == USER_DEFINED else piece.type
         pieces.append((piece.piece.encode(), type, piece.score))
     return sentencepiece(
@@ -1473,17 +1477,15 @@ def tokenizer_of_model(data: bytes) -> Tokenizer:
 # ---- byte-level BPE: tokenizer.json, GGUF's "gpt2", tiktoken
 
 
-def ranked_bpe(
-    tokens: list[Token], merges: tuple[Merge, ...], patterns: Sequence[str], **settings: Any
-) -> Tokenizer:
-    """A tokenizer that merges by the order of `merges`, in words that the patterns cut."""
+def ranked_bpe(tokens: list[Token], merges: tuple[Merge, ...], patterns: Sequence[str], **settings: Any) -> Tokenizer:
+    """A tokenizer that merges in the order of `merges`, within the words that the patterns find."""
     settings = {"kind": BYTE_LEVEL_BPE, **settings}
     return Tokenizer(tokens, merges=merges, merges_by_rank=True, words=word_tables(patterns), **settings)
 
 
 @cache
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's way to write bytes: the printable ones of Latin-1 as they are, the others from U+0100 on."""
+    """GPT-2's characters for bytes: the printable ones of Latin-1 stand for themselves, others are from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -1491,18 +1493,18 @@ def byte_of_character() -> dict[str, int]:
 
 def byte_level_token(name: str) -> Token:
     table = byte_of_character()
-    if not name or any(c not in table for c in name):  # no text can become this
+    if not name or any(c not in table for c in name):  # not written in these characters: no text becomes this
         return Token(name.encode(), UNUSED)
     return Token(bytes(table[c] for c in name), BYTE if len(name) == 1 else NORMAL)
 
 
 def merges_of(named: Iterable[Any], ids: Mapping[str, int], tokens: Sequence[Token]) -> tuple[Merge, ...]:
-    """By the tokens' ids; of several of one pair the last counts. Those that would make a control token are left out."""
+    """Merges as ids of tokens, without those into control tokens; of several for one pair, the last counts."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in named]
     try:
         merges = [Merge(ids[left], ids[right], ids[left + right]) for left, right in pairs]
     except (KeyError, ValueError):
-        raise ExportError("a merge of tokens that are not in the vocabulary, or of other than two") from None
+        raise ExportError("merges: expected two tokens that make a third, found others") from None
     last = {(merge.left, merge.right): i for i, merge in enumerate(merges)}
     return tuple(merges[i] for i in sorted(last.values()) if tokens[merges[i].merged].type != CONTROL)
 
@@ -1512,13 +1514,13 @@ LLAMA3_SPECIAL |= {8: "eom_id", 9: "eot_id"}
 
 
 def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
-    """Of Meta's tokenizer.model for Llama 3: base64 and a rank a line, which are the ids; then 256 special tokens.
+    """Of Meta's tokenizer.model for Llama 3: lines of base64 and a rank, which is the id. Adds 256 special tokens.
 
-    tiktoken merges two tokens if they make a third, that with the lowest rank first, however it is put together.
+    tiktoken merges any two tokens that form a token, the lowest rank first. So each way to cut a token is a merge.
     """
     texts = [base64.b64decode(line.split()[0]) for line in data.splitlines() if line]
     if [int(line.split()[1]) for line in data.splitlines() if line] != list(range(len(texts))):
-        raise ExportError("a tiktoken vocabulary whose ranks are not 0, 1, 2 and so on")
+        raise ExportError("a tiktoken vocabulary: expected the ranks 0, 1, 2 and so on, found others")
     ids = {text: id for id, text in enumerate(texts)}
     merges = []
     for merged, text in enumerate(texts):
@@ -1532,7 +1534,7 @@ def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
     return ranked_bpe(tokens, tuple(merges), [LLAMA3], add_dummy_prefix=False, ignore_merges=True, **settings)
 
 
-# Texts of tokens that end what a model says, whatever a GGUF file says of them, as in llama.cpp
+# Names of tokens that end the model's text, as in llama.cpp, whatever type a GGUF file gives them
 GGUF_ENDS = """
     <|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <|eom_id|> <｜end▁of▁sentence｜> </s>
     <EOT> _<EOT> [EOT] [EOS] <eos> <end_of_utterance> <|return|> <|call|> <|flush|> <|calls|> <turn|>
@@ -1542,17 +1544,18 @@ GGUF_ENDS = """
 
 
 def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Of a GGUF file's metadata, as Python values; what it leaves out has llama.cpp's defaults, see open_gguf."""
+    """Of a GGUF file's metadata; for what is absent, see the comment before open_gguf."""
     s = {key.removeprefix("tokenizer."): value for key, value in metadata.items()}
     model, names = s.get("ggml.model"), s.get("ggml.tokens")
     if model not in ("llama", "gpt2") or not names:
-        raise ExportError(f"a GGUF tokenizer of an unknown model {model!r}, expected llama or gpt2")
+        found_names = f"{model!r} with {len(names or ())} tokens"
+        raise ExportError(f"tokenizer.ggml.model: expected llama or gpt2 with tokens, found {found_names}")
     byte_level = model == "gpt2"
     types = [int(type) for type in s.get("ggml.token_type") or [token_type(name.encode()) for name in names]]
     given = [] if byte_level else s.get("ggml.scores")
     scores = [float(score) for score in given or [0.0] * len(names)]
     if not len(names) == len(types) == len(scores):
-        raise ExportError(f"{len(names)} tokens with {len(types)} types and {len(scores)} scores")
+        raise ExportError(f"expected {len(names)} types and scores of tokens, found {len(types)} and {len(scores)}")
     ids = {name: id for id, name in enumerate(names)}
     bos, eos, unk = (
         setting(s, f"ggml.{name}_token_id", int, -1 if byte_level or id >= len(names) else id)
@@ -1561,7 +1564,7 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     ends = [eos, s.get("ggml.eot_token_id", -1), s.get("ggml.eom_token_id", -1)]
     ends += [ids[name] for name in GGUF_ENDS if name in ids]
     stop_ids = unique(id for id in ends if id >= 0)[:MAX_STOP_IDS]
-    for id in (bos, *stop_ids):  # control tokens, whatever type they are said to have
+    for id in (bos, *stop_ids):  # control tokens whatever their type, but not a comma
         if 0 <= id < len(names) and len(names[id]) > 1:
             types[id] = CONTROL
     prefix, pre = setting(s, "ggml.add_space_prefix", bool, not byte_level), s.get("ggml.pre", "")
@@ -1571,14 +1574,14 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     if not byte_level:
         found = sentencepiece(zip(map(str.encode, names), types, scores, strict=True), unk_id=unk, **settings)
     elif pre not in GGUF_PATTERNS:
-        raise ExportError(f"a GGUF tokenizer with an unknown pre-tokenizer {pre!r}")
+        raise ExportError(f"tokenizer.ggml.pre: the pre-tokenizer {pre!r} is not supported")
     else:
         if pre == "qwen2":
             note_nfc()
         named = zip(names, types, strict=True)
         tokens = [byte_level_token(x) if t == NORMAL else token_of(x.encode(), t) for x, t in named]
         merges = merges_of(s.get("ggml.merges", ()), ids, tokens)
-        # llama.cpp leaves out unknown bytes
+        # as in llama.cpp, bytes without a token are left out
         settings |= {"unk_id": -1, "ignore_merges": pre in GGUF_IGNORES_MERGES}
         found = ranked_bpe(tokens, merges, GGUF_PATTERNS[pre], **settings)
     added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
@@ -1590,11 +1593,11 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 # ---- the files of a Hugging Face tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them has the vocabulary
-PLAIN_DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip")
+PLAIN_DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip")  # need no note
 
 
 def note_nfc() -> None:
-    say("note", "this tokenizer expects text in NFC, which run does not make: uconv -x nfc does")
+    say("note", "this tokenizer expects text in Unicode's NFC; run does not convert it, but uconv -x nfc does")
 
 
 class TokenizerFolder:
@@ -1607,7 +1610,7 @@ class TokenizerFolder:
         self.generation = self.read("generation_config.json")
         self.special_map = self.read("special_tokens_map.json")
         self.json: dict[str, Any] = {}
-        self.base: Tokenizer | None = None  # of tokenizer.model
+        self.base: Tokenizer | None = None  # tokenizer.model, if that has the vocabulary
         present = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
         main = main or next(iter(present), folder / TOKENIZER_FILES[0])
         if main.name == "tokenizer.model":
@@ -1631,7 +1634,7 @@ class TokenizerFolder:
             name = "Qwen2Tokenizer"
         if name not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
             expected = "expected GPT2Tokenizer or Qwen2Tokenizer"
-            raise ExportError(f"vocab.json of the tokenizer_class {name!r}, {expected}")
+            raise ExportError(f"tokenizer_class: {expected} with vocab.json, found {name!r}")
         qwen = name == "Qwen2Tokenizer"
         lines = read_text(self.folder / "merges.txt").split("\n")
         prefix = bool(self.config.get("add_prefix_space", False))
@@ -1653,11 +1656,11 @@ class TokenizerFolder:
         for name, id in self.read("added_tokens.json").items():
             found.setdefault(id, {"content": name, "special": name in special})
         if any(type(id) is not int or not 0 <= id < 1 << 22 for id in (*found, *self.vocab.values())):
-            raise ExportError("a token with an id out of range")
+            raise ExportError(f"expected token ids from 0 to {(1 << 22) - 1}, found others")
         return found
 
     def special(self) -> dict[str, str]:
-        """bos_token, eos_token and so on, by their names."""
+        """The texts of bos_token, eos_token and so on."""
         found: dict[str, str] = {}
         if self.base:
             ids = {"bos_token": self.base.bos_id, "unk_token": self.base.unk_id}
@@ -1671,19 +1674,19 @@ class TokenizerFolder:
         return found
 
     def configured(self, key: str) -> list[int]:
-        """Ids in the model's configuration that are added tokens: others are defaults that nobody has thought of."""
+        """Ids in the model's configuration, but only of added tokens: others are mere defaults."""
         found = [id for config in (self.generation, self.model_config) for id in ids_in(config, key)]
         return [id for id in found if id in self.added]
 
     def stop_ids(self) -> tuple[int, ...]:
         eos = self.special().get("eos_token")
         if eos is not None and eos not in self.ids:
-            raise ExportError(f"the eos_token {eos!r} is in no vocabulary, so that no text would ever end")
+            raise ExportError(f"the eos_token {eos!r} is not in the vocabulary, so no text would ever end")
         ends = [] if eos is None else [self.ids[eos]]
         return unique([*ends, *self.configured("eos_token_id"), *(self.base.stop_ids if self.base else ())])
 
     def bos(self) -> tuple[int, bool]:
-        """Its id, and whether a text begins with it."""
+        """The id of the bos token, -1 if there is none, and whether it is put in front of a text."""
         bos = self.ids.get(self.special().get("bos_token", ""), -1)
         first: list[int] = []
         for processor in flattened(self.json.get("post_processor"), "processors"):
@@ -1693,9 +1696,9 @@ class TokenizerFolder:
                         break
                     first += processor["special_tokens"][item["SpecialToken"]["id"]]["ids"]
             elif processor["type"] != "ByteLevel":
-                raise ExportError(f"a tokenizer with an unknown post-processor: {json.dumps(processor)}")
+                raise ExportError(f"this step of post_processor is not supported: {json.dumps(processor):.200}")
         if len(first) > 1:
-            raise ExportError(f"a tokenizer that begins a text with several tokens: {first}")
+            raise ExportError(f"post_processor: expected at most one token in front of a text, found {first}")
         add = self.config.get("add_bos_token", True if self.base else None)
         if first and add is not False:
             return first[0], True
@@ -1704,8 +1707,8 @@ class TokenizerFolder:
         return bos, add is True and bos >= 0
 
     def tokens(self, vocabulary: Mapping[int, Token]) -> list[Token]:
-        """The vocabulary, the added tokens over it, and what no text becomes as control tokens."""
-        rows = self.model_config.get("vocab_size")  # a model may have more, for speed's sake
+        """The vocabulary and the added tokens; special tokens and those that end a text become control tokens."""
+        rows = self.model_config.get("vocab_size")  # the model may have more, for speed
         size = max([*vocabulary, *self.added, -1]) + 1
         tokens = [Token(b"", UNUSED)] * max(size, rows if isinstance(rows, int) and rows < 1 << 22 else 0)
         for id, token in vocabulary.items():
@@ -1715,10 +1718,10 @@ class TokenizerFolder:
         for id, entry in self.added.items():
             name = entry["content"]
             type = USER_DEFINED_NORMALIZED if entry.get("normalized") else USER_DEFINED
-            # such a token is not simply sought, the longest at each place of the text
+            # run.c searches for the longest added token at each place of a text, and knows none of these options
             strange = [key for key in ("lstrip", "rstrip", "single_word") if entry.get(key)]
             if strange and id not in control:
-                raise ExportError(f"the added token {name!r} is {strange[0]} (not supported)")
+                raise ExportError(f"{strange[0]} of the added token {name!r} is not supported")
             if name:
                 tokens[id] = Token(name.encode(), type)
         for id in control:
@@ -1729,19 +1732,19 @@ class TokenizerFolder:
     def tokenizer(self) -> Tokenizer:
         plain = self.of_model(self.base) if self.base else self.of_json()
         special = {name: self.ids[name] for name in self.special().values() if name in self.ids}
-        chatty = plain.with_template(self.chat_template(), self.special(), special | self.added_ids)
-        used = {item for script in chatty.template.parts for item in script} if chatty.template else set()
+        chat = plain.with_template(self.chat_template(), self.special(), special | self.added_ids)
+        used = {item for script in chat.template.parts for item in script} if chat.template else set()
         for id, token in self.added.items():
             if id in used and (token.get("lstrip") or token.get("rstrip")):
-                say("note", f"no chat template is stored: {token['content']} takes spaces with it")
+                say("note", f"no chat template is stored: its token {token['content']} has lstrip or rstrip")
                 return plain
-        return chatty
+        return chat
 
     def of_model(self, base: Tokenizer) -> Tokenizer:
         """tokenizer.model, with spaces put in front of texts where transformers puts them."""
         tokens = self.tokens(dict(enumerate(base.tokens)))
         if base.unk_id >= 0:
-            tokens[base.unk_id] = base.tokens[base.unk_id]
+            tokens[base.unk_id] = base.tokens[base.unk_id]  # self.tokens() has made it a control token
         bos, add_bos = self.bos()
         found = replace(base, tokens=tokens, bos_id=bos, add_bos=add_bos, stop_ids=self.stop_ids())
         if not self.config or not base.add_dummy_prefix:
@@ -1759,12 +1762,12 @@ class TokenizerFolder:
     def of_json(self) -> Tokenizer:
         model = self.json["model"]
         if model.get("type", "BPE") != "BPE":
-            raise ExportError(f"a tokenizer.json of the type {model['type']} (only BPE is supported)")
+            raise ExportError(f"the tokenizer's model: expected the type BPE, found {model['type']}")
         refuse(model, "dropout", "continuing_subword_prefix", "end_of_word_suffix")
         for step in flattened(self.json.get("decoder"), "decoders"):
             if step["type"] not in PLAIN_DECODERS and step.get("content") != " ":
                 step = f"{json.dumps(step):.200}"
-                say("note", f"text is printed without this step of the tokenizer's decoder: {step}")
+                say("note", f"this step of the tokenizer's decoder is left out: {step}")
         steps = flattened(self.json.get("normalizer"), "normalizers")
         steps += flattened(self.json.get("pre_tokenizer"), "pretokenizers")
         byte_level = any(step["type"] == "ByteLevel" for step in steps)
@@ -1773,12 +1776,12 @@ class TokenizerFolder:
         patterns, prefix = self.words(steps, byte_level, tokens)
         unk = self.ids.get(model.get("unk_token") or "", -1)
         if byte_level and unk >= 0 and model.get("fuse_unk") and sum(t.type == BYTE for t in tokens) < 256:
-            raise ExportError("a byte-level tokenizer that lacks bytes and fuses unknown ones")
+            raise ExportError("fuse_unk is not supported for a byte-level tokenizer without a token for each byte")
         if not byte_level and unk >= 0:
             tokens[unk] = tokens[unk]._replace(type=UNKNOWN)
         bos, add_bos = self.bos()
         if unk in (bos, *self.stop_ids()):
-            unk = -1  # an unknown byte is left out rather than the end of the text
+            unk = -1  # unknown bytes are left out rather than become the start or the end of a text
         return ranked_bpe(
             tokens,
             merges_of(model["merges"], self.vocab, tokens),
@@ -1800,13 +1803,13 @@ class TokenizerFolder:
         return token_of(name.encode(), UNUSED if lost else type)
 
     def words(self, steps: list[Any], byte_level: bool, tokens: list[Token]) -> tuple[list[str], str]:
-        """The patterns that cut words, and where a space is put in front; `steps` change the text, then cut it.
+        """The patterns of words, and where a space is put in front; `steps` normalise, then cut.
 
-        That is at the "first" text, or "always", also after an added token, but not where there is a space; or
-        before "each" text, even so.
+        The space is put in front of the "first" text; or "always", also after an added token; neither before a space.
+        Or it is put in front of "each" text, even before a space.
         """
         patterns: list[str] = [] if byte_level else words_at_spaces(tokens)
-        prefix, bars = "never", False  # whether spaces have become '▁' by now
+        prefix, bars = "never", False  # bars: spaces have become '▁'
         for step in steps:
             kind, pattern, space = step["type"], step.get("pattern"), step.get("add_prefix_space", True)
             isolated = step.get("behavior") == "Isolated" and not step.get("invert")
@@ -1829,19 +1832,19 @@ class TokenizerFolder:
                     prefix = step.get("prepend_scheme", "always" if space else "never")
                 patterns = [" [^ ]*|[^ ]+"] if step.get("split", True) else patterns
             elif not (bars and kind == "Split" and pattern == {"String": " "}):
-                raise ExportError(f"a tokenizer with an unknown step: {json.dumps(step)}")
+                raise ExportError(f"this step of normalizer or pre_tokenizer is not supported: {json.dumps(step):.200}")
         if byte_level:
             return patterns, prefix
         if not bars:
-            raise ExportError("a tokenizer.json that is neither byte-level nor writes spaces as '▁'")
-        sought_in_changed = any(t.get("normalized") and not t.get("special") for t in self.added.values())
-        if prefix == "each" and sought_in_changed:
-            raise ExportError("added tokens that are sought in text with a '▁' in front (not supported)")
+            raise ExportError("expected a tokenizer.json that is byte-level or writes spaces as '▁', found neither")
+        sought_in_normalised = any(t.get("normalized") and not t.get("special") for t in self.added.values())
+        if prefix == "each" and sought_in_normalised:
+            raise ExportError("\"normalized\" added tokens are not supported if each text gets a '▁' in front")
         late = [token.text for token in tokens if token.type == USER_DEFINED_NORMALIZED]
         if any(c in text for c in (b" ", BAR.encode()) for text in late):
-            raise ExportError("an added token with a space in it (not supported)")
+            raise ExportError('an added token with "normalized" and a space in it is not supported')
         if not self.json["model"].get("byte_fallback") and not self.json["model"].get("fuse_unk"):
-            raise ExportError("a tokenizer.json without byte_fallback and fuse_unk (not supported)")
+            raise ExportError("expected byte_fallback or fuse_unk in tokenizer.json, found neither")
         return patterns, prefix
 
     def chat_template(self) -> str | None:
@@ -1852,12 +1855,12 @@ class TokenizerFolder:
             names = {str(t.get("name")): t.get("template") for t in found}
             found = names.get("default")
             if found is None:
-                say("note", f"no chat template is stored: none of {', '.join(names)} is the default one")
+                say("note", f"no chat template is stored: none is named default, found {', '.join(names)}")
         return found if isinstance(found, str) else None
 
 
 def flattened(step: Any, inside: str) -> list[Any]:
-    """A step of the library's pipeline, or those that make up a sequence of them."""
+    """A step of the library's pipeline as a list; a sequence has its steps under the key `inside`."""
     if not step:
         return []
     if step["type"] == "Sequence":
@@ -1866,7 +1869,7 @@ def flattened(step: Any, inside: str) -> list[Any]:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Of a folder, or of a file that its first bytes tell; llama2.c's begin with a small int32."""
+    """Of a folder, or of a file that is recognised by its first bytes; llama2.c's begin with a small int32."""
     with naming(path):
         if path.is_dir():
             return TokenizerFolder(path).tokenizer()
@@ -1876,7 +1879,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if kind == "a GGUF file":
             return tokenizer_of_gguf(read_gguf(path)[0])
         data = path.read_bytes()
-        if kind == "a twofiles tokenizer file":
+        if kind == "a tokenizer file of this program":
             return Tokenizer.from_bytes(data)
         if kind == "a tiktoken vocabulary":
             return tokenizer_of_tiktoken(data)
@@ -1888,7 +1891,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 8. How text is cut into words: from regular expressions to the tables that run.c steps through
+# 8. Pre-tokenizers: from regular expressions that cut text into words to the tables that run.c steps through
 
 CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 GPT2 = rf"{CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
@@ -1903,9 +1906,9 @@ TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 DEEPSEEK_CODER = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]
-DIGITS = "[[:Digits:]]"  # the `tokenizers` library's own notion of a digit, which no expression names
+DIGITS = "[[:Digits:]]"  # stands for what the pre-tokenizer Digits finds; no expression names that
 
-GGUF_PATTERNS = {  # what llama.cpp calls pre-tokenizers
+GGUF_PATTERNS = {  # by llama.cpp's names of pre-tokenizers, tokenizer.ggml.pre
     name: patterns
     for names, patterns in [
         ("gpt-2 gpt2 phi-2 mpt olmo jais trillion granite-docling", [GPT2]),
@@ -1921,7 +1924,7 @@ GGUF_IGNORES_MERGES = GGUF_ADDS_BOS = {"llama3", "llama-v3", "llama-bpe", "falco
 
 PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}|\\[sSdD]")
 SURROGATES = slice(0xD800, 0xE000)  # code points that are no characters
-N_CLASSES = 0x110000 + 256  # of characters, and of stray bytes, which are of U+FFFD's class
+N_CLASSES = 0x110000 + 256  # code points, then bytes that are not UTF-8, which have U+FFFD's class
 
 
 @cache
@@ -1931,18 +1934,19 @@ def all_characters() -> str:
 
 @cache
 def characters(expression: str) -> NDArray[np.bool_]:
-    """(0x110000): whether an expression for one character matches it.
+    """A mask (0x110000): the code points that an expression for one character matches.
 
-    The `tokenizers` library itself is asked, as Python's tables of Unicode may be older or newer.
+    Asks the `tokenizers` library itself, because Python's tables of Unicode may be older or newer.
     """
     from tokenizers import Regex, normalizers, pre_tokenizers
 
-    if expression == DIGITS:  # of the words, every other one is made of digits
+    if expression == DIGITS:  # words: others, digits, others, and so on
         others = "".join(word for word, _ in pre_tokenizers.Digits().pre_tokenize_str(all_characters())[::2])
     else:
         others = normalizers.Replace(Regex(f"{expression}+"), "").normalize_str(all_characters())
     found = np.ones(0x110000, bool)
     found[np.frombuffer(others.encode("utf-32-le"), np.uint32)] = False
+    # Surrogates cannot be asked for. A property or a class has them if it has the last code point.
     found[SURROGATES] = found[-1] and PROPERTY.search(expression) is not None
     return found
 
@@ -1952,16 +1956,16 @@ SET = rf"{re.escape(DIGITS)}|\[(?:\^(?!\])|(?![\^\]]))(?:{ESCAPED}|[^\\\[\]&])+\
 # `{1,3}+` means other things to other engines
 STRUCTURE = r"\(\?(?:i?:|[!=])|\{\d+(?:,\d*)?\}(?!\+)|[()|?*+$]"
 PRIVATE = 0xF0000  # private-use characters, each of which stands for a set
-MATCHED = 0  # the instruction that ends a program
+MATCHED = 0  # the index of the instruction that reports a match
 
 
 class Automaton:
-    """A regular expression as steps from state to state: what Perl's rules find, in one pass.
+    """A regular expression as a state machine, which finds in one pass what Perl would find.
 
-    The standard library parses the expression, in which each set of characters is one private-use character. It
-    becomes a program of instructions, of which many are followed at a time, those that Perl would try first in front
-    (Thompson 1968, Pike 1987). A state is a list of such places; what depends on the character that follows is
-    decided when that is there, so a step tells whether a word ends before it.
+    Each set of characters becomes one private-use character, so that the standard library can parse the
+    expression. It is compiled to a program. Many of its instructions are followed at a time, in the order in which
+    Perl would try them (Thompson 1968, Pike 1987); a state is the tuple of these. A look-ahead is decided when the
+    next character is known, so a step reports whether a word ends before that character.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -1972,12 +1976,12 @@ class Automaton:
             tree = _parser.parse(text)
         except (re.error, RecursionError, OverflowError):
             self.refuse()
-        # (what it does, where it goes on, the set that it looks at)
+        # (operation, next instructions, set that is tested)
         self.program: list[tuple[str, tuple[int, ...], str]] = [("match", (), "")]
         self.start: tuple[int, ...] = (self.build(tree, MATCHED),)
 
     def refuse(self) -> NoReturn:
-        raise ExportError(f"a pre-tokenizer with an unknown pattern: {self.pattern}")
+        raise ExportError(f"this pattern of the pre-tokenizer is not supported: {self.pattern:.200}")
 
     def letter(self, match: re.Match[str]) -> str:
         if match["set"] is None:
@@ -1987,7 +1991,7 @@ class Automaton:
         return chr(PRIVATE + self.sets.index(match[0]))
 
     def set_of(self, items: Any, any_case: bool) -> str | None:
-        """The set that a part of the tree matches, if it is no more than one."""
+        """The set of characters that a part of the tree matches, None if it is more than one set."""
         if len(items) != 1 or str(items[0][0]) != "LITERAL":
             return None
         found = self.sets[items[0][1] - PRIVATE]
@@ -2002,7 +2006,7 @@ class Automaton:
         return len(self.program) - 1
 
     def build(self, items: Any, then: int, any_case: bool = False) -> int:
-        """Where the instructions start that match `items`, a sequence, and go on at `then`."""
+        """Compiles `items`, a sequence that goes on at `then`; returns its first instruction."""
         last = then == MATCHED
         for i in reversed(range(len(items))):
             what, value = str(items[i][0]), items[i][1]
@@ -2013,9 +2017,7 @@ class Automaton:
                 then = self.add("split", tuple(self.build(branch, then, any_case) for branch in branches))
             elif what == "SUBPATTERN" and value[1] in (0, re.IGNORECASE) and not value[2]:
                 then = self.build(value[3], then, any_case or bool(value[1]))
-            elif what == "MAX_REPEAT" or (
-                what == "POSSESSIVE_REPEAT" and self.is_greedy(items, i, any_case, last)
-            ):
+            elif what == "MAX_REPEAT" or (what == "POSSESSIVE_REPEAT" and self.acts_greedy(items, i, any_case, last)):
                 then = self.build_repeat(value, then, any_case)
             elif what in ("ASSERT", "ASSERT_NOT") and value[0] == 1 and self.set_of(value[1], any_case):
                 then = self.add(what, (then,), self.set_of(value[1], any_case) or "")
@@ -2039,8 +2041,8 @@ class Automaton:
             at = self.build(part, at, any_case)
         return at
 
-    def is_greedy(self, items: Any, i: int, any_case: bool, last: bool) -> bool:
-        """Whether a possessive repetition has nothing that it could give back: what may follow takes other characters."""
+    def acts_greedy(self, items: Any, i: int, any_case: bool, last: bool) -> bool:
+        """Whether a possessive repetition is like a greedy one: what may follow it matches none of its characters."""
         own = self.set_of(items[i][1][2], any_case)
         for other in items[i + 1 :]:
             repeat = str(other[0]).endswith("_REPEAT")
@@ -2049,10 +2051,10 @@ class Automaton:
                 return False
             if not (repeat and other[1][0] == 0):
                 return True
-        return last and own is not None  # else what follows the group may be what it would have to give back
+        return last and own is not None  # inside a group, what follows the group is not known here
 
     def step(self, state: tuple[int, ...], inside: Callable[[str], bool]) -> tuple[tuple[int, ...], bool]:
-        """The state after a character that is `inside` some sets, and whether there was a match before it."""
+        """The state after a character (`inside` tells if a set has it), and whether a match ends before it."""
         following: dict[int, None] = {}
         seen: set[int] = set()
         waiting = list(reversed(state))
@@ -2074,19 +2076,19 @@ class Automaton:
 
 
 def word_tables(patterns: Sequence[str]) -> WordTables:
-    """The tables for several patterns: each cuts what the one before it has found, and what lies between."""
+    """The tables for several patterns: each cuts the matches of the one before it, and the text between these."""
     if not patterns:
         return NO_WORDS
     automata = [Automaton(pattern) for pattern in patterns]
 
-    # Characters that are in the same sets are of the same class; most are of class 1, and class 0 is the end.
+    # Characters in the same sets share a class. Class 0 is the end of the text, class 1 has the most characters.
     names = sorted({of for automaton in automata for _, _, of in automaton.program if of})
     signature = np.stack([characters(name) for name in names], axis=1)
     packed = np.packbits(signature, axis=1)
-    _, firsts, classes, counts = np.unique(packed, True, True, True, axis=0)  # first rows, classes, counts
+    _, firsts, classes, counts = np.unique(packed, True, True, True, axis=0)  # first rows, inverse, counts
     order = np.argsort(-counts, kind="stable")
     if len(order) > 255:
-        raise ExportError(f"a pre-tokenizer that tells {len(order)} classes of characters apart")
+        raise ExportError(f"the pre-tokenizer: expected up to 255 classes of characters, found {len(order)}")
     rank = np.argsort(order) + 1
     kinds = rank[classes.reshape(-1)].astype(np.uint8)
     members = {name: (False, *signature[firsts[order], i].tolist()) for i, name in enumerate(names)}
@@ -2094,7 +2096,7 @@ def word_tables(patterns: Sequence[str]) -> WordTables:
     # State 0 is dead, then come the states in which the automata start.
     states: dict[tuple[int, tuple[int, ...]], int] = {(i, a.start): i + 1 for i, a in enumerate(automata)}
     transitions: list[tuple[int, ...]] = [(0,) * (len(order) + 1)]
-    for i, state in (todo := list(states)):
+    for i, state in (todo := list(states)):  # todo grows meanwhile
         row = []
         for kind in range(len(order) + 1):
             following, match = automata[i].step(state, lambda name, kind=kind: members[name][kind])  # type: ignore[misc]
@@ -2104,7 +2106,7 @@ def word_tables(patterns: Sequence[str]) -> WordTables:
             row.append(2 * (states[i, following] if following else 0) + match)
         transitions.append(tuple(row))
         if len(states) > 1 << 16:
-            raise ExportError(f"a pre-tokenizer with too many states: {patterns}")
+            raise ExportError(f"the pre-tokenizer: expected up to {1 << 16} states, found more: {patterns}")
     char_class = kinds.tobytes() + kinds[0xFFFD:0xFFFE].tobytes() * 256
     return WordTables(char_class, tuple(transitions), len(automata))
 
@@ -2117,21 +2119,22 @@ TEMPLATE_PARTS = (
     "before_system",
     "after_system",  # up to the user's first text
     "after_user",  # up to where an answer starts
-    "before_answer",  # what stands there as well once there is an answer, mostly nothing
+    "before_answer",  # text between after_user and an earlier answer, mostly none
     "after_answer",
-    "next_user",  # after that, up to the user's next text
+    "next_user",  # after after_answer, up to the user's next text
     "opens_answer",  # in front of a new answer only, not in the history
-    "opens_answer_no_think",  # that instead, if the model is asked not to think
-    "end_of_thought",  # in an earlier answer, all up to the last one of this goes
+    "opens_answer_no_think",  # replaces opens_answer if the model is asked not to think
+    "end_of_thought",  # a mark: an earlier answer loses everything up to its last occurrence
 )
 HAS_TEMPLATE, HAS_SYSTEM = 1, 2
-TRIMS = 4  # from this bit on, find_trimming's
-NEWLINES_AFTER_THOUGHT, SPACES_AFTER_THOUGHT, HAS_NO_THINK = 1 << 10, 1 << 11, 1 << 12  # which go, too
+TRIMS = 4  # the lowest of the 8 flags of find_trimming
+NEWLINES_AFTER_THOUGHT, SPACES_AFTER_THOUGHT, HAS_NO_THINK = 1 << 10, 1 << 11, 1 << 12
 
-THOUGHTS = [  # how models mark what they think
+THOUGHTS = [  # how models mark the start and the end of what they think
     *((f"<{word}>", f"</{word}>") for word in ("think", "thinking", "thought", "seed:think", "reasoning")),
     *(("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")),
 ]
+# Messages that no template contains: the parts of a template are what is rendered around them.
 ANY_SYSTEM, *ANY_TURNS = ["zqsystemqz", "zquseraqz", "zqanswerbqz", "zquseradqz", "zqanswerfqz", "zquserghqz"]
 ANY_THOUGHT = "zqthoughtqz"
 
@@ -2143,7 +2146,7 @@ class ChatTemplate:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
-        # older ones let templates out of the sandbox
+        # templates can get out of the sandbox of older ones
         if [int(n) for n in re.findall(r"\d+", version("jinja2"))] < [3, 1, 6]:
             raise ImportError(f"expected jinja2 3.1.6 or newer, found {version('jinja2')}")
 
@@ -2158,38 +2161,38 @@ class ChatTemplate:
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.source, self.special = source, special
-        # {% generation %} marks what training counts; here it is a block like any other.
+        # {% generation %} marks what training counts; here it becomes a plain block, {% with %}.
         known = re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})", r"\1\2with", source)
         with naming(None):
             self.template = environment.from_string(known)
 
     def render(self, turns: Sequence[str], system: str | None = None, **options: Any) -> str:
-        """A text of turns (the user's, an answer, the user's, ...), up to where the model starts to answer the last."""
+        """Renders turns (the user's, an answer, the user's, ...); after the user's, up to where the model answers."""
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
         given: dict[str, Any] = {"messages": messages, "tools": None, "documents": None}
         given["add_generation_prompt"] = len(turns) % 2 == 1
         with naming(None):
             text = self.template.render(**given, **self.special, **options)
-            text.encode()  # fails for half a pair of surrogates, which is no text
+            text.encode()  # fails for half a surrogate pair, which is no text
             return text
 
 
 def cut(text: str, marks: Sequence[str]) -> list[str]:
-    """What lies before, between and after the marks."""
+    """Cuts a text at marks, each of which must occur once and in this order."""
     between = []
     for mark in marks:
         before, found, text = text.partition(mark)
         if not found:
-            raise ExportError("a text is left out, changed, or moved")
+            raise ExportError("it leaves out, changes or moves a message")
         between.append(before)
     if any(mark in part for part in [*between, text] for mark in (ANY_SYSTEM, *ANY_TURNS)):
-        raise ExportError("a text occurs twice, or out of turn")
+        raise ExportError("it repeats a message, or moves one")
     return [*between, text]
 
 
 def find_template(source: str, special: Mapping[str, str], added: Mapping[str, int]) -> Template | None:
-    """The parts of a chat template, if it has any: if they give what it gives for several conversations."""
+    """The parts of a chat template; None unless they give what the template gives for several conversations."""
     try:
         chat = ChatTemplate(source, special)
         turns = ANY_TURNS
@@ -2211,13 +2214,13 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
             check_template(chat, with_system, turns, ANY_SYSTEM)
             parts, flags = with_system, flags | HAS_SYSTEM
         except ExportError as error:
-            say("note", f"the chat template takes no system text: {error}")
+            say("note", f"the chat template takes no system message: {error}")
         flags |= find_trimming(chat, ANY_SYSTEM if flags & HAS_SYSTEM else None)
         flags |= find_thoughts(chat, parts)
         flags |= find_no_think(chat, parts)
         if "strftime_now" in source:
-            say("note", "the chat template holds today's date, which stays as it is")
-        # the end of a thought is sought in text, so it stays one
+            say("note", "the chat template inserts the date; today's is stored")
+        # run.c searches for end_of_thought in text, so it is not replaced by the ids of tokens
         scripts = (script_of(text, {} if x == "end_of_thought" else added) for x, text in parts.items())
         return Template(tuple(scripts), flags)
     except ExportError as error:
@@ -2226,7 +2229,7 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
 
 
 def common_start(a: str, b: str, added: Mapping[str, int]) -> str:
-    """As far as both texts agree, without cutting a token in two."""
+    """The longest common start of two texts that does not cut a token in two."""
     symbol = re.compile("|".join([*map(re.escape, sorted(added, key=len, reverse=True)), "."]), re.DOTALL)
     return "".join(os.path.commonprefix([symbol.findall(a), symbol.findall(b)]))
 
@@ -2234,12 +2237,12 @@ def common_start(a: str, b: str, added: Mapping[str, int]) -> str:
 def check_template(
     chat: ChatTemplate, parts: dict[str, str], turns: list[str], system: str | None = None, **options: Any
 ) -> None:
-    """Compares what the template makes of conversations with what run.c makes of the parts.
+    """Checks that the parts, joined as run.c joins them, give what the template renders.
 
-    The option `kept` is what should be left of each turn once it is history; without that, all of it.
+    The option `kept` is what should be left of each turn in the history; by default, all of it.
     """
     kept = options.pop("kept", turns)
-    for length in range(1, len(turns) + 1, 2):  # those that the user has the last word in
+    for length in range(1, len(turns) + 1, 2):  # conversations that end with the user's turn
         expected = parts["before_user"]
         if system is not None:
             expected = parts["before_system"] + system + parts["after_system"]
@@ -2255,11 +2258,11 @@ def check_template(
             turn_number = next((i + 1 for i, end in enumerate(ends) if same < end), length)
             whose = "the user's" if turn_number % 2 else "an answer"
             where = f"turn {turn_number} of {length}, {whose}"
-            raise ExportError(f"it treats some turn of a conversation differently from others: {where}")
+            raise ExportError(f"it does not treat all turns of a conversation alike: {where}")
 
 
 def find_trimming(chat: ChatTemplate, system: str | None) -> int:
-    """Flags for the left and the right end of: the system text, the user's first text after it, others, answers."""
+    """Flags for what is trimmed at the start and at the end: system, user after system, other user, answer."""
     flags = 0
     texts = [ANY_SYSTEM, *ANY_TURNS[:3]]
     for bit in range(0 if system is not None else 4, 8):
@@ -2270,17 +2273,17 @@ def find_trimming(chat: ChatTemplate, system: str | None) -> int:
             spaced = f"{texts[place]}\n " if bit % 2 else f" \n{texts[place]}"
             first, *turns = [spaced if i == place else text for i, text in enumerate(texts)]
             text = chat.render(turns, first if given else None)
-            kept = text == plain.replace(texts[place], spaced) or bit >= 6  # whatever is done to an answer
+            kept = text == plain.replace(texts[place], spaced) or bit >= 6  # answers may change
             found.add("trimmed" if text == plain else "kept" if kept else "changed")
         if found == {"trimmed"}:
             flags |= TRIMS << bit
         elif found != {"kept"}:
-            raise ExportError("spaces around a text are treated in an unknown way")
+            raise ExportError("it neither keeps nor trims all spaces around a message")
     return flags
 
 
 def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
-    """Sets end_of_thought if the template leaves out what earlier answers thought; returns flags for what goes with it."""
+    """Sets end_of_thought if earlier answers lose what the model thought; returns flags for spaces that go, too."""
     for begin, end in THOUGHTS:
         said = ("" if begin in parts["opens_answer"] else begin) + ANY_THOUGHT + end
 
@@ -2301,13 +2304,13 @@ def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
 
 
 def find_no_think(chat: ChatTemplate, parts: dict[str, str]) -> int:
-    """Sets what opens an answer if the template is told enable_thinking=False, if it knows that; returns a flag."""
+    """Sets opens_answer_no_think and returns its flag if the template knows enable_thinking=False."""
     if "enable_thinking" not in chat.source:
         return 0
     try:
         before_user, opened = cut(chat.render(ANY_TURNS[:1], enable_thinking=False), ANY_TURNS[:1])
         if before_user != parts["before_user"] or not opened.startswith(parts["after_user"]):
-            raise ExportError("it changes more than the start of an answer")
+            raise ExportError("enable_thinking changes more than the start of an answer")
         opens = opened.removeprefix(parts["after_user"])
         check_template(chat, parts | {"opens_answer": opens}, ANY_TURNS, enable_thinking=False)
     except ExportError as error:
@@ -2318,8 +2321,8 @@ def find_no_think(chat: ChatTemplate, parts: dict[str, str]) -> int:
 
 
 def script_of(text: str, added: Mapping[str, int]) -> Script:
-    """A text with the tokens that stand in it, the longest at each place."""
-    names = [*map(re.escape, sorted(added, key=len, reverse=True)), "(?!)"]  # the last one is nowhere
+    """Cuts a text into the ids of tokens, the longest at each place, and the text between them."""
+    names = [*map(re.escape, sorted(added, key=len, reverse=True)), "(?!)"]  # (?!) matches nowhere
     parts = re.split(f"({'|'.join(names)})", text)
     return tuple(added[part] if i % 2 else part for i, part in enumerate(parts) if part)
 
@@ -2329,7 +2332,7 @@ def script_of(text: str, added: Mapping[str, int]) -> Script:
 
 
 def progress(what: str, total: int) -> tqdm[Any]:
-    """A progress bar, where someone can see it."""
+    """A progress bar, on a terminal only."""
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None)
 
 
@@ -2338,15 +2341,15 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that appears as `path` when it is complete, or not at all."""
     temporary = path.with_name(f"{path.name}.tmp-{os.urandom(8).hex()}")
     try:
-        # A file of its own, not what a link leads to. Long writes let the kernel keep it in large pages, which are
+        # "x" creates a new file and follows no link. Long writes let the kernel keep it in large pages, which are
         # faster to read.
-        with open(temporary, "xb", buffering=LONG_WRITE) as file:
+        with open(temporary, "xb", buffering=WRITE_BUFFER) as file:
             yield file
         os.replace(temporary, path)
     except OSError as error:
         raise ExportError(f"cannot write: {error.strerror}", path) from None
     finally:
-        with suppress(OSError):  # it has another name by now, or was never made
+        with suppress(OSError):  # it has been renamed, or was never created
             temporary.unlink()
 
 
@@ -2356,14 +2359,14 @@ def tokenizer_path(path: Path) -> Path:
 
 
 def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """With as many tokens as the model has, if those that differ are at the end, and no text needs them.
+    """Adds or removes tokens at the end, which no text needs, until there are as many as the model has.
 
-    Embeddings may have a few rows more, for a round number (as Qwen's); or one less, as someone added a padding token.
+    Embeddings may have rows more, for a round number (as Qwen's), or lack that of an added padding token.
     """
     tokens, missing = tokenizer.tokens, vocab_size - len(tokenizer.tokens)
     counts = f"the model has {vocab_size} tokens, the tokenizer {len(tokens)}"
     if 0 < missing <= vocab_size // 16 and vocab_size % 64 == 0:
-        say("warning", f"{counts}: the others print nothing")
+        say("warning", f"{counts}: those that only the model has print nothing")
         return replace(tokenizer, tokens=tokens + [Token(b"", UNUSED)] * missing)
     if missing < 0 and not any(token.type in (NORMAL, BYTE) for token in tokens[vocab_size:]):
         first = tokens[vocab_size].text.decode(errors="replace")
@@ -2374,16 +2377,14 @@ def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
         template = None if lost else tokenizer.template
         return replace(tokenizer, tokens=tokens[:vocab_size], stop_ids=stop_ids, template=template)
     if missing:
-        raise ExportError(counts)
+        raise ExportError(f"{counts}: expected the model's own (--tokenizer)")
     return tokenizer
 
 
-def write_model(
-    path: Path, model: Model, tokenizer: Tokenizer, dtype: str = "auto", verify: bool = False
-) -> str:
+def write_model(path: Path, model: Model, tokenizer: Tokenizer, dtype: str = "auto", verify: bool = False) -> str:
     """Writes OUT.bin as `path` and OUT.tokenizer.bin beside it; returns the dtype that was chosen.
 
-    Leaves nothing behind if one cannot be written or does not fit the other.
+    Leaves neither file behind if one cannot be written, or does not fit the other.
     """
     config = model.config
     tokenizer = fitted(tokenizer, config.vocab_size)
@@ -2403,7 +2404,7 @@ def write_model(
 
 
 def compare(path: Path, model: Model, dtype: str, vocab_hash: int) -> None:
-    """Reads the weights file again, and makes it again from the source: all bits have to agree."""
+    """Makes the weights file again from the source, and compares it with the file that was written, byte by byte."""
     at = 0
     with open(path, "rb") as file, progress("verifying", file_size(model.config)) as bar:
         for chunk in prefetched(weights_file(model, dtype, vocab_hash)):
@@ -2445,24 +2446,24 @@ def prefetched(chunks: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryv
 
 HELP = """\
 SOURCE is one of
-  DIRECTORY as Hugging Face has it: config.json; model.safetensors, pytorch_model.bin or their shards; tokenizer.json,
-      tokenizer.model, or vocab.json with merges.txt; and what stands beside them
+  DIRECTORY in Hugging Face's format: config.json; model.safetensors, pytorch_model.bin or their shards;
+      tokenizer.json, tokenizer.model, or vocab.json with merges.txt; and the other files of settings
         export.py SmolLM2-135M-Instruct -o smollm2.bin
-  DIRECTORY as Meta or Mistral have it: params.json, consolidated.*.pth or consolidated.safetensors, tokenizer.model
+  DIRECTORY in Meta's format, as Mistral's: params.json, consolidated.*.pth or consolidated.safetensors, tokenizer.model
         export.py Llama3.2-1B -o llama3.bin
-  FILE.gguf of llama.cpp, quantised or not; of several, the first
+  FILE.gguf of llama.cpp, quantised or not; if it is split, the first file
         export.py Qwen3-0.6B-Q8_0.gguf -o qwen3.bin
   FILE.bin of llama2.c, version 0
         export.py stories260K.bin --tokenizer tok512.bin -o stories.bin
 
-PyTorch's files (.bin, .pth) take the package torch. Weights at random, to measure speed: models/random_weights.py.
+PyTorch's files (.bin, .pth) require the package torch. Random weights, to measure speed: models/random_weights.py.
 """
 
 
 def natural(text: str, least: int = 0) -> int:
     number = int(text)
     if not least <= number < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is out of range")
+        raise argparse.ArgumentTypeError(f"expected {least} to {2**31 - 1}, found {text}")
     return number
 
 
@@ -2471,21 +2472,21 @@ def positive(text: str) -> int:
 
 
 def check_outputs(path: Path, inputs: Iterable[Path]) -> None:
-    """Early, what would come to light only after a long export, or be regretted."""
+    """Refuses, before a long export, outputs that are not regular files, or that are inputs as well."""
     for output in (path, tokenizer_path(path)):
         if output.exists() and not output.is_file():
-            raise ExportError("exists and is not a regular file", output)
+            raise ExportError("expected a new or a regular file, found another kind", output)
         if any(file.exists() and output.exists() and output.samefile(file) for file in inputs):
-            raise ExportError("would overwrite what it is made from", output)
+            raise ExportError("would overwrite a file that it is made from", output)
 
 
 def context_length(model: Model, wanted: int | None) -> int:
-    """run.c lets a token see all before it, so it has to stop where a sliding window would begin to slide."""
+    """The length of the context: at most the sliding window, because run.c lets a token see all before it."""
     length = wanted or model.config.max_seq_len
     if model.window is None or length <= model.window:
         return length
-    shorter = f"the context is cut from {length} to {model.window} positions"
-    say("warning", f"{shorter}, the sliding window of the attention: within it, results are exact")
+    shorter = f"the context is cut from {length} to {model.window} positions, the sliding window"
+    say("warning", f"{shorter}: run has full attention, which is the same within the window")
     return model.window
 
 
@@ -2495,14 +2496,14 @@ def open_model(args: argparse.Namespace) -> Model:
 
 
 def read_inputs(args: argparse.Namespace) -> tuple[Path, Tokenizer]:
-    """The tokenizer and its file; opens the model, too, just to see that this can be done."""
+    """The tokenizer and its file; opens the model to find them, and to see that it can be opened."""
     with naming(args.source):
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()):  # export() opens the model again and prints its warnings
             model = open_model(args)
         tokenizer = args.tokenizer or model.tokenizer_file
         if tokenizer is None:
             size = f"of {model.config.vocab_size} tokens ({', '.join(TOKENIZER_FILES)})"
-            raise ExportError(f"no tokenizer {size} at hand, use --tokenizer FILE")
+            raise ExportError(f"found no tokenizer {size}: use --tokenizer FILE")
         return tokenizer, read_tokenizer(tokenizer)
 
 
@@ -2512,7 +2513,7 @@ def export(args: argparse.Namespace) -> None:
         beside = [file for folder in folders for file in folder.iterdir()]
         if args.no_limits:
             tokenizer_file, tokenizer = read_inputs(args)
-        else:  # torch maps files into memory
+        else:  # torch maps its files, which counts as memory
             room = sum(file.stat().st_size for file in beside if file.suffix in (".bin", ".pth"))
             tokenizer_file, tokenizer = limited(lambda: read_inputs(args), room)
         model = open_model(args)
@@ -2531,25 +2532,27 @@ def report(path: Path, model: Model, dtype: str, verified: bool = False) -> None
 
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    about = "Makes the two files of a model for run.c."
+    about = "Converts a model to the two files that run reads."
     parser = argparse.ArgumentParser("export.py", description=about, epilog=HELP, formatter_class=raw)
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a checkpoint, see below")
-    parser.add_argument("-o", dest="output", metavar="OUT.bin", type=Path, required=True)
-    kinds = "tokenizer.json, .model (SentencePiece or tiktoken), llama2.c's .bin, a folder, or one made by this program"
+    beside = "weights file; OUT.tokenizer.bin is written beside it"
+    parser.add_argument("-o", dest="output", metavar="OUT.bin", type=Path, required=True, help=beside)
+    kinds = "tokenizer.json, .model (SentencePiece, tiktoken), .gguf, llama2.c's .bin, a folder, or .tokenizer.bin"
     parser.add_argument("--tokenizer", metavar="FILE", type=Path, help=kinds)
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="(default: auto)")
+    loses_least = "type of the weights (default: auto, which loses least)"
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=loses_least)
     parser.add_argument("--lora", metavar="DIR", type=Path, help="PEFT adapter to merge into the weights")
     parser.add_argument("--verify", action="store_true", help="compare the result with the source")
-    parser.add_argument("--max-seq-len", metavar="N", type=positive, help="instead of the checkpoint's")
-    limits = f"read what takes more than {READ_SECONDS} s or {READ_BYTES >> 20} MB to read, too, before any weights"
+    parser.add_argument("--max-seq-len", metavar="N", type=positive, help="context length (default: the checkpoint's)")
+    limits = f"take any time and memory to open the inputs, not only {READ_SECONDS} s and {READ_BYTES >> 20} MB"
     parser.add_argument("--no-limits", action="store_true", help=limits)
     args = parser.parse_args()
     return exit_status(lambda: export(args))
 
 
 def exit_status(work: Callable[[], None]) -> int:
-    """Does the work, and says what is wrong in one line."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # an end like any other, so that no half a file is left
+    """Does the work, and prints what is wrong in one line; returns the exit status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # exit as usual, so that temporary files are removed
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         work()

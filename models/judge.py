@@ -38,9 +38,7 @@ def run(model: Path, *options: str, text: str = "") -> list[dict[str, float | st
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def continuation(
-    model: Path, seed: int, temperature: float, length: int, beginning: str = ""
-) -> tuple[str, bool]:
+def continuation(model: Path, seed: int, temperature: float, length: int, beginning: str = "") -> tuple[str, bool]:
     """What the model adds, and whether it came to an end: the last token is then one without text."""
     options = ["-t", str(temperature), "-s", str(seed), "-n", str(length)]
     texts = [str(token["text"]) for token in run(model, *options, text=beginning)]
@@ -115,10 +113,7 @@ def judge_stories(args: argparse.Namespace) -> None:
     columns = ["model", "stories", "bits per byte", "repeated 4-grams", "ended", "bytes a story"]
     print_head(columns + ["longest known run"] * (known is not None))
     for model in args.models:
-        told = [
-            continuation(model, seed, args.t, args.length, beginning)
-            for seed, beginning in enumerate(beginnings)
-        ]
+        told = [continuation(model, seed, args.t, args.length, beginning) for seed, beginning in enumerate(beginnings)]
         texts = [(start + text).strip() for start, (text, _) in zip(beginnings, told, strict=True)]
         again, all_grams = (sum(counts) for counts in zip(*map(repeated, texts), strict=True))
         size = sum(len(text.encode()) for text in texts)
@@ -142,9 +137,7 @@ def judge_beginnings(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     heldout = commands.add_parser("heldout", help="bits per byte of the stories in a file")
     heldout.add_argument("file", type=Path)

@@ -84,9 +84,7 @@ class Story:
 
     def pick(self, name: str) -> Fields:
         """An entry whose first field is not yet in the story."""
-        taken = {
-            value for thing in self.things.values() for key, value in thing.items() if key in ("0", "kind")
-        }
+        taken = {value for thing in self.things.values() for key, value in thing.items() if key in ("0", "kind")}
         free = [e for e in self.grammar.lists[name] if e["0"] not in taken]
         return self.random.choices(free, [int(e["weight"]) for e in free])[0]
 
@@ -108,9 +106,7 @@ class Story:
         name, kind = self.pick("girl" if girl else "boy")["0"], "girl" if girl else "boy"
         another = "another" if self.things.get("hero", {}).get("kind") == kind else "a"
         new = f"{another} {kind} named {name}"
-        return {"0": name, "kind": kind, "new": new, "known": f"{{his}} friend {name}"} | (
-            SHE if girl else HE
-        )
+        return {"0": name, "kind": kind, "new": new, "known": f"{{his}} friend {name}"} | (SHE if girl else HE)
 
     def cast_animal(self, kind: str) -> Fields:
         girl = self.random.random() < 0.5
@@ -196,9 +192,7 @@ class Story:
         rules = [r for r in re.findall(r"<([a-z-]+)>", text) if r in self.grammar.rules]
         for rule in rules:
             chosen = weighted(self.random, self.grammar.rules[rule])
-            text = text.replace(
-                f"<{rule}>", re.sub(r"<\{([a-z.]+)\}", lambda m: "<" + self.value(m[1]), chosen)
-            )
+            text = text.replace(f"<{rule}>", re.sub(r"<\{([a-z.]+)\}", lambda m: "<" + self.value(m[1]), chosen))
         return self.expand(text)
 
     def tell(self) -> str:

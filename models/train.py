@@ -92,9 +92,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-KVCache = tuple[
-    Tensor, Tensor
-]  # the keys and the values of a layer, each (batch, kv heads, positions, head_dim)
+KVCache = tuple[Tensor, Tensor]  # the keys and the values of a layer, each (batch, kv heads, positions, head_dim)
 
 
 class Dropout(nn.Module):
@@ -124,9 +122,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, start: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
         """With a KV cache, x is what follows `start` tokens that are in the cache."""
 
         def heads(y: Tensor) -> Tensor:
@@ -172,9 +168,7 @@ class Layer(nn.Module):
         self.mlp = FeedForward(c)
         self.dropout = Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, start: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache, start))
         out: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return out
@@ -617,9 +611,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     run = Run(args.work, recipe, args.steps, args.minutes, args.unlikelihood_steps)
     if rank == 0:
         numbers = f"{len(stories):,} stories, {len(texts.tokens):,} tokens, {texts.n_bytes:,} bytes"
-        print(
-            f"{numbers}; {len(held)} held out; {sum(p.numel() for p in run.model.parameters()):,}", flush=True
-        )
+        print(f"{numbers}; {len(held)} held out; {sum(p.numel() for p in run.model.parameters()):,}", flush=True)
     if args.compile:
         run.loss = torch.compile(loss_of, dynamic=True)
         run.unlikelihood = torch.compile(unlikelihood_of, dynamic=True)
@@ -629,13 +621,9 @@ def work(rank: int, args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a file of stories (default: composed ones)")
-    parser.add_argument(
-        "--work", type=Path, default=TOP / "build" / "stories", help="where all but the model goes"
-    )
+    parser.add_argument("--work", type=Path, default=TOP / "build" / "stories", help="where all but the model goes")
     parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--unlikelihood-steps", type=int, default=400, help="more steps, against repetition")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end by then, if not by the steps")

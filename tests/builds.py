@@ -62,9 +62,7 @@ def build(program: str, variant: str) -> list[str]:
 def make(target: str) -> None:
     """Makes it without a warning."""
     (ROOT / "build").mkdir(exist_ok=True)
-    with (ROOT / "build" / "lock").open(
-        "w"
-    ) as lock:  # pytest-xdist's workers must not build the same at a time
+    with (ROOT / "build" / "lock").open("w") as lock:  # pytest-xdist's workers must not build the same at a time
         fcntl.flock(lock, fcntl.LOCK_EX)
         made = subprocess.run(["make", "-s", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr

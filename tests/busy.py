@@ -85,9 +85,7 @@ def print_table(args: argparse.Namespace, counts: list[str], speeds: Speeds) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--run", type=Path, default=ROOT / "run")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")

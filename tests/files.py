@@ -116,9 +116,7 @@ class Vocabulary:
     ranges: tuple[tuple[int, int, int], ...] = ()  # first, last, class
     steps: tuple[tuple[int, ...], ...] = ()  # (states, classes)
     n_machines: int = 0
-    templates: tuple[tuple[int | str, ...], ...] = (
-        (),
-    ) * TEMPLATES  # tokens and texts; what is left out is empty
+    templates: tuple[tuple[int | str, ...], ...] = ((),) * TEMPLATES  # tokens and texts; what is left out is empty
     template_flags: int = 0
 
     @property
@@ -204,9 +202,7 @@ class Vocabulary:
         return fix(head + b"".join((arrays | changed).values()))
 
     def text_lengths(self) -> list[int]:
-        return [len(p.text) for p in self.pieces] + [
-            len(i.encode()) for i in self.items() if isinstance(i, str)
-        ]
+        return [len(p.text) for p in self.pieces] + [len(i.encode()) for i in self.items() if isinstance(i, str)]
 
     def offsets(self) -> dict[str, int]:
         """Where in the file each array starts; "end": where the last one ends."""
@@ -484,16 +480,12 @@ def write_model(
     return model
 
 
-def chain_model(
-    chain: Sequence[int], vocabulary: Vocabulary | None = None, loop: bool = False, **dims: Any
-) -> Model:
+def chain_model(chain: Sequence[int], vocabulary: Vocabulary | None = None, loop: bool = False, **dims: Any) -> Model:
     """A model that after each token of `chain` all but surely says the next one: layers that add nothing, a
     dimension for each token, and classifier rows that point along the dimension of the token before."""
     assert len(set(chain)) == len(chain), "a token can have one successor only"
     dim = max(16, len(chain))
-    model = Model(
-        **{"dim": dim, "n_layers": 1, "vocabulary": vocabulary or default_vocabulary(), **dims}
-    ).zero()
+    model = Model(**{"dim": dim, "n_layers": 1, "vocabulary": vocabulary or default_vocabulary(), **dims}).zero()
     for i, token in enumerate(chain):
         model.weights["embedding"][token, i] = 1
         if i + 1 < len(chain) or loop:

@@ -180,9 +180,7 @@ def covered_lines(folders: list[Path]) -> tuple[int, int]:
     for target, profile in zip(TARGETS, data, strict=True):
         inputs = [folder / target for folder in folders if (folder / target).exists()]
         command: list[str | Path] = [ROOT / "build" / "fuzz-covered", target, "-runs=0", *inputs]
-        subprocess.run(
-            command, cwd=ROOT, capture_output=True, check=True, env={"LLVM_PROFILE_FILE": str(profile)}
-        )
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, env={"LLVM_PROFILE_FILE": str(profile)})
     merged = WORK / "all.profdata"
     subprocess.run(["llvm-profdata", "merge", "-o", merged, *data], check=True)
     export = ["llvm-cov", "export", "-summary-only", f"-instr-profile={merged}", "build/fuzz-covered"]

@@ -77,9 +77,7 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("odd")
     (folder / "text").write_bytes(TEXT * 2)
     byte_level = byte_level_vocabulary()
-    write_model(
-        folder / "f16.bin", dim=33, hidden_dim=17, n_kv_heads=4, head_dim=6, flags=QK_NORM, max_seq_len=160
-    )
+    write_model(folder / "f16.bin", dim=33, hidden_dim=17, n_kv_heads=4, head_dim=6, flags=QK_NORM, max_seq_len=160)
     write_model(
         folder / "bf16.bin",
         dtype="bf16",
@@ -193,7 +191,5 @@ def test_cppcheck() -> None:
         ["-D__x86_64__", "-D__linux__"],
         ["-D__x86_64__", "-D__linux__", "-D_OPENMP", "-D__AVX2__"],
     ):
-        done = subprocess.run(
-            [*command, *macros, "run.c"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([*command, *macros, "run.c"], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

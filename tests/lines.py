@@ -59,9 +59,7 @@ def main(programs: list[str]) -> int:
     source = (ROOT / "run.c").read_text().splitlines()
     missed = [number for number, count in counts.items() if count == 0]
     share = 1 - len(missed) / len(counts)
-    print(
-        f"run.c: {len(counts) - len(missed)} of {len(counts)} lines run by the tests, {share:.1%}; the others:"
-    )
+    print(f"run.c: {len(counts) - len(missed)} of {len(counts)} lines run by the tests, {share:.1%}; the others:")
     for first, last in ranges(missed, counts):
         print(f"  {first}{f'-{last}' if last > first else ''}: {source[first - 1].strip()[:90]}")
     if share < LEAST:

@@ -112,16 +112,12 @@ def works(size: int, folder: Path) -> list[Work]:
     for seed in range(max(1, size // 20_000)):
         options = ["-n", "0", "-s", str(seed), "-t", "1.1", "-i", MESSAGES[0]]
         found.append(Work(f"generate -s {seed}", options, b""))
-        found.append(
-            Work(f"generate --draft 5 --probs -s {seed}", [*options, "--draft", "5", "--probs"], b"")
-        )
+        found.append(Work(f"generate --draft 5 --probs -s {seed}", [*options, "--draft", "5", "--probs"], b""))
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=10_000_000, help="in all")
     parser.add_argument("--round", type=int, default=500_000, help="about a quarter of the tokens of a round")
     args = parser.parse_args()

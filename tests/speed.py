@@ -79,9 +79,7 @@ def write_gguf(path: Path, config: Config, source: Model) -> None:
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
     writer.add_tokenizer_model("none")
     for part in specs_of(config):
-        values = np.concatenate([np.ravel(piece) for piece in source.tensors[part.name].pieces()]).reshape(
-            part.shape
-        )
+        values = np.concatenate([np.ravel(piece) for piece in source.tensors[part.name].pieces()]).reshape(part.shape)
         if len(part.shape) == 1:  # llama.cpp wants norms in f32
             writer.add_tensor(gguf_name(part.name), widened(values))
             continue
@@ -170,9 +168,7 @@ def make(shape: str, folder: Path) -> tuple[Path, Path]:
 
 def next_token_of_ours(program: Path, path: Path, text: str) -> tuple[list[int], int]:
     """The ids of a text, and the greedy token after it."""
-    ids = subprocess.run(
-        [program, path, "-m", "tokenize", "-i", text], capture_output=True, text=True, check=True
-    )
+    ids = subprocess.run([program, path, "-m", "tokenize", "-i", text], capture_output=True, text=True, check=True)
     line = subprocess.run(
         [program, path, "-t", "0", "-i", text, "-n", str(len(ids.stdout.split())), "--json"],
         capture_output=True,
@@ -251,12 +247,8 @@ def main() -> None:
     parser.add_argument("--shapes", default="110m,1b")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--prompts", default=str(MOST), help=f"their tokens, {MOST} at most, as in 8,64,{MOST}"
-    )
-    parser.add_argument(
-        "--few", action="store_true", help=f"{FEW} tokens only: for a model larger than memory"
-    )
+    parser.add_argument("--prompts", default=str(MOST), help=f"their tokens, {MOST} at most, as in 8,64,{MOST}")
+    parser.add_argument("--few", action="store_true", help=f"{FEW} tokens only: for a model larger than memory")
     args = parser.parse_args()
     prompts = [int(n) for n in args.prompts.split(",")]
     if not all(1 <= n <= MOST for n in prompts):

@@ -131,9 +131,7 @@ def test_no_permission(victim: Victim) -> None:
         pytest.skip("the program is not executable")
     victim.path.chmod(0)
     try:
-        victim.run.fails(
-            1, victim.path, says=[victim.path, "expected", "Permission denied"], preexec=become_nobody
-        )
+        victim.run.fails(1, victim.path, says=[victim.path, "expected", "Permission denied"], preexec=become_nobody)
     except PermissionError:
         pytest.skip("another user may not run the program where it lies")
     victim.path.chmod(0o644)
@@ -168,9 +166,7 @@ def test_foreign_tokenizers(victim: Victim, name: str) -> None:
 
 
 def test_a_tokenizer_in_place_of_the_model_and_the_reverse(victim: Victim) -> None:
-    victim.run.fails(
-        1, victim.tokenizer_path, "-z", victim.tokenizer_path, says=["a weights file", "twotoken"]
-    )
+    victim.run.fails(1, victim.tokenizer_path, "-z", victim.tokenizer_path, says=["a weights file", "twotoken"])
     victim.run.fails(1, victim.path, "-z", victim.path, says=["a tokenizer file", "twofiles"])
 
 
@@ -293,12 +289,8 @@ def test_padding_of_the_header(victim: Victim) -> None:
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize(
-    "name", ["embedding", "0.attn_norm", "0.wqkv", "1.wo", "1.w_down", "final_norm", "classifier"]
-)
-def test_weights_that_are_not_finite(
-    run: Program, tmp_path: Path, dtype: str, value: float, name: str
-) -> None:
+@pytest.mark.parametrize("name", ["embedding", "0.attn_norm", "0.wqkv", "1.wo", "1.w_down", "final_norm", "classifier"])
+def test_weights_that_are_not_finite(run: Program, tmp_path: Path, dtype: str, value: float, name: str) -> None:
     path = tmp_path / "m.bin"
     model = Model(dtype=dtype, max_seq_len=16).randomise()
     tensor = model.weights[name]
@@ -389,9 +381,7 @@ def test_tokenizer_header_fields(victim: Victim, name: str, value: int, found: s
 
 
 def test_a_tokenizer_of_format_2(victim: Victim) -> None:
-    victim.bad_tokenizer(
-        patch(victim.tokens, version=2), "version", "expected 3", "found 2", "export.py again"
-    )
+    victim.bad_tokenizer(patch(victim.tokens, version=2), "version", "expected 3", "found 2", "export.py again")
 
 
 def test_the_size_in_the_header_of_a_tokenizer(victim: Victim) -> None:
@@ -458,9 +448,7 @@ def test_tokens_of_bytes(victim: Victim) -> None:
             victim.bad_tokenizer(data, "a byte's token", "expected 0 to 311", f"found {id}")
         for id in (1, v.id(b" the")):  # a control token, a normal one
             data = spoil(v, "byte_id", (byte, id))
-            victim.bad_tokenizer(
-                data, "the type of a byte's token", "expected 6", f"found {v.pieces[id].type}"
-            )
+            victim.bad_tokenizer(data, "the type of a byte's token", "expected 6", f"found {v.pieces[id].type}")
         victim.bad_tokenizer(spoil(v, "byte_id", (byte, HUGE)), "a token for each byte", f"byte {byte}")
     victim.tokenizer_path.write_bytes(spoil(v, "byte_id", (255, v.unk_id)))
     args = ("-m", "tokenize", "-f", "-", "-z", victim.tokenizer_path)
@@ -507,9 +495,7 @@ def with_piece(vocabulary: Vocabulary, id: int, piece: Piece) -> bytes:
 
 def test_byte_tokens(victim: Victim) -> None:
     vocabulary = victim.model.vocabulary
-    victim.bad_tokenizer(
-        with_piece(vocabulary, 100, Piece(b"ab", BYTE)), "a token's length", "expected 1", "found 2"
-    )
+    victim.bad_tokenizer(with_piece(vocabulary, 100, Piece(b"ab", BYTE)), "a token's length", "expected 1", "found 2")
     lacking = Vocabulary((*vocabulary.pieces[:258], Piece(b"zz"), *vocabulary.pieces[259:]), unk_id=-1)
     victim.bad_tokenizer(lacking.to_bytes(), "a token for each byte", "unk_id", "none for byte 255")
     none = Vocabulary(tuple(p for p in vocabulary.pieces if p.type != BYTE), unk_id=-1)
@@ -522,9 +508,7 @@ def test_byte_tokens(victim: Victim) -> None:
 def test_unused_tokens_may_be_empty_and_only_they(victim: Victim) -> None:
     vocabulary = victim.model.vocabulary
     for type in [NORMAL, UNKNOWN, CONTROL, BYTE]:
-        victim.bad_tokenizer(
-            with_piece(vocabulary, 270, Piece(b"", type)), "a token's length", "expected", "found 0"
-        )
+        victim.bad_tokenizer(with_piece(vocabulary, 270, Piece(b"", type)), "a token's length", "expected", "found 0")
     victim.tokenizer_path.write_bytes(with_piece(vocabulary, 270, Piece(b"", UNUSED)))
     victim.run.ok("-m", "tokenize", "-i", "the cat", "-z", victim.tokenizer_path)
 
@@ -537,9 +521,7 @@ def test_any_flipped_bit(victim: Victim) -> None:
         data = bytearray(victim.tokens)
         data[at] ^= 1 << int(at) % 8
         victim.tokenizer_path.write_bytes(data)
-        victim.run.fails(
-            1, "-m", "tokenize", "-z", victim.tokenizer_path, says=[victim.tokenizer_path, "expected"]
-        )
+        victim.run.fails(1, "-m", "tokenize", "-z", victim.tokenizer_path, says=[victim.tokenizer_path, "expected"])
 
 
 def test_another_models_tokenizer(victim: Victim) -> None:
@@ -548,9 +530,7 @@ def test_another_models_tokenizer(victim: Victim) -> None:
     n = len(bigger)
     says = [victim.tokenizer_path, victim.path, f"expected {n - 1}", f"found {n}"]
     victim.run.fails(1, victim.path, says=says)
-    victim.run.fails(
-        1, victim.path, "-m", "tokenize", "-i", "a", says=says
-    )  # a model given is a model checked
+    victim.run.fails(1, victim.path, "-m", "tokenize", "-i", "a", says=says)  # a model given is a model checked
     same_size = with_piece(victim.model.vocabulary, len(victim.model.vocabulary) - 1, Piece(b"\xc3\xa8"))
     victim.tokenizer_path.write_bytes(same_size)
     hashes = [f"{v:016x}" for v in (victim.model.vocabulary.hash, struct.unpack_from("<Q", same_size, 32)[0])]
@@ -561,9 +541,7 @@ def test_another_models_tokenizer(victim: Victim) -> None:
 def test_tokenizers_of_the_least_size(run: Program, tmp_path: Path) -> None:
     """One token is enough, if only to say <unk>."""
     path = tmp_path / "t.bin"
-    path.write_bytes(
-        Vocabulary((Piece(b"<unk>", UNKNOWN),), bos_id=-1, unk_id=0, stop_ids=(), flags=0).to_bytes()
-    )
+    path.write_bytes(Vocabulary((Piece(b"<unk>", UNKNOWN),), bos_id=-1, unk_id=0, stop_ids=(), flags=0).to_bytes())
     assert run.ok("-m", "tokenize", "-i", "some text", "-z", path).text == "0\n"
     path.write_bytes(Vocabulary((Piece(b"a"),), bos_id=0, unk_id=0, stop_ids=(), flags=ADD_BOS).to_bytes())
     assert run.ok("-m", "tokenize", "-i", "aba", "-z", path).text.split()[0] == "0"
@@ -644,9 +622,7 @@ def test_dfas_without_states_or_classes(byte_level: ByteLevelVictim) -> None:
     for n_dfas in (4, 16):
         byte_level.bad(None, "n_states", f"expected {n_dfas + 1} to", "found 4", n_machines=n_dfas)
     byte_level.bad(None, "n_classes", "expected 2 to 256", "found 1", steps=((0,), (0,), (0,)), ranges=())
-    none = patch(
-        v.to_bytes(transitions=b"", class_block=b"", classes=b""), n_states=0, n_classes=0, n_class_blocks=0
-    )
+    none = patch(v.to_bytes(transitions=b"", class_block=b"", classes=b""), n_states=0, n_classes=0, n_class_blocks=0)
     byte_level.bad(fix(none), "n_classes", "expected 2 to 256", "found 0")
 
 
@@ -665,13 +641,9 @@ def test_the_order_of_merges(byte_level: ByteLevelVictim) -> None:
     rows = [v.arrays()["merges"][16 * i : 16 * i + 16] for i in range(6)]
     for i in range(5):
         swapped = [*rows[:i], rows[i + 1], rows[i], *rows[i + 2 :]]
-        byte_level.bad(
-            v.to_bytes(merges=b"".join(swapped)), "expected sorted merges", f"merge {i + 1} too late"
-        )
+        byte_level.bad(v.to_bytes(merges=b"".join(swapped)), "expected sorted merges", f"merge {i + 1} too late")
         twice = [*rows[: i + 1], rows[i], *rows[i + 2 :]]
-        byte_level.bad(
-            v.to_bytes(merges=b"".join(twice)), "expected sorted merges", f"merge {i + 1} too late"
-        )
+        byte_level.bad(v.to_bytes(merges=b"".join(twice)), "expected sorted merges", f"merge {i + 1} too late")
 
 
 def test_bad_classes_of_characters(byte_level: ByteLevelVictim) -> None:
@@ -744,9 +716,7 @@ def test_ends_of_templates(byte_level: ByteLevelVictim) -> None:
         for end in bad:
             spoilt = bytearray(data)
             struct.pack_into("<I", spoilt, start + 4 * i, end % (1 << 32))
-            says = (
-                "file size" if (i, end) == (9, 6) else "a template's end"
-            )  # the last is the number of items
+            says = "file size" if (i, end) == (9, 6) else "a template's end"  # the last is the number of items
             byte_level.bad(fix(bytes(spoilt)), says, "expected", "found")
 
 
@@ -776,9 +746,7 @@ def test_no_memory_for_the_context(run: Program, tmp_path: Path, megabytes: int)
         resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
 
     position = 2 * model.n_layers * model.n_kv_heads * model.head_dim * 2  # bytes
-    stderr = run.fails(
-        1, path, "-n", 0, "-j", 1, says=[path, "no memory", str(context)], preexec=limit
-    ).stderr
+    stderr = run.fails(1, path, "-n", 0, "-j", 1, says=[path, "no memory", str(context)], preexec=limit).stderr
     amount = re.search(r"([\d.]+) (MB|GB)", stderr)
     assert amount, stderr
     needed = float(amount[1]) * {"MB": 1e6, "GB": 1e9}[amount[2]]
@@ -792,9 +760,7 @@ def test_a_context_beyond_all_memory(run: Program, tmp_path: Path) -> None:
     """Nearly the largest sizes that a header may declare, in a file of holes: the cache has 2^64 bytes."""
     if run.sanitized:
         pytest.skip("AddressSanitizer ends the program itself when it asks for so much")
-    model = Model(
-        dim=1, hidden_dim=1, n_layers=1 << 12, n_heads=1 << 12, n_kv_heads=1 << 12, head_dim=1 << 10
-    )
+    model = Model(dim=1, hidden_dim=1, n_layers=1 << 12, n_heads=1 << 12, n_kv_heads=1 << 12, head_dim=1 << 10)
     model.max_seq_len = 1 << 28
     path = tmp_path / "wide.bin"
     size = model.offsets()[-1][2]

@@ -133,9 +133,7 @@ PEERS = ["LLAMA2", "LLAMA3", "CHATML", "ZEPHYR", "MISTRAL"]
 
 
 @pytest.fixture(scope="module", params=[(kind, name) for kind in KINDS for name in PEERS], ids="-".join)
-def peer(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Peer, str]]:
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Peer, str]]:
     kind, name = request.param
     found = Peer(tmp_path_factory.mktemp("peer"), kind, name)
     yield found, name
@@ -302,18 +300,14 @@ def test_an_answer_goes_on_when_old_turns_are_forgotten(run: Program, endless: P
 
 
 @pytest.mark.parametrize("draft", [1, 5, 15])
-def test_guesses_change_nothing_of_a_chat(
-    run: Program, endless: Path, wild: tuple[Model, Path], draft: int
-) -> None:
+def test_guesses_change_nothing_of_a_chat(run: Program, endless: Path, wild: tuple[Model, Path], draft: int) -> None:
     """Nor when old turns are forgotten on the way, which moves all positions."""
     for path, temperature in ((endless, 0), (wild[1], 0), (wild[1], 0.05)):
         args = [path, "-m", "chat", "-t", temperature, "-s", 1, "-n", 60, "-c", 100, "--json"]
         slow = run.ok(*args, stdin=b"hi\nho\nhi\nhi\n")
         fast = run.ok(*args, "--draft", draft, stdin=b"hi\nho\nhi\nhi\n")
         assert fast.stdout == slow.stdout
-        assert slow.stderr.count("forgotten") >= 2 and fast.stderr.count("forgotten") == slow.stderr.count(
-            "forgotten"
-        )
+        assert slow.stderr.count("forgotten") >= 2 and fast.stderr.count("forgotten") == slow.stderr.count("forgotten")
         found = re.search(r"draft: (\d+) of (\d+) decoded tokens had been guessed\n", fast.stderr)
         assert found and 0.1 < int(found[1]) / int(found[2]) < 1
         assert int(found[2]) == 4 * 59
@@ -345,9 +339,7 @@ def test_without_a_template(run: Program, tiny_path: Path) -> None:
 
 
 def test_a_template_without_a_system_text(run: Program, tmp_path: Path) -> None:
-    path = chain_model([COLON, STOP], vocabulary=vocabulary(template_flags=HAS_TEMPLATE)).write(
-        tmp_path / "m.bin"
-    )
+    path = chain_model([COLON, STOP], vocabulary=vocabulary(template_flags=HAS_TEMPLATE)).write(tmp_path / "m.bin")
     run.fails(1, path, "-m", "chat", "-y", "Be kind.", says=["-y", "system"])
     assert run.ok(path, "-m", "chat", stdin=b"hi\n").stdout == b"\n"
 

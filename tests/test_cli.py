@@ -40,9 +40,7 @@ from files import (
 )
 
 BOS, STOP = 1, 2
-STATISTICS = re.compile(
-    r"prefill: (\d+) tokens, [\d.]+ tok/s; decode: (\d+) tokens, [\d.]+ tok/s; seed (\d+)\n\Z"
-)
+STATISTICS = re.compile(r"prefill: (\d+) tokens, [\d.]+ tok/s; decode: (\d+) tokens, [\d.]+ tok/s; seed (\d+)\n\Z")
 
 # The beginning is what llama2.c's own test expects of this model.
 STORY = """\
@@ -89,10 +87,7 @@ WRONG = [
     (["--"], ["'--'"]),
     (["-tt", "1"], ["'-tt'"]),
     (["-t0.5"], ["'-t0.5'"]),
-    *[
-        ([flag], [flag, "expected", "found"])
-        for flag in ["-t", "-p", "-k", "-n", "-s", "-i", "-f", "-y", "-z"]
-    ],
+    *[([flag], [flag, "expected", "found"]) for flag in ["-t", "-p", "-k", "-n", "-s", "-i", "-f", "-y", "-z"]],
     *[([flag], [flag, "expected", "found"]) for flag in ["-m", "-c", "-j"]],
     *[
         ([flag, value], [f"{flag}: expected", f"found '{value}'"])
@@ -128,18 +123,14 @@ def test_a_context_longer_than_the_models(run: Program, tiny_path: Path) -> None
 
 def test_flags_after_and_before_the_model(run: Program, tiny: Model, tiny_path: Path) -> None:
     assert run.ok("-t", 0, tiny_path).stdout == run.ok(tiny_path, "-t", "0").stdout
-    assert (
-        run.ok(tiny_path, "-t", 1, "-t", 0).stdout == run.ok(tiny_path, "-t", "0").stdout
-    )  # the last one counts
+    assert run.ok(tiny_path, "-t", 1, "-t", 0).stdout == run.ok(tiny_path, "-t", "0").stdout  # the last one counts
 
 
 def test_no_model_means_the_shipped_one(run: Program, tmp_path: Path) -> None:
     run.fails(1, says=["models/stories.bin", "expected"], cwd=tmp_path)
 
 
-FLAGS = (
-    "-m -i -f -y -c -j -z -n -t -p -k -s --draft --probs --json --stride --prefill --decode --repeat --help"
-)
+FLAGS = "-m -i -f -y -c -j -z -n -t -p -k -s --draft --probs --json --stride --prefill --decode --repeat --help"
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -324,24 +315,17 @@ def test_a_prompt_that_does_not_fit(run: Program, tiny: Model, tiny_path: Path) 
     run.fails(1, tiny_path, "-i", long, "-n", 5, says=["expected at most 64", "context", f"found {n}"])
     n = len(tokens(run, tiny_path, "the cat"))
     run.ok(tiny_path, "-i", "the cat", "-n", n)
-    run.fails(
-        1, tiny_path, "-i", "the cat", "-n", n - 1, says=[f"expected fewer than {n - 1}", f"found {n - 1}"]
-    )
+    run.fails(1, tiny_path, "-i", "the cat", "-n", n - 1, says=[f"expected fewer than {n - 1}", f"found {n - 1}"])
 
 
-def test_prompt_from_a_file_or_standard_input(
-    run: Program, tiny: Model, tiny_path: Path, tmp_path: Path
-) -> None:
+def test_prompt_from_a_file_or_standard_input(run: Program, tiny: Model, tiny_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_bytes(b"the cat\nin")
     expected = run.ok(tiny_path, "-i", "the cat\nin", "-t", 0, "-n", 30).stdout
     assert expected.startswith(b"the cat\nin")
     assert run.ok(tiny_path, "-f", file, "-t", 0, "-n", 30).stdout == expected
     assert run.ok(tiny_path, "-f", "-", "-t", 0, "-n", 30, stdin=b"the cat\nin").stdout == expected
-    assert (
-        run.ok(tiny_path, "-t", 0, "-n", 30, stdin=b"not read").stdout
-        == run.ok(tiny_path, "-t", 0, "-n", 30).stdout
-    )
+    assert run.ok(tiny_path, "-t", 0, "-n", 30, stdin=b"not read").stdout == run.ok(tiny_path, "-t", 0, "-n", 30).stdout
 
 
 def test_prompt_files_that_cannot_be_read(run: Program, tiny: Model, tiny_path: Path, tmp_path: Path) -> None:
@@ -540,9 +524,7 @@ def test_bench_has_the_same_logits_for_any_threads(run: Program, tmp_path: Path)
     results = [bench(run, path, "--prefill", 9, "-j", j) for j in (1, 2, 3)]
     assert len({r["logits_hash"] for r in results}) == 1
     assert bench(run, path, "--prefill", 8, "-c", 20)["logits_hash"] != results[0]["logits_hash"]
-    openmp = (
-        "libgomp" in subprocess.run(["ldd", run.path], capture_output=True, text=True, check=False).stdout
-    )
+    openmp = "libgomp" in subprocess.run(["ldd", run.path], capture_output=True, text=True, check=False).stdout
     assert [r["threads"] for r in results] == [1, 2, 3] or not openmp
 
 
@@ -584,9 +566,7 @@ def cpus_of(quota: float, inner: bool = False) -> Iterator[Callable[[], object]]
 
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize(("quota", "most"), [(0.5, 1), (1, 1), (1.5, 2), (64, 64)])
-def test_threads_are_at_most_the_quota(
-    run: Program, tmp_path: Path, quota: float, most: int, inner: bool
-) -> None:
+def test_threads_are_at_most_the_quota(run: Program, tmp_path: Path, quota: float, most: int, inner: bool) -> None:
     path = tmp_path / "m.bin"
     write_wide_model(path)
     args = [path, "-m", "bench", "--json", "--repeat", 1, "--prefill", 2, "--decode", 1]
@@ -707,9 +687,7 @@ def test_characters_are_never_split(run: Program, tmp_path: Path) -> None:
 def test_text_is_streamed(run: Program, tmp_path: Path) -> None:
     """The first tokens are there long before the last one."""
     path = endless_model(b"abc", dim=512, hidden_dim=4096, max_seq_len=100_000).write(tmp_path / "slow.bin")
-    process = subprocess.Popen(
-        [run.path, path, "-t", "0", "-n", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([run.path, path, "-t", "0", "-n", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout
     assert select.select([process.stdout], [], [], 30)[0]
     assert process.stdout.read(6) == b"abcabc"
@@ -727,9 +705,7 @@ def test_a_terminal_is_not_commanded_by_the_model(run: Program, tmp_path: Path) 
 
 
 def test_a_terminal_gets_no_c1_controls_nor_stray_bytes(run: Program, tmp_path: Path) -> None:
-    text = (
-        b"a\xc2\x9b\xe2\x82z" + "\u00e9\U0001f600".encode()
-    )  # CSI in UTF-8, half a euro sign, two good ones
+    text = b"a\xc2\x9b\xe2\x82z" + "\u00e9\U0001f600".encode()  # CSI in UTF-8, half a euro sign, two good ones
     path = chain_model([BOS, *byte_ids(text), 3 + 0xF1, STOP]).write(tmp_path / "stray.bin")
     assert run.ok(path, "-t", 0).stdout == text + b"\xf1\n"
     expected = b"a\\xc2\\x9b\\xe2\\x82z" + "\u00e9\U0001f600".encode() + b"\\xf1\n"
@@ -762,9 +738,7 @@ def test_what_only_looks_like_utf8(run: Program, tmp_path: Path, stray: bytes) -
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-@pytest.mark.parametrize(
-    "args", [["--help"], ["--version"], ["-m", "tokenize", "-i", "a"], ["-t", "0"], ["--json"]]
-)
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["-m", "tokenize", "-i", "a"], ["-t", "0"], ["--json"]])
 def test_a_full_disk_is_told(run: Program, tiny: Model, tiny_path: Path, args: list[str]) -> None:
     with open("/dev/full", "wb") as full:
         process = subprocess.run(
@@ -773,9 +747,7 @@ def test_a_full_disk_is_told(run: Program, tiny: Model, tiny_path: Path, args: l
     stderr = process.stderr.decode()
     check_sanitizers(stderr)
     assert process.returncode == 1
-    assert (
-        stderr.startswith("run: standard output: ") and "No space left" in stderr and stderr.count("\n") == 1
-    )
+    assert stderr.startswith("run: standard output: ") and "No space left" in stderr and stderr.count("\n") == 1
 
 
 def test_a_closed_pipe_is_no_news(run: Program, tmp_path: Path) -> None:
@@ -795,9 +767,7 @@ def test_a_closed_pipe_is_no_news(run: Program, tmp_path: Path) -> None:
 
 def test_control_c(run: Program, tmp_path: Path) -> None:
     path = endless_model(b"abc", max_seq_len=2_000_000).write(tmp_path / "long.bin")
-    process = subprocess.Popen(
-        [run.path, path, "-t", "0", "-n", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([run.path, path, "-t", "0", "-n", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout
     assert process.stdout.read(3) == b"abc"
     process.send_signal(signal.SIGINT)
@@ -832,9 +802,7 @@ def test_where_the_tokenizer_is_found(run: Program, tmp_path: Path) -> None:
     def found(*args: object) -> str:
         for letter in b"wxyz":
             use(bytes([letter]))
-            result = run(
-                Path("../models/m.bin"), *map(str, args), "-m", "tokenize", "-i", "wwxxyyzz", cwd=here
-            )
+            result = run(Path("../models/m.bin"), *map(str, args), "-m", "tokenize", "-i", "wwxxyyzz", cwd=here)
             if result.status == 0:
                 assert str(special) in result.text.split()
                 return chr(letter)
@@ -903,9 +871,7 @@ def test_tokenize_needs_no_model(run: Program, tmp_path: Path) -> None:
 def test_stories260k(run: Program, shared_models: Path, root: Path, tmp_path: Path) -> None:
     model = tmp_path / "s.bin"
     export: list[str | Path] = [sys.executable, root / "export.py", shared_models / "stories260K.bin"]
-    subprocess.run(
-        [*export, "--tokenizer", shared_models / "tok512.bin", "-o", model], check=True, timeout=120
-    )
+    subprocess.run([*export, "--tokenizer", shared_models / "tok512.bin", "-o", model], check=True, timeout=120)
     assert run.ok(model, "-t", 0).text == STORY
     lines = json_lines(run.ok(model, "-t", 0, "--json").stdout)
     assert len(lines) == 256

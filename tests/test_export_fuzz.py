@@ -28,9 +28,7 @@ fewer = settings(quickly, max_examples=50)  # of what takes a few tenths of a se
 numbers = st.one_of(
     st.integers(-3, 70), st.sampled_from([2**31 - 1, 2**32, 2**63, 2**64 - 1, 10**30, -(2**63)]), st.floats()
 )
-texts = st.one_of(
-    st.text(max_size=8), st.sampled_from(["\ud800", "\0", "model.norm.weight", "F32", "BF16", "llama"])
-)
+texts = st.one_of(st.text(max_size=8), st.sampled_from(["\ud800", "\0", "model.norm.weight", "F32", "BF16", "llama"]))
 leaves = st.one_of(st.none(), st.booleans(), numbers, texts)
 trees = st.recursive(
     leaves,
@@ -171,9 +169,7 @@ some_values = st.one_of(
     st.integers(0, 2**64 - 1) | st.integers(0, 40),
     st.floats(width=32),
     texts | st.sampled_from(["gpt2", "llama", "qwen2", "qwen3", "tekken", "linear"]),
-    st.lists(st.integers(0, 70), max_size=4)
-    | st.lists(texts, max_size=20)
-    | st.lists(st.floats(), max_size=4),
+    st.lists(st.integers(0, 70), max_size=4) | st.lists(texts, max_size=20) | st.lists(st.floats(), max_size=4),
 )
 
 
@@ -202,11 +198,7 @@ def test_gguf(
         data += gguf_text(key) + gguf_value(value, lies if key == "tokenizer.ggml.merges" else 0)
     for name, shape, kind, offset in tensors:
         at = int(offset) % 2**64 if abs(offset) < 2**70 else 0
-        data += (
-            gguf_text(name)
-            + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-            + struct.pack("<IQ", kind, at)
-        )
+        data += gguf_text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape) + struct.pack("<IQ", kind, at)
     path = tmp_path / "m.gguf"
     path.write_bytes(data + bytes(4096))
     opened(path)
@@ -216,12 +208,8 @@ def test_gguf(
 
 
 @fewer
-@given(
-    which=st.sampled_from(["tokenizer.json", "tokenizer_config.json", "added_tokens.json"]), changes=changes
-)
-def test_tokenizers(
-    tmp_path_factory: pytest.TempPathFactory, which: str, changes: list[tuple[int, Any]]
-) -> None:
+@given(which=st.sampled_from(["tokenizer.json", "tokenizer_config.json", "added_tokens.json"]), changes=changes)
+def test_tokenizers(tmp_path_factory: pytest.TempPathFactory, which: str, changes: list[tuple[int, Any]]) -> None:
     folder = tmp_path_factory.mktemp("t") / "t"
     folder_with_template(folder, CHATML)
     (folder / "added_tokens.json").write_text('{"<a>": 300, "<b>": 301}')
@@ -278,6 +266,5 @@ def test_templates(source: str) -> None:
     found = whole_or_refused(lambda: export.find_template(source, special, added))
     assert (
         found is None
-        or "".join(item for part in found.parts for item in part if isinstance(item, str)).encode()
-        is not None
+        or "".join(item for part in found.parts for item in part if isinstance(item, str)).encode() is not None
     )

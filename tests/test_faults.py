@@ -178,9 +178,7 @@ def allocators(run: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_allocation_fails_once(
-    run: Program, model: Path, allocators: Path, tmp_path: Path, mode: str
-) -> None:
+def test_each_allocation_fails_once(run: Program, model: Path, allocators: Path, tmp_path: Path, mode: str) -> None:
     args, stdin = MODES[mode]
 
     def with_failure(number: int) -> subprocess.CompletedProcess[bytes]:
@@ -190,9 +188,7 @@ def test_each_allocation_fails_once(
             "CALLS": str(tmp_path / "calls"),
         }
         command = [run.path, model, "-j", "1", *args]
-        return subprocess.run(
-            command, input=stdin, capture_output=True, check=False, timeout=60, env=environment
-        )
+        return subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=60, env=environment)
 
     expected = with_failure(0)
     assert expected.returncode == 0

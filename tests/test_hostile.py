@@ -60,9 +60,7 @@ def measured(command: list[str], folder: Path, env: dict[str, str] | None = None
     assert took < SECONDS and megabytes < MEGABYTES, (took, megabytes, text)
     assert "Traceback" not in text, text
     lines = text.splitlines()
-    assert lines and all(
-        line.startswith("export.py: ") or i == len(lines) - 1 for i, line in enumerate(lines)
-    )
+    assert lines and all(line.startswith("export.py: ") or i == len(lines) - 1 for i, line in enumerate(lines))
     return Outcome(process.returncode, lines[-1], lines[:-1])
 
 
@@ -77,9 +75,7 @@ class Exports:
         self.out.mkdir()
         self.names = ["out.bin", "out.tokenizer.bin"]
 
-    def __call__(
-        self, source: Path | None = None, *options: object, env: dict[str, str] | None = None
-    ) -> Outcome:
+    def __call__(self, source: Path | None = None, *options: object, env: dict[str, str] | None = None) -> Outcome:
         for name in self.names:
             (self.out / name).write_text("the former")
         program = f"import sys, export; export.READ_SECONDS = {self.seconds}; sys.exit(export.main())"
@@ -96,9 +92,7 @@ class Exports:
 
     def refused(self, source: Path | None, *words: str, options: tuple[object, ...] = ()) -> None:
         found = self(source, *options)
-        assert found.status == 1 and found.line.startswith("export.py: error: ") and len(found.line) < 1100, (
-            found
-        )
+        assert found.status == 1 and found.line.startswith("export.py: error: ") and len(found.line) < 1100, found
         assert all(word in found.line for word in words), found
 
 
@@ -218,12 +212,8 @@ def test_a_template_cannot_read_the_environment(exports: Exports, escape: str) -
             assert secret.encode() not in data and b"TWOFILES_SECRET" not in data
 
 
-@pytest.mark.parametrize(
-    ("found", "good"), [("3.1.5", False), ("3.1.6", True), ("3.2", True), ("2.11.3", False)]
-)
-def test_a_jinja2_whose_sandbox_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str, good: bool
-) -> None:
+@pytest.mark.parametrize(("found", "good"), [("3.1.5", False), ("3.1.6", True), ("3.2", True), ("2.11.3", False)])
+def test_a_jinja2_whose_sandbox_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str, good: bool) -> None:
     monkeypatch.setattr(export, "version", lambda name: found)
     folder = folder_with_template(tmp_path / "t", CHATML)
     if good:
@@ -353,9 +343,7 @@ def test_files_that_are_none(exports: Exports) -> None:
 
 
 @pytest.mark.parametrize("number", [10**9, 2**31, 10**10, 2**32, 10**19, 2**64, 10**300, -(10**19)])
-@pytest.mark.parametrize(
-    "field", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"]
-)
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"])
 def test_numbers_of_a_configuration(tmp_path: Path, field: str, number: int) -> None:
     from safetensors.numpy import save_file
 
@@ -478,11 +466,7 @@ def torch_file(path: Path, pickled: Any, method: int = zipfile.ZIP_STORED, numbe
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, thing: Any) -> Any:
-            return (
-                ("storage", torch.FloatStorage, "0", "cpu", thing.count)
-                if isinstance(thing, Storage)
-                else None
-            )
+            return ("storage", torch.FloatStorage, "0", "cpu", thing.count) if isinstance(thing, Storage) else None
 
     path.parent.mkdir(exist_ok=True)
     if not isinstance(pickled, bytes):

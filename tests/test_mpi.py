@@ -183,9 +183,7 @@ def test_each_touches_its_rows_only(built: Path, tmp_path: Path) -> None:
     args = ["-i", "Hello", "-n", "4", "-c", "64", "-t", "0", "-j", "1"]
     peaks = {}
     for n in (1, 4):
-        with path.open(
-            "rb"
-        ) as file:  # a file that was written just now is in memory in large pages, mapped as a whole
+        with path.open("rb") as file:  # a file that was written just now is in memory in large pages, mapped as a whole
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         found = mpirun("-n", n, sys.executable, script, built, path, *args)
@@ -202,9 +200,7 @@ def test_the_command_of_the_readme(built: Path, models: Path) -> None:
         pytest.skip("it is for Open MPI")
     line = re.search(r"^    mpirun (.*) --hostfile machines \./run-mpi my.bin (.*)$", README, re.MULTILINE)
     assert line
-    found = mpirun(
-        *line[1].split(), built, models / "bf16.bin", *line[2].split(), "-n", "3", stdin=b"the cat\n"
-    )
+    found = mpirun(*line[1].split(), built, models / "bf16.bin", *line[2].split(), "-n", "3", stdin=b"the cat\n")
     assert found.status == 0 and "prefill: " in found.stderr, found
 
 

@@ -147,9 +147,7 @@ def write_checkpoint(folder: Path) -> None:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
-    )
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator([README], trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     wrapped.chat_template = CHAT_TEMPLATE
@@ -199,9 +197,7 @@ def on_terminal(folder: Path, command: str) -> str:
     return output.decode().replace("\r\n", "\n")
 
 
-MODEL_LINE = re.compile(
-    r"^(\S+: .* parameters, .*; context .*, KV cache .* MB; .* threads?), .*$", re.MULTILINE
-)
+MODEL_LINE = re.compile(r"^(\S+: .* parameters, .*; context .*, KV cache .* MB; .* threads?), .*$", re.MULTILINE)
 STATISTICS = re.compile(
     r"^prefill: (\d+) tokens, [\d.]+ tok/s; decode: (\d+) tokens, [\d.]+ tok/s; seed (\d+)$", re.MULTILINE
 )
@@ -309,9 +305,7 @@ def test_modes(run: Program) -> None:
     assert len(modes) > 5
     rows = re.search(r"^\| `-m MODE` .*\n(?:\| \|.*\n)*", README, re.MULTILINE)
     assert rows and set(re.findall(r"`([a-z]+)`", rows[0])) == set(modes)
-    assert set(re.findall(r"(\w+)(?: \(default\))?: ", run.ok("--help").text.split("-i TEXT")[0])) >= set(
-        modes
-    )
+    assert set(re.findall(r"(\w+)(?: \(default\))?: ", run.ok("--help").text.split("-i TEXT")[0])) >= set(modes)
 
 
 def test_the_code_is_that_of_run_c() -> None:
@@ -329,9 +323,7 @@ def test_the_defaults_in_the_table(run: Program) -> None:
     found = re.findall(r"^  (-\S+) .*?\(default:? ([\d.]+)", help, re.MULTILINE)
     found = [(flag, value) for flag, value in found if flag != "--probs"]  # that of -k
     assert len(found) > 7
-    cells = [
-        line.split(" | ") for line in sections(README)["Every flag"].splitlines() if line.startswith("| `")
-    ]
+    cells = [line.split(" | ") for line in sections(README)["Every flag"].splitlines() if line.startswith("| `")]
     table: dict[str, str] = {}
     for flags, _, default, *_ in cells:
         names = re.findall(r"`(-\S+)", flags)

@@ -223,9 +223,7 @@ def test_agrees_with_transformers(
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("name", ["mha", "gqa", "odd", "wide", "head_dim", "bias"])
-def test_bits_do_not_depend_on_threads_or_batches(
-    probe: list[str], name: str, dtype: str, tmp_path: Path
-) -> None:
+def test_bits_do_not_depend_on_threads_or_batches(probe: list[str], name: str, dtype: str, tmp_path: Path) -> None:
     _, config, arrays = random_model(name, dtype)
     file = tmp_path / "m.bin"
     export.write_model(file, in_memory(config, arrays), some_tokenizer(), dtype)
@@ -234,9 +232,7 @@ def test_bits_do_not_depend_on_threads_or_batches(
         for chunk in (1, 2, 7, 64, len(TOKENS)):
             found = run_probe(probe, file, TOKENS, config, threads, chunk)
             for key, value in expected.items():
-                assert value.tobytes() == found[key].tobytes(), (
-                    f"{key}, {threads} threads, batches of {chunk}"
-                )
+                assert value.tobytes() == found[key].tobytes(), f"{key}, {threads} threads, batches of {chunk}"
 
 
 def llama2c_file(c: export.Config, arrays: dict[str, np.ndarray]) -> bytes:

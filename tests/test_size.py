@@ -54,9 +54,7 @@ def test_a_large_file_is_ready_at_once(run: Program, shape: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("shape", "layers", "prompt"), [("1b", 2, 600), ("70b", 1, 250)])
-def test_own_memory_is_the_cache_and_64_mb(
-    run: Program, shape: str, layers: int, prompt: int, tmp_path: Path
-) -> None:
+def test_own_memory_is_the_cache_and_64_mb(run: Program, shape: str, layers: int, prompt: int, tmp_path: Path) -> None:
     """All memory that is not the mapped file is counted: RLIMIT_DATA is what a process may have of its own."""
     if run.sanitized or not sys.platform.startswith("linux"):
         pytest.skip("needs RLIMIT_DATA, and no sanitizers, which take memory of their own")
@@ -155,9 +153,7 @@ def test_a_model_larger_than_memory(run: Program, tmp_path: Path) -> None:
     with memory_of(size * 3 // 4) as join:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-            os.posix_fadvise(
-                file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
-            )  # what is read now counts for the group
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read now counts for the group
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
         assert run.ok(*args, preexec=join).stdout == expected
         read = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock - before) * 512

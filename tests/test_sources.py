@@ -214,9 +214,7 @@ def test_configurations_as_they_were_published(tmp_path: Path, exported: Run, na
     save_safetensors(model, folder)
     (folder / "config.json").write_text(text)
     exported(folder, "--verify")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     assert_agrees(tmp_path / "out.bin", export.open_source(folder).config, loaded)
 
 
@@ -248,9 +246,7 @@ def test_stop_ids(tmp_path: Path, exported: Run) -> None:
 def test_vocabulary_that_is_padded(tmp_path: Path, exported: Run, rows: int, run: Any) -> None:
     """As Qwen's: more rows of the embedding than tokens, up to a round number."""
     vocab = (VOCAB // rows + 1) * rows
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**test_reference.SHAPE | {"vocab_size": vocab})
-    )
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**test_reference.SHAPE | {"vocab_size": vocab}))
     save_safetensors(model.to(torch.bfloat16), tmp_path / "model")
     tokens = [export.Token(b"t%d" % i, export.NORMAL, 0.0) for i in range(vocab - 5)]
     fewer = tmp_path / "fewer.bin"
@@ -318,9 +314,7 @@ def test_tokenizer_model_beside_the_weights(
         ("mha", {"sliding_window": 100}, None),  # which Llama does not have
     ],
 )
-def test_sliding_windows(
-    tmp_path: Path, exported: Run, name: str, fields: dict[str, Any], window: int | None
-) -> None:
+def test_sliding_windows(tmp_path: Path, exported: Run, name: str, fields: dict[str, Any], window: int | None) -> None:
     model, _, _ = random_model(name, "bf16")
     save_safetensors(half(model, "bf16"), tmp_path / "model")
     changed(tmp_path / "model" / "config.json", **fields)
@@ -451,9 +445,7 @@ def test_meta(tmp_path: Path, exported: Run, name: str, shards: int) -> None:
         ),
     ],
 )
-def test_what_meta_leaves_out(
-    tmp_path: Path, exported: Run, params: dict[str, Any], header: tuple[float, ...]
-) -> None:
+def test_what_meta_leaves_out(tmp_path: Path, exported: Run, params: dict[str, Any], header: tuple[float, ...]) -> None:
     _, config, arrays = random_model("gqa", "bf16")
     folder = meta_folder(tmp_path / "meta", config, arrays, 1, max_seq_len=None, **params)
     said = exported(folder)
@@ -492,9 +484,7 @@ def test_pairs_and_halves_give_the_same_scores() -> None:
 # GGUF
 
 
-def gguf_file(
-    path: Path, name: str, c: export.Config, arrays: Arrays, kind: str = "BF16", **changes: Any
-) -> Path:
+def gguf_file(path: Path, name: str, c: export.Config, arrays: Arrays, kind: str = "BF16", **changes: Any) -> Path:
     """As llama.cpp's convert_hf_to_gguf.py writes it: vectors in float32, llama's q and k by pairs."""
     family = {"Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}.get(ARCHITECTURES[name][0], "llama")
     w = gguf.GGUFWriter(path, family)
@@ -678,9 +668,7 @@ def test_lora_on_other_sources(tmp_path: Path, exported: Run) -> None:
 
 
 @pytest.mark.parametrize("piece", [1, 100, 3000])
-def test_pieces_of_any_size(
-    tmp_path: Path, exported: Run, monkeypatch: pytest.MonkeyPatch, piece: int
-) -> None:
+def test_pieces_of_any_size(tmp_path: Path, exported: Run, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     model, config, arrays = random_model("gqa", "bf16")
     expected = written(tmp_path / "direct.bin", config, arrays, "bf16")
     monkeypatch.setattr(export, "PIECE", piece)
@@ -737,9 +725,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, shape: str, layers:
     """Layers of 7B and 70B, with the embedding, in what Python, numpy and a few pieces take."""
     if not sys.platform.startswith("linux"):
         pytest.skip("counts memory as Linux does")
-    folder = zeros(
-        tmp_path / "model", export.replace(random_weights.SHAPES[shape], n_layers=layers, tied=True)
-    )
+    folder = zeros(tmp_path / "model", export.replace(random_weights.SHAPES[shape], n_layers=layers, tied=True))
     program = (  # whose own children do not begin with the memory that pytest has in use
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"

@@ -27,13 +27,10 @@ def invented(count: int, seed: int = 1) -> list[str]:
     chance = random.Random(seed)
 
     def sentence() -> str:
-        return " ".join(chance.choices(WORDS.split(), k=chance.randint(4, 12))).capitalize() + chance.choice(
-            '.!?"'
-        )
+        return " ".join(chance.choices(WORDS.split(), k=chance.randint(4, 12))).capitalize() + chance.choice('.!?"')
 
     return [
-        "\n".join(" ".join(sentence() for _ in range(chance.randint(2, 6))) for _ in range(2))
-        for _ in range(count)
+        "\n".join(" ".join(sentence() for _ in range(chance.randint(2, 6))) for _ in range(2)) for _ in range(count)
     ]
 
 
@@ -48,9 +45,7 @@ def data(tmp_path: Path) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vocabulary that such texts can fill."""
     monkeypatch.setattr(train, "CONFIG", replace(train.CONFIG, vocab_size=400, n_layers=2))
-    torch.set_num_threads(
-        1
-    )  # so small matrices are not faster with more, and other tests run at the same time
+    torch.set_num_threads(1)  # so small matrices are not faster with more, and other tests run at the same time
 
 
 def prepared(data: Path, work: Path) -> tuple[train.Texts, train.Texts]:
@@ -123,9 +118,7 @@ def test_known_text_is_found_however_it_is_broken_into_lines() -> None:
     assert known.longest_run("a b c d e 1 2 3") == 0
 
 
-def test_the_judge_reads_a_story_and_its_end(
-    run: Program, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_judge_reads_a_story_and_its_end(run: Program, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "RUN", run.path)
     model = root / "models" / "stories.bin"
     text, ended = judge.continuation(model, 1, 0.8, 512)
@@ -198,9 +191,7 @@ def test_words_that_repeat_are_found() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_model_is_told_what_it_repeats(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_is_told_what_it_repeats(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its greedy tokens are those that it finds likeliest without a KV cache, and they become less likely."""
     texts, heldout = prepared(data, tmp_path)
     monkeypatch.setattr(train.Told, "LENGTH", 48)
@@ -225,9 +216,7 @@ def test_the_model_is_told_what_it_repeats(
 
 
 @pytest.mark.usefixtures("small")
-def test_training_goes_on_against_repetition(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_goes_on_against_repetition(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, heldout = prepared(data, tmp_path)
     monkeypatch.setattr(train.Told, "LENGTH", 24)
     run = train.Run(tmp_path, train.Recipe(), steps=2, unlikelihood_steps=3)
@@ -243,9 +232,7 @@ def test_training_goes_on_against_repetition(
 
 
 @pytest.mark.usefixtures("small")
-def test_what_the_trainer_exports_tells_what_the_trainer_hears(
-    run: Program, data: Path, tmp_path: Path
-) -> None:
+def test_what_the_trainer_exports_tells_what_the_trainer_hears(run: Program, data: Path, tmp_path: Path) -> None:
     """A few steps are enough to compare: the likeliest tokens in PyTorch, f32, and in run's f16."""
     texts, heldout = prepared(data, tmp_path)
     first = train.Run(tmp_path, train.Recipe(), steps=3)

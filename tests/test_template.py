@@ -115,9 +115,7 @@ def sentencepiece_like(first_only: bool) -> Tokenizer:
     library.normalizer = normalizers.Replace(" ", BAR)
     library.pre_tokenizer = pre_tokenizers.Split(BAR, "merged_with_next")
     names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1100, special_tokens=names, show_progress=False, limit_alphabet=300
-    )
+    trainer = trainers.BpeTrainer(vocab_size=1100, special_tokens=names, show_progress=False, limit_alphabet=300)
     library.train_from_iterator(corpus(), trainer)
     data = json.loads(library.to_str())
     data["added_tokens"] = data["added_tokens"][:3]
@@ -209,9 +207,7 @@ class Model:
 
 
 @pytest.fixture(scope="module", params=[(kind, name) for kind in KINDS for name in NAMES], ids="-".join)
-def model(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Model, str]]:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Model, str]]:
     kind, name = request.param
     found = Model(tmp_path_factory.mktemp("m"), kind, NAMES[name], in_file=name == "ZEPHYR")
     yield found, name
@@ -234,9 +230,7 @@ CONVERSATIONS = [
 
 def test_conversations(model: tuple[Model, str]) -> None:
     ours, name = model
-    for system in [None] + (
-        [] if name in TAKES_NO_SYSTEM else ["You are a pirate.", " Be\n\nbrief: ", "1\n"]
-    ):
+    for system in [None] + ([] if name in TAKES_NO_SYSTEM else ["You are a pirate.", " Be\n\nbrief: ", "1\n"]):
         for turns in CONVERSATIONS:
             if name == "LLAMA2" and system is not None and not turns[0]:
                 continue  # it trims the system text's end with the user's text, if that is empty
@@ -285,15 +279,11 @@ def test_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_tokens_of_a_template_cannot_be_typed(tmp_path: Path) -> None:
     """Not even those that the checkpoint has as plain added tokens."""
     library = byte_level()
-    library.add_tokens(
-        [AddedToken(name, normalized=False) for name in ("<|im_start|>", "<|im_end|>", "<tool>")]
-    )
+    library.add_tokens([AddedToken(name, normalized=False) for name in ("<|im_start|>", "<|im_end|>", "<tool>")])
     library.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
     tokenizer = export.read_tokenizer(tmp_path)
-    types = [
-        tokenizer.tokens[library.token_to_id(name)].type for name in ("<|im_start|>", "<|im_end|>", "<tool>")
-    ]
+    types = [tokenizer.tokens[library.token_to_id(name)].type for name in ("<|im_start|>", "<|im_end|>", "<tool>")]
     assert types == [export.CONTROL, export.CONTROL, export.USER_DEFINED]
 
 
@@ -303,7 +293,7 @@ def test_tokens_that_take_spaces_with_them(tmp_path: Path, capsys: pytest.Captur
     library.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
     assert export.read_tokenizer(tmp_path).template is None
-    assert "<|im_end|> takes spaces with it" in capsys.readouterr().err
+    assert "its token <|im_end|> has lstrip or rstrip" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -396,10 +386,10 @@ def test_what_cannot_be_done_is_said_with_the_turn(capsys: pytest.CaptureFixture
     ("source", "note"),
     [
         ("{{ messages[0]['content'] ", "no chat template is stored"),
-        ("{% for m in messages %}{{ m['content'].upper() }}{% endfor %}", "changed"),
-        ("{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}", "twice"),
-        ("{{ messages[-1]['content'] }}", "left out"),
-        ("{% for m in messages %}{{ m['role'] ~ loop.index ~ m['content'] }}{% endfor %}", "differently"),
+        ("{% for m in messages %}{{ m['content'].upper() }}{% endfor %}", "changes"),
+        ("{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}", "repeats"),
+        ("{{ messages[-1]['content'] }}", "leaves out"),
+        ("{% for m in messages %}{{ m['role'] ~ loop.index ~ m['content'] }}{% endfor %}", "alike"),
         ("{% for m in messages %}[{{ m['content'].replace(' ', '') }}]{% endfor %}", "spaces"),
         (
             "{% for m in messages %}[{{ m['content'] if loop.first else m['content'] | trim }}]{% endfor %}",
@@ -411,9 +401,7 @@ def test_what_cannot_be_done_is_said_with_the_turn(capsys: pytest.CaptureFixture
         ("{{ ''.__class__.__mro__ }}", "no chat template is stored"),
     ],
 )
-def test_templates_that_have_no_plain_pieces(
-    source: str, note: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_templates_that_have_no_plain_pieces(source: str, note: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert export.find_template(source, {"bos_token": "<s>"}, {"<s>": 1}) is None
     stderr = capsys.readouterr().err
     assert (
@@ -426,4 +414,4 @@ def test_templates_that_have_no_plain_pieces(
 def test_a_template_without_a_system_text(capsys: pytest.CaptureFixture[str]) -> None:
     template = export.find_template(MISTRAL, {"bos_token": "<s>", "eos_token": "</s>"}, {"<s>": 1, "</s>": 2})
     assert template and template.flags == 1 and template.parts[1:3] == ((), ())
-    assert "takes no system text" in capsys.readouterr().err
+    assert "takes no system message" in capsys.readouterr().err

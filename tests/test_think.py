@@ -134,9 +134,7 @@ def test_next_agrees_with_transformers(run: Program, tmp_path: Path, shape: str,
     (found,) = objects(run.ok(path, "-m", "next", "-i", "the cat in", "-k", 100000, "--json").stdout, NEXT)
     assert found["tokens"] == len(ids)
     tolerance = 6e-3 if dtype == "f16" else 5e-2
-    assert found["entropy_bits"] == pytest.approx(
-        -(np.exp(expected) * expected).sum() / math.log(2), abs=tolerance
-    )
+    assert found["entropy_bits"] == pytest.approx(-(np.exp(expected) * expected).sum() / math.log(2), abs=tolerance)
     items = found["next"]
     assert sorted(item["id"] for item in items) == list(range(model.vocab_size))
     assert [item["logprob"] for item in items] == sorted((i["logprob"] for i in items), reverse=True)
@@ -192,9 +190,7 @@ def check_table(text: str, columns: int) -> None:
     *rows, rest, entropy = text.splitlines()
     assert re.fullmatch(r"entropy \d+\.\d\d bits", entropy)
     assert len(rows) == 15
-    shown = [
-        re.fullmatch(r"( *\d+\.\d\d)% ([\u2588-\u258f]* *) (\".*\")( \(control\))?", row) for row in rows
-    ]
+    shown = [re.fullmatch(r"( *\d+\.\d\d)% ([\u2588-\u258f]* *) (\".*\")( \(control\))?", row) for row in rows]
     left = re.fullmatch(r"( *\d+\.\d\d)% rest", rest)
     assert left, rest
     found = []
@@ -321,9 +317,7 @@ def test_no_escape_is_in_a_character(run: Program, tmp_path: Path) -> None:
     """A byte a token: each character has the colour of its first, and nothing in it."""
     text = "a\u00e9b\u20ac\U0001f600\u0431"
     model = chain_model([BOS, *byte_ids(text.encode()), STOP])
-    model.weights["classifier"][3 + 0xC3, 1] = (
-        0.4  # after a, the first byte of an accented e is the likeliest, barely
-    )
+    model.weights["classifier"][3 + 0xC3, 1] = 0.4  # after a, the first byte of an accented e is the likeliest, barely
     path = model.write(tmp_path / "m.bin")
     shown = on_terminal(with_env(run), path, "-t", 0, "--probs")[0]
     runs = re.findall(r"\x1b\[38;5;(\d+)m([^\x1b]*)\x1b\[0m", shown)
@@ -356,14 +350,10 @@ def test_without_colour_there_are_no_escapes(run: Program, tmp_path: Path) -> No
 # perplexity
 
 
-def expected_costs(
-    m: Model, ids: list[int], context: int, stride: int | None, bos: bool = True
-) -> NDArray[np.float64]:
+def expected_costs(m: Model, ids: list[int], context: int, stride: int | None, bos: bool = True) -> NDArray[np.float64]:
     windows = list(windows_of(ids, context, stride, BOS if bos else None))
     costs = []
-    for (window, scored), logits in zip(
-        windows, transformers_logits(m, [w for w, _ in windows]), strict=True
-    ):
+    for (window, scored), logits in zip(windows, transformers_logits(m, [w for w, _ in windows]), strict=True):
         logs = log_softmax(logits)
         costs += [-logs[i - 1, window[i]] for i in scored]
     return np.array(costs)
@@ -409,9 +399,7 @@ def test_windows_of_any_length(run: Program, tmp_path: Path, context: int, strid
     step = named[stride] if isinstance(stride, str) else stride
     costs = expected_costs(model, ids, context, step)
     found = perplexity(run, path, "-i", text, "-c", context, *(["--stride", step] if step else []))
-    assert found["tokens"] == len(costs) and found["perplexity"] == pytest.approx(
-        math.exp(costs.mean()), rel=1e-3
-    )
+    assert found["tokens"] == len(costs) and found["perplexity"] == pytest.approx(math.exp(costs.mean()), rel=1e-3)
     assert found["tokens"] == len(ids) - 1 or step == context  # then the first of each window is not scored
 
 
@@ -438,9 +426,7 @@ def test_bits_do_not_depend_on_threads_or_batches(run: Program, tmp_path: Path) 
     small = Program(tmp_path / "small")
     subprocess.run(["cc", *flags, tmp_path / "small.c", "-o", small.path, "-lm"], check=True)
     for dtype in ("f16", "bf16"):
-        write_model(
-            path, dtype=dtype, dim=50, hidden_dim=70, n_heads=6, n_kv_heads=3, head_dim=10, max_seq_len=150
-        )
+        write_model(path, dtype=dtype, dim=50, hidden_dim=70, n_heads=6, n_kv_heads=3, head_dim=10, max_seq_len=150)
         for args in ([], ["--stride", 40]):
             expected = perplexity(run, path, "-i", TEXT, "-j", 1, *args)
             for other in (2, 3):
@@ -486,9 +472,7 @@ def test_numbers_that_json_cannot_hold(run: Program, tmp_path: Path) -> None:
 def test_no_text(run: Program, tiny_path: Path, tmp_path: Path, mode: str) -> None:
     run.fails(2, tiny_path, "-m", mode, says=[f"-m {mode}: expected a text", "-i or -f"])
     run.fails(1, tiny_path, "-m", mode, "-f", tmp_path / "none", says=[tmp_path / "none", "No such file"])
-    without = chain_model([BOS, 5], default_vocabulary(bos_id=-1, flags=ADD_DUMMY_PREFIX)).write(
-        tmp_path / "m.bin"
-    )
+    without = chain_model([BOS, 5], default_vocabulary(bos_id=-1, flags=ADD_DUMMY_PREFIX)).write(tmp_path / "m.bin")
     run.fails(1, without, "-m", mode, "-i", "", says=["too short", "found 0"])
 
 
@@ -540,9 +524,7 @@ def test_a_long_text(run: Program, tmp_path: Path) -> None:
         (found,) = objects(done.stdout, PERPLEXITY)
         resident.append(int(done.stderr.split()[-1]))
         assert found["tokens"] == len(ids_of(run, path, "-f", file)) - 1
-    assert (
-        resident[1] - resident[0] < 12 * (4 << 10) or run.sanitized
-    )  # KB: 12 bytes for each more of the text
+    assert resident[1] - resident[0] < 12 * (4 << 10) or run.sanitized  # KB: 12 bytes for each more of the text
 
 
 def test_a_line_longer_than_a_piece(run: Program, tmp_path: Path) -> None:

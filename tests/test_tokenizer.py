@@ -150,9 +150,7 @@ def trained(run: Program, folder: Path, name: str, flags: int, **options: Any) -
     vocabulary = from_proto(model, flags)
     path = folder / f"{name}.tokenizer.bin"
     path.write_bytes(vocabulary.to_bytes())
-    return Pair(
-        run, path, vocabulary, processor(model, bool(flags & ADD_DUMMY_PREFIX)), processor(model, False)
-    )
+    return Pair(run, path, vocabulary, processor(model, bool(flags & ADD_DUMMY_PREFIX)), processor(model, False))
 
 
 @pytest.fixture(scope="session")
@@ -172,9 +170,7 @@ def with_unknown(run: Program, tmp_path_factory: pytest.TempPathFactory) -> Pair
 def across_words(run: Program, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Pieces that go on after a space, so that words cannot be taken one by one."""
     folder = tmp_path_factory.mktemp("across_words")
-    pair = trained(
-        run, folder, "t", ADD_DUMMY_PREFIX, vocab_size=700, byte_fallback=True, split_by_whitespace=False
-    )
+    pair = trained(run, folder, "t", ADD_DUMMY_PREFIX, vocab_size=700, byte_fallback=True, split_by_whitespace=False)
     assert any(b" " in p.text.strip(b" ") for p in pair.vocabulary.pieces if p.type == NORMAL)
     return pair
 

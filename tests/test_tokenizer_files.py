@@ -52,9 +52,7 @@ def library_of(split: str) -> Tokenizer:
 
 @pytest.mark.parametrize("legacy", [None, True, False])
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast", None])
-def test_added_tokens_beside_a_sentencepiece_model(
-    tmp_path: Path, kind: str | None, legacy: bool | None
-) -> None:
+def test_added_tokens_beside_a_sentencepiece_model(tmp_path: Path, kind: str | None, legacy: bool | None) -> None:
     folder = tmp_path / "hf"
     folder.mkdir()
     shutil.copy(sentencepiece_model(tmp_path, vocab_size=300), folder / "tokenizer.model")
@@ -99,7 +97,7 @@ def test_an_eos_token_that_is_in_no_vocabulary(tmp_path: Path) -> None:
     library_of(LLAMA3).save(str(tmp_path / "tokenizer.json"))
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (tmp_path / name).write_text(json.dumps({"eos_token": {"content": "<end>"}}))
-        with pytest.raises(export.ExportError, match="eos_token '<end>' is in no vocabulary"):
+        with pytest.raises(export.ExportError, match="eos_token '<end>' is not in the vocabulary"):
             export.read_tokenizer(tmp_path)
         (tmp_path / name).unlink()
 
@@ -131,7 +129,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     data = json.loads(library.to_str())
     replace = {"type": "Replace", "pattern": {"String": "\n "}, "content": "\n"}
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    for steps, note in (([decoder], ""), ([decoder, replace], "without this step")):
+    for steps, note in (([decoder], ""), ([decoder, replace], "is left out")):
         data["decoder"] = {"type": "Sequence", "decoders": steps}
         (tmp_path / "tokenizer.json").write_text(json.dumps(data))
         export.read_tokenizer(tmp_path)
@@ -139,7 +137,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert note in said and bool(said) == bool(note)
     data["decoder"] = decoder
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    for name, note in (("default", ""), ("rag", "none of rag is the default one")):
+    for name, note in (("default", ""), ("rag", "none is named default, found rag")):
         config = {"chat_template": [{"name": name, "template": CHATML}]}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         assert bool(export.read_tokenizer(tmp_path).template) == (name == "default")
@@ -163,10 +161,7 @@ def test_tiktoken(tmp_path: Path) -> None:
     """A vocabulary that was trained: what the library makes of it with its merges, whose ids start at 1."""
     library = library_of(LLAMA3)
     table = export.byte_of_character()
-    vocab = [
-        bytes(table[c] for c in name)
-        for name, _ in sorted(library.get_vocab().items(), key=lambda x: x[1])[1:]
-    ]
+    vocab = [bytes(table[c] for c in name) for name, _ in sorted(library.get_vocab().items(), key=lambda x: x[1])[1:]]
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"".join(base64.b64encode(text) + b" %d\n" % rank for rank, text in enumerate(vocab)))
     texts = [*TEXTS, *corpus()[:10], "<|eot_id|>"]
