@@ -3081,9 +3081,9 @@ static double kv_cache_bytes(const Model *m, size_t context) {
 // the team does not change the results. A prompt always uses all threads: its loops are so long that one wait costs
 // little.
 struct Team {
-    size_t all, size;              // the threads for a prompt, and for a few tokens
-    double times[MAX_THREADS + 1]; // how long a pass of a few tokens takes with each size, in seconds; 0: not known
-    double next_try;               // when a larger team is tried again
+    size_t all, size; // the threads for a prompt, and for a few tokens
+    // In seconds: how long a pass of a few tokens takes with each size, 0: not known; when a larger team is tried again.
+    double times[MAX_THREADS + 1], next_try;
 };
 
 // Allocates the memory for `context` positions, and for the logits of up to n_logits tokens at a time.
@@ -3123,12 +3123,13 @@ static RunState alloc_run_state(const Model *m, size_t context, size_t n_logits,
 
 // Chooses the size of the team after a pass that took `took` seconds.
 static void adapt_team(struct Team *team, double took) {
-    size_t smaller = max(1, team->size * 3 / 4), larger = min(team->all, team->size * 4 / 3 + 1);
+    size_t smaller = max(1, team->size * 3 / 4), larger = min(team->all, team->size + 1);
     double *times = team->times, *time = &times[team->size], now = seconds();
     if (*time == 0)
         *time = took;
     bool too_long = times[smaller] == 0 && took > 1.05 * *time;
     *time = (*time + took) / 2;
+    times[smaller] *= 0.998; // after some hundred tokens it is tried again: another program may have ended meanwhile
     bool go_smaller = too_long || (times[smaller] > 0 && times[smaller] < 0.9 * *time);
     if (go_smaller || times[larger] < *time || now > team->next_try) {
         team->size = go_smaller ? smaller : larger;

@@ -430,6 +430,37 @@ static void test_room_for_a_batch(void) {
     }
 }
 
+// How long a pass of a token takes with `size` threads on `cores` cores, of which other programs occupy `busy`. A thread
+// that shares its core with another program has half of it, and all threads wait for this one.
+static double pass_time(size_t size, size_t cores, size_t busy) {
+    return 0.01 / (double)size * (size + busy > cores ? 2.2 : 1);
+}
+
+// Passes of tokens while other programs come and go: their time next to that with the best fixed number of threads. The
+// first pass after a change and the trials of other sizes are what it costs to find that number.
+static void test_adapt_team(void) {
+    const size_t busy[] = {0, 1, 0, 2, 1, 0};
+    for (size_t cores = 2; cores <= 16; cores *= 2) {
+        struct Team team = {.all = cores, .size = cores};
+        for (size_t phase = 0; phase < sizeof busy / sizeof *busy; phase++) {
+            double best = 1, time = 0, tokens = 0;
+            for (size_t size = 1; size <= cores; size++)
+                best = fmin(best, pass_time(size, cores, busy[phase]));
+            while (time < 2) {
+                double took = pass_time(team.size, cores, busy[phase]);
+                adapt_team(&team, took);
+                team.next_try -= took; // this time has not really passed
+                time += took;
+                tokens++;
+            }
+            CHECK(team.size >= 1 && team.size <= cores, "%zu of %zu threads", team.size, cores);
+            double least = phase == 0 ? 0.99 : 0.85;
+            CHECK(best * tokens > least * time, "%zu cores, phase %zu: %.3f of the best speed, %zu threads at last",
+                  cores, phase, best * tokens / time, team.size);
+        }
+    }
+}
+
 static void test_rmsnorm(void) {
     enum { T = 3 };
     for (size_t n = 1; n < 100; n++) {
@@ -788,6 +819,7 @@ int main(int argc, char **argv) {
         {"matmul_has_the_same_bits_in_any_batch", test_matmul_has_the_same_bits_in_any_batch},
         {"attention_agrees_with_attention_ref", test_attention_agrees_with_attention_ref},
         {"kv_cache_places", test_kv_cache_places},
+        {"adapt_team", test_adapt_team},
         {"rmsnorm", test_rmsnorm},
         {"swiglu", test_swiglu},
         {"softmax", test_softmax},
