@@ -8,9 +8,7 @@
 Sections, in the order in which data passes through them: 1. errors and kinds of files, 2. the model's
 configuration, 3. the layout of the weights file, 4. tensors that are read piece by piece, 5. file formats,
 6. checkpoints, 7. tokenizers, 8. pre-tokenizers, 9. chat templates, 10. writing, 11. the command line. A model is
-never held in memory: each tensor is read, converted and written in small pieces. Everything is little-endian.
-
-Shape letters: V vocabulary, D dim, F hidden_dim, L layers, H head_dim.
+never held in memory: tensors are read, converted and written in small pieces. Everything is little-endian.
 """
 
 from __future__ import annotations
@@ -81,13 +79,13 @@ class ExportError(Exception):
 
 @contextmanager
 def naming(about: object) -> Iterator[None]:
-    """Turns errors of the block, also those of libraries, into ExportErrors that name their file, else `about`."""
+    """Turns errors in the block, even those of libraries, into ExportErrors that name their file, else `about`."""
     try:
         yield
     except ExportError as error:
         error.about = error.about or about
         raise
-    except ImportError:
+    except ImportError:  # exit_status() says how to install the package
         raise
     except OSError as error:
         message = error.strerror or str(error)
@@ -118,7 +116,7 @@ def limited(work: Callable[[], T], room: int = 0) -> T:
             signal.signal(number, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # discards what libraries print when they abort
         resource.setrlimit(resource.RLIMIT_CPU, (READ_SECONDS, READ_SECONDS))
-        with suppress(OSError):  # only Linux has this file; its field 5 is the memory for data, in pages
+        with suppress(OSError):  # only Linux has this file; its sixth field is the memory for data, in pages
             pages = int(Path("/proc/self/statm").read_text().split()[5])
             memory = pages * resource.getpagesize() + READ_BYTES + room
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
@@ -181,14 +179,14 @@ FILE_KINDS = [  # (pattern of the first bytes, description)
 
 
 def kind_of(path: Path) -> str | None:
-    """Tells what a file is by its first bytes; None if they are not known, as those of llama2.c's files."""
+    """Tells what a file is by its first bytes; None if they are unknown, as with llama2.c's files."""
     if path.exists() and not path.is_file():  # a device may have no end, and a pipe may make us wait forever
-        raise ExportError("expected a regular file, found a device or a pipe", path)
+        raise ExportError("expected a regular file, found another kind", path)
     with open(path, "rb") as file:
         start = file.read(512)
     for pattern, kind in FILE_KINDS:
         if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
-            return f"{kind}: {start[:40].decode()!r}" if kind == "a text file" else kind
+            return f"{kind}: {start[:40].decode(errors='replace')!r}" if kind == "a text file" else kind
     return None
 
 
@@ -202,7 +200,7 @@ def expect(path: Path, *kinds: str) -> None:
 # ---- settings, which come as JSON or as the metadata of a GGUF file
 
 Settings = Mapping[str, Any]
-TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
+TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object"}
 TYPES[list] = "a list"
 
 
@@ -212,7 +210,8 @@ def read_json(path: Path) -> dict[str, Any]:
         try:
             values = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise ExportError(f"not JSON: {error}" if kind in (None, "a JSON file") else f" but {kind}") from None
+            found = error if kind in (None, "a JSON file") else kind
+            raise ExportError(f"expected JSON, found {found}") from None
         if not isinstance(values, dict):
             raise ExportError(f"expected a JSON object, found {values!r:.40}")
         return values
@@ -247,7 +246,7 @@ def known_setting(s: Settings, key: str, known: Sequence[Any], *default: Any) ->
 
 
 def refuse(s: Settings, *keys: str) -> None:
-    """Refuses settings that run.c does not implement, unless they are absent, null, 0 or false."""
+    """Refuses settings that run.c does not implement, unless they are absent, null, 0, false or empty."""
     for key in keys:
         if s.get(key):
             raise ExportError(f"{key} is not supported, found {s[key]!r:.60}")
@@ -329,7 +328,7 @@ class Spec(NamedTuple):
 
 
 def file_order(c: Config) -> Iterator[list[Spec]]:
-    """The tensors of the weights file, in its order; several specs are joined by rows to one tensor.
+    """The tensors of the weights file, in its order; several specs are stacked by rows into one tensor.
 
     So run.c computes q, k and v with one matrix product; likewise gate and up.
     """
@@ -386,7 +385,7 @@ def header(c: Config, dtype: str, vocab_hash: int) -> bytes:
 # 4. Tensors that are read piece by piece
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}  # of the weights file
-LARGEST = {"bf16": float.fromhex("0x1.fep127"), "f16": 65504.0}  # finite numbers
+LARGEST = {"bf16": float.fromhex("0x1.fep127"), "f16": 65504.0}  # finite number
 STORED = {  # types that can be read, by safetensors' names
     "BF16": DTYPES["bf16"],
     "F16": DTYPES["f16"],
@@ -417,7 +416,7 @@ def encode(piece: Array, dtype: str, name: str) -> Array:
     largest = largest_magnitude(piece, name)
     if largest > LARGEST[dtype]:
         expected = f"expected values up to {LARGEST[dtype]:g} for {dtype}"
-        raise ExportError(f"tensor {name}: {expected}, found {largest:g} (another --dtype may do)")
+        raise ExportError(f"tensor {name}: {expected}, found {largest:g} (another --dtype may work)")
     return widened(piece).astype(kind)
 
 
@@ -454,7 +453,7 @@ def in_memory(array: Array) -> Tensor:
 
 
 def in_file(path: Path, offset: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Rows:
-    """Reads rows of an array that lies in a file, row after row, from `offset` on."""
+    """A function that reads rows of an array, which lies in a file from `offset` on, row after row."""
     width = math.prod(shape[1:]) * kind.itemsize
 
     def rows(start: int, stop: int) -> Array:
@@ -467,11 +466,12 @@ def in_file(path: Path, offset: int, shape: tuple[int, ...], kind: np.dtype[Any]
 
 
 def stored(path: Path, offset: int, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A tensor in a file; one of another type than STORED's passes as bytes, and Model refuses it if it is needed."""
     return Tensor(path, shape, dtype, in_file(path, offset, shape, STORED.get(dtype, np.dtype(np.uint8))))
 
 
 def half_split(tensor: Tensor, head_dim: int) -> Tensor:
-    """Reorders each head's rows from Meta's RoPE pairs (2i, 2i + 1) to Hugging Face's (i, i + H/2)."""
+    """Reorders each head's rows from Meta's RoPE pairs (2i, 2i + 1) to Hugging Face's (i, i + head_dim / 2)."""
 
     def rows(start: int, stop: int) -> Array:
         x = tensor.rows(start, stop)
@@ -496,18 +496,18 @@ def concatenated(shards: list[Tensor], axis: int) -> Tensor:
 
 
 # Tensors to leave out, because run.c computes them itself: RoPE's angles and masks of attention
-BUFFER = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)|rope\.freqs")
+BUFFER = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|rope\.freqs)")
 
 
 @dataclass
 class Model:
-    """A checkpoint: its tensors by their Hugging Face names, all that the configuration needs and no others."""
+    """A checkpoint: its tensors by Hugging Face's names, all that the configuration needs and no others of effect."""
 
     path: Path
     config: Config
     tensors: dict[str, Tensor]
     stop_ids: tuple[int, ...] = ()  # tokens that end a text, in addition to the tokenizer's own
-    window: int | None = None  # how many positions attention looks back; None: to the first
+    window: int | None = None  # how many positions attention looks back; None: all
     tokenizer_file: Path | None = None  # the checkpoint's own tokenizer, a file or a folder
 
     def __post_init__(self) -> None:
@@ -536,7 +536,7 @@ class Model:
 
 
 def choose_dtype(model: Model) -> str:
-    """16-bit types stay; others become bf16 if that is exact, else f16 if the values fit (finer), else bf16."""
+    """16-bit types stay; others become bf16 if that is exact, else f16 (more precise) if the values fit, else bf16."""
     stored_as = model.dtype()
     if stored_as.lower() in DTYPES:
         return stored_as.lower()
@@ -558,7 +558,7 @@ def choose_dtype(model: Model) -> str:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """A length in 8 bytes, a JSON object of this length, and the tensors.
 
-    The safetensors library only checks the header: the memory that it maps would count as memory in use.
+    The safetensors library is used only to check the header: it maps the file, which would count as memory in use.
     """
     expect(path, "a safetensors file")
     with naming(path), safe_open(path, "numpy"):
@@ -593,7 +593,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
             raise ExportError("expected a dictionary of tensors in its pickle, found something else")
         size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
-        # a stride of 0 makes a large tensor of a tiny storage; tensors that share a storage stay below 4 times
+        # a stride of 0 makes a large tensor of a tiny storage; tensors that share one stay below 4 times
         if size > 4 * path.stat().st_size:
             raise ExportError(f"a damaged PyTorch file: its tensors would take {size} bytes, more than 4 times its own")
         if in_zip:
@@ -613,7 +613,7 @@ def check_records(path: Path, tensors: Iterable[Any]) -> None:
 
 
 def tensor_of_torch(path: Path, tensor: Any) -> Tensor:
-    """A tensor of any strides: it may be stored transposed. torch converts no bfloat16 to numpy, but its bytes."""
+    """A tensor of any strides, so perhaps transposed. torch converts no bfloat16 to numpy, so its bytes are viewed."""
     import torch
 
     name = str(tensor.dtype).removeprefix("torch.")
@@ -723,7 +723,7 @@ SETTINGS = {  # a field of Config: its name in Hugging Face's, Meta's and GGUF's
 def config_of(source: int, s: Settings, found: dict[str, Tensor], **others: Any) -> Config:
     """The configuration from settings and the tensors' shapes; `others` are fields that the caller knows.
 
-    Settings count more than `others`, and these more than shapes; Model checks that the tensors fit the result.
+    Settings take precedence over `others`, and these over shapes; Model checks that the tensors fit the result.
     """
     layer = "model.layers.0."
     rows, dim, *_ = shape_of(found, "model.embed_tokens.weight")
@@ -751,13 +751,13 @@ def config_of(source: int, s: Settings, found: dict[str, Tensor], **others: Any)
 
 
 def shape_of(found: dict[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a tensor that is needed; zeros at its end make sure that it has a number of columns."""
+    """The shape of a tensor that is needed, with two zeros appended, so that a vector, too, has a second number."""
     if name not in found:
         raise ExportError(f"the tensor {name} is missing")
     return (*found[name].shape, 0, 0)
 
 
-FAMILIES = {  # what run.c computes, with transformers' defaults for settings that are absent
+FAMILIES = {  # model types that run.c computes, with transformers' defaults for settings that are absent
     "llama": {"max_seq_len": 2048},
     "mistral": {"max_seq_len": 131072},
     "qwen2": {"max_seq_len": 32768},
@@ -771,9 +771,9 @@ def open_hugging_face(folder: Path) -> Model:
     found = hugging_face_tensors(folder)
     with naming(path):
         name = known_setting(s, "model_type", list(FAMILIES))
-        architectures = setting(s, "architectures", list, [f"{name}ForCausalLM"])
-        if [str(one).lower() for one in architectures] != [f"{name}forcausallm"]:
-            raise ExportError(f"architectures: expected that of {name}, ...ForCausalLM, found {architectures}")
+        architectures = [str(one).lower() for one in setting(s, "architectures", list, [])]
+        if architectures not in ([], [f"{name}forcausallm"], [f"{name}model"]):
+            raise ExportError(f"architectures: expected {name.title()}ForCausalLM, found {s['architectures']}")
         refuse(s, "mlp_bias", "quantization_config", "quantization")
         known_setting(s, "hidden_act", ["silu", "swish"], "silu")
         tied = setting(s, "tie_word_embeddings", bool, False)
@@ -849,19 +849,17 @@ def sliding_window(family: str, s: Settings, config: Config) -> int | None:
         raise ExportError(f"layer_types: {min(other)!r} is not supported")
     if family == "llama" or (family != "mistral" and not setting(s, "use_sliding_window", bool, False)):
         return None
-    if layers and "sliding_attention" not in layers:
+    full = setting(s, "max_window_layers", int, 28) >= config.n_layers
+    if family != "mistral" and (full if not layers else "sliding_attention" not in layers):
         return None
-    if not layers and family != "mistral" and setting(s, "max_window_layers", int) >= config.n_layers:
-        return None
-    absent = family == "mistral" and "sliding_window" not in s
-    window: int = setting(s, "sliding_window", int, 4096 if absent else 0)  # transformers' default
+    window: int = setting(s, "sliding_window", int, 0 if "sliding_window" in s else 4096)  # transformers' default
     if window < 0:
         raise ExportError(f"sliding_window: expected 0 or more, found {window}")
     return window or None
 
 
 def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
-    """Of the one file, else of the shards that the index names, or if one of these is missing, of all *-of-*."""
+    """The tensors of the one file, else of the shards in the index or, if one of these is missing, of all *-of-*."""
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
         one, index = folder / name, folder / f"{name}.index.json"
         paths = [one] if one.exists() else sorted(folder.glob(f"*-of-*{one.suffix}"))
@@ -931,7 +929,7 @@ def by_hugging_face_names(found: dict[str, Tensor], n_layers: int) -> dict[str, 
     """Renames tensors of llama.cpp or Meta to Hugging Face's names, by the gguf package's tables."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    n_layers = min(n_layers, len(found))  # whatever the file claims
+    n_layers = min(n_layers, len(found))  # the file may claim any number
     names, suffixes = get_tensor_name_map(MODEL_ARCH.QWEN3, n_layers), (".weight", ".bias")
     every = Config(1, 1, max(1, n_layers), 1, 1, 2, 1, 1, qkv_bias=True, qk_norm=True)  # has all tensors
     known = {names.get_name(spec.name, suffixes): spec.name for spec in specs_of(every)}
@@ -949,7 +947,7 @@ def meta_shards(folder: Path) -> list[dict[str, Tensor]]:
     shards = [read(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if different := sorted(shard.keys() ^ shards[0].keys()):
-            raise ExportError(f"expected the tensors of {paths[0].name}, but only one of both has {different[0]}", path)
+            raise ExportError(f"the tensor {different[0]} is only in one of {paths[0].name} and this file", path)
     return shards
 
 
@@ -957,7 +955,7 @@ def joined(name: str, shards: list[Tensor]) -> Tensor:
     """Joins the shards of a tensor that was split among GPUs; norms are whole in every shard."""
     if len({(shard.dtype, shard.shape) for shard in shards}) > 1:
         other = shards[0].path.name
-        raise ExportError(f"tensor {name}: expected the shape and type of {other}'s", shards[-1].path)
+        raise ExportError(f"tensor {name}: expected the same shape and type as in {other}", shards[-1].path)
     if len(shards) == 1 or len(shards[0].shape) != 2:
         return shards[0]
     by_columns = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
@@ -996,7 +994,7 @@ def open_gguf(path: Path) -> Model:
         factors = found.pop("rope_freqs.weight", None)
         found = by_hugging_face_names(found, setting(own, "block_count", int))
         if "model.embed_tokens.weight" not in found:
-            share_embedding(found)
+            share_embedding(found)  # a tied model that has only output.weight
         config = config_of(GGUF, own, found, **gguf_rope(own), qk_norm=architecture == "qwen3")
         for key in ("attention.value_length", "rope.dimension_count"):
             if setting(own, key, int, config.head_dim) != config.head_dim:
@@ -1033,9 +1031,7 @@ def gguf_splits(path: Path, s: Settings) -> list[Path]:
 
 def gguf_rope(own: Settings) -> dict[str, Any]:
     kind = known_setting(own, "rope.scaling.type", ["none", "linear"], "linear")
-    factor = setting(own, "rope.scaling.factor", float, None)
-    if factor is None:
-        factor = setting(own, "rope.scale_linear", float, 0.0)
+    factor = setting(own, "rope.scaling.factor", float, setting(own, "rope.scale_linear", float, 0.0))
     rope = {"rope_theta": setting(own, "rope.freq_base", float, 10000.0)}
     return rope if kind == "none" or factor in (0, 1) else rope | {"rope_scaling": 1, "rope_factor": factor}
 
@@ -1112,8 +1108,8 @@ def with_adapter(base: Model, folder: Path) -> Model:
         refuse(s, *sorted(s.keys() - set(LORA_SETTINGS)))
         known_setting(s, "bias", ["none"], "none")
         init = s.get("init_lora_weights", True)  # other ways also change the base model's weights
-        if init not in (True, False, "gaussian", "orthogonal", "eva"):
-            raise ExportError(f"init_lora_weights: expected a method that keeps the base model, found {init!r}")
+        if init not in (True, False, None, "gaussian", "orthogonal", "eva"):
+            raise ExportError(f"init_lora_weights: expected one that leaves the base model unchanged, found {init!r}")
         rank, alpha = setting(s, "r", int), setting(s, "lora_alpha", float)
         if rank < 1:
             raise ExportError(f"r: expected 1 or more, found {rank}")
@@ -1173,7 +1169,7 @@ def open_source(path: Path) -> Model:
 
 TOKENIZER_HEADER = struct.Struct("<8s2I3Q2I2iI7i8I10I")  # 160 bytes, then the arrays
 HASHED_FROM = 24  # the first byte that the file's hash covers
-TOKEN = struct.Struct("<IIf")  # of each token in the hash of a vocabulary: length, type, score; then its text
+TOKEN = struct.Struct("<IIf")  # what vocab_hash covers of each token: the text's length, type, score; then the text
 SENTENCEPIECE_BPE, BYTE_LEVEL_BPE = 1, 2  # the kind of tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece's types of tokens
 USER_DEFINED_NORMALIZED = 7  # matched after the text has been normalised
@@ -1255,14 +1251,14 @@ class Tokenizer:
 
     @cached_property
     def vocab_hash(self) -> int:
-        """A hash of the vocabulary that does not depend on the format of a file."""
+        """A hash of the tokens, whatever file they are from; OUT.bin has it, too, so that run.c sees if both fit."""
         return fnv1a(b"".join(TOKEN.pack(len(t.text), t.type, t.score) + t.text for t in self.tokens))
 
     def to_bytes(self) -> bytes:
         """The tokenizer file: the header, then arrays that run.c uses as they are, each aligned to 4 bytes."""
         # the token of each text: the last user-defined one, else the first normal one
         by_text: dict[bytes, int] = {}
-        longest, byte_id = [0] * 256, [self.unk_id & NONE] * 256  # by a token's first byte
+        longest, byte_id = [0] * 256, [self.unk_id & NONE] * 256  # by first byte
         for id, (text, type, _) in enumerate(self.tokens):
             if type in (USER_DEFINED, USER_DEFINED_NORMALIZED):
                 longest[text[0]] = max(longest[text[0]], len(text))
@@ -1308,7 +1304,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
-        """Of a tokenizer file; refuses it unless to_bytes() gives the same bytes again."""
+        """From a tokenizer file; refuses it unless to_bytes() gives the same bytes again."""
         version, size = int.from_bytes(data[8:12], "little"), TOKENIZER_HEADER.size
         if version != TOKENIZER_VERSION or len(data) < size:
             expected = f"expected version {TOKENIZER_VERSION} and a header of {size} bytes"
@@ -1331,7 +1327,7 @@ class Tokenizer:
         merges = take("<u4", n_merges, 4).tolist()
         transitions = take("<u4", n_states, n_classes).tolist() if n_classes else []
         items = take("<u4", ends[-1], 3).tolist()
-        class_block = take("<u4", N_CLASSES // 256 if n_classes else 0).reshape(-1)
+        class_block = take("<u4", N_CODES // 256 if n_classes else 0).reshape(-1)
         char_class = take("u1", n_blocks, 256)[class_block].tobytes()
         texts = take("u1", n_text).tobytes()
 
@@ -1367,7 +1363,8 @@ class Tokenizer:
         used = {item for script in template.parts[:opens] for item in script if isinstance(item, int)}
         tokens = [t._replace(type=CONTROL) if id in used else t for id, t in enumerate(self.tokens)]
         after_answer = template.parts[TEMPLATE_PARTS.index("after_answer")]
-        stop_ids = unique((*self.stop_ids, *[item for item in after_answer if isinstance(item, int)][:1]))
+        end, ids = [item for item in after_answer if isinstance(item, int)][:1], self.stop_ids
+        stop_ids = unique((*ids[: MAX_STOP_IDS - 1], *end, *ids[MAX_STOP_IDS - 1 :]))[:MAX_STOP_IDS]
         return replace(self, tokens=tokens, template=template, stop_ids=stop_ids)
 
 
@@ -1402,6 +1399,10 @@ def sentencepiece(pieces: Iterable[tuple[bytes, int, float]], **settings: Any) -
     return Tokenizer(tokens, words=word_tables(words_at_spaces(tokens)), **settings)
 
 
+def bytes_of(name: str) -> bytes:
+    return name.encode(errors="surrogateescape")  # some files have names that are not UTF-8
+
+
 def token_type(name: bytes) -> int:
     """The type of a token by its name: <0x0A> is a byte token, other names are normal."""
     return BYTE if re.fullmatch(rb"<0x[0-9A-F]{2}>", name) else NORMAL
@@ -1424,7 +1425,7 @@ def words_at_spaces(tokens: Sequence[Token]) -> list[str]:
 
 
 def tokenizer_of_llama2c(data: bytes) -> Tokenizer:
-    """Of llama2.c's tokenizer.bin: int32 max_token_length; then of each token float32 score, int32 length, text.
+    """From llama2.c's tokenizer.bin: int32 max_token_length; for each token float32 score, int32 length, text.
 
     Texts contain spaces, not '▁'. Types are not stored, but ids 0 to 2 are <unk>, bos and eos as in Llama's.
     """
@@ -1439,12 +1440,12 @@ def tokenizer_of_llama2c(data: bytes) -> Tokenizer:
         text = data[start:position]
         special = len(pieces) < 3
         type = (UNKNOWN, CONTROL, CONTROL)[len(pieces)] if special else token_type(text)
-        pieces.append((text.strip(b"\n") if special else text, type, score))
+        pieces.append((text.strip(b"\n") if special else text, type, score))  # bos is stored as "\n<s>\n"
     return sentencepiece(pieces, bos_id=1, unk_id=0, stop_ids=(2,), add_bos=True, add_dummy_prefix=True)
 
 
 def tokenizer_of_model(data: bytes) -> Tokenizer:
-    """Of a SentencePiece .model, a protobuf message; only BPE without normalisation of anything but spaces."""
+    """From a SentencePiece .model, a protobuf message; only BPE without normalisation of anything but spaces."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -1494,12 +1495,12 @@ def byte_of_character() -> dict[str, int]:
 def byte_level_token(name: str) -> Token:
     table = byte_of_character()
     if not name or any(c not in table for c in name):  # not written in these characters: no text becomes this
-        return Token(name.encode(), UNUSED)
+        return Token(bytes_of(name), UNUSED)
     return Token(bytes(table[c] for c in name), BYTE if len(name) == 1 else NORMAL)
 
 
 def merges_of(named: Iterable[Any], ids: Mapping[str, int], tokens: Sequence[Token]) -> tuple[Merge, ...]:
-    """Merges as ids of tokens, without those into control tokens; of several for one pair, the last counts."""
+    """Merges as ids, without those into control tokens, which no text becomes; of several for a pair, the last."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in named]
     try:
         merges = [Merge(ids[left], ids[right], ids[left + right]) for left, right in pairs]
@@ -1509,12 +1510,12 @@ def merges_of(named: Iterable[Any], ids: Mapping[str, int], tokens: Sequence[Tok
     return tuple(merges[i] for i in sorted(last.values()) if tokens[merges[i].merged].type != CONTROL)
 
 
-LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
-LLAMA3_SPECIAL |= {8: "eom_id", 9: "eot_id"}
+LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id"}
+LLAMA3_SPECIAL |= {7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
 
 
 def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
-    """Of Meta's tokenizer.model for Llama 3: lines of base64 and a rank, which is the id. Adds 256 special tokens.
+    """From Meta's tokenizer.model for Llama 3: lines of base64 and a rank, which is the id. Adds 256 special tokens.
 
     tiktoken merges any two tokens that form a token, the lowest rank first. So each way to cut a token is a merge.
     """
@@ -1528,7 +1529,8 @@ def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
         merges += [Merge(*pair, merged) for pair in sorted(halves) if NONE not in pair]
     n = len(texts)
     tokens = [Token(text, BYTE if len(text) == 1 else NORMAL) for text in texts]
-    names = [LLAMA3_SPECIAL.get(i, f"reserved_special_token_{i}") for i in range(256)]
+    reserved = (f"reserved_special_token_{i}" for i in range(256))
+    names = [LLAMA3_SPECIAL.get(i) or next(reserved) for i in range(256)]
     tokens += [Token(f"<|{name}|>".encode(), CONTROL) for name in names]
     settings: dict[str, Any] = {"bos_id": n, "unk_id": -1, "stop_ids": (n + 1, n + 9, n + 8), "add_bos": True}
     return ranked_bpe(tokens, tuple(merges), [LLAMA3], add_dummy_prefix=False, ignore_merges=True, **settings)
@@ -1544,14 +1546,14 @@ GGUF_ENDS = """
 
 
 def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Of a GGUF file's metadata; for what is absent, see the comment before open_gguf."""
+    """From a GGUF file's metadata; for what is absent, see the comment before open_gguf."""
     s = {key.removeprefix("tokenizer."): value for key, value in metadata.items()}
     model, names = s.get("ggml.model"), s.get("ggml.tokens")
     if model not in ("llama", "gpt2") or not names:
         found_names = f"{model!r} with {len(names or ())} tokens"
         raise ExportError(f"tokenizer.ggml.model: expected llama or gpt2 with tokens, found {found_names}")
     byte_level = model == "gpt2"
-    types = [int(type) for type in s.get("ggml.token_type") or [token_type(name.encode()) for name in names]]
+    types = [int(type) for type in s.get("ggml.token_type") or [token_type(bytes_of(name)) for name in names]]
     given = [] if byte_level else s.get("ggml.scores")
     scores = [float(score) for score in given or [0.0] * len(names)]
     if not len(names) == len(types) == len(scores):
@@ -1564,7 +1566,7 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     ends = [eos, s.get("ggml.eot_token_id", -1), s.get("ggml.eom_token_id", -1)]
     ends += [ids[name] for name in GGUF_ENDS if name in ids]
     stop_ids = unique(id for id in ends if id >= 0)[:MAX_STOP_IDS]
-    for id in (bos, *stop_ids):  # control tokens whatever their type, but not a comma
+    for id in (bos, *stop_ids):  # control tokens whatever their type, but not GPT-2's comma
         if 0 <= id < len(names) and len(names[id]) > 1:
             types[id] = CONTROL
     prefix, pre = setting(s, "ggml.add_space_prefix", bool, not byte_level), s.get("ggml.pre", "")
@@ -1572,14 +1574,14 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     settings: dict[str, Any] = {"bos_id": bos, "stop_ids": stop_ids, "add_bos": add_bos}
     settings |= {"add_dummy_prefix": prefix, "prefix_after_special": prefix}
     if not byte_level:
-        found = sentencepiece(zip(map(str.encode, names), types, scores, strict=True), unk_id=unk, **settings)
+        found = sentencepiece(zip(map(bytes_of, names), types, scores, strict=True), unk_id=unk, **settings)
     elif pre not in GGUF_PATTERNS:
         raise ExportError(f"tokenizer.ggml.pre: the pre-tokenizer {pre!r} is not supported")
     else:
         if pre == "qwen2":
             note_nfc()
         named = zip(names, types, strict=True)
-        tokens = [byte_level_token(x) if t == NORMAL else token_of(x.encode(), t) for x, t in named]
+        tokens = [byte_level_token(x) if t == NORMAL else token_of(bytes_of(x), t) for x, t in named]
         merges = merges_of(s.get("ggml.merges", ()), ids, tokens)
         # as in llama.cpp, bytes without a token are left out
         settings |= {"unk_id": -1, "ignore_merges": pre in GGUF_IGNORES_MERGES}
@@ -1616,9 +1618,11 @@ class TokenizerFolder:
         if main.name == "tokenizer.model":
             self.base = read_tokenizer(main)
             texts = [token.text.decode(errors="replace") for token in self.base.tokens]
-            self.vocab = {text: id for id, text in reversed(list(enumerate(texts)))}
+            self.vocab = {text: id for id, text in reversed(list(enumerate(texts)))}  # the first of equal texts
         else:
             self.json = self.of_plain_files() if main.name == "vocab.json" else read_json(main)
+            if (kind := self.json["model"].get("type", "BPE")) != "BPE":
+                raise ExportError(f"the tokenizer's model: expected the type BPE, found {kind}")
             self.vocab = dict(self.json["model"]["vocab"])
         self.added: dict[int, dict[str, Any]] = self.added_tokens()
         self.added_ids = {token["content"]: id for id, token in self.added.items()}
@@ -1674,7 +1678,7 @@ class TokenizerFolder:
         return found
 
     def configured(self, key: str) -> list[int]:
-        """Ids in the model's configuration, but only of added tokens: others are mere defaults."""
+        """Ids in the model's configuration, but only of added tokens: an ordinary one is there by mere default."""
         found = [id for config in (self.generation, self.model_config) for id in ids_in(config, key)]
         return [id for id in found if id in self.added]
 
@@ -1683,7 +1687,8 @@ class TokenizerFolder:
         if eos is not None and eos not in self.ids:
             raise ExportError(f"the eos_token {eos!r} is not in the vocabulary, so no text would ever end")
         ends = [] if eos is None else [self.ids[eos]]
-        return unique([*ends, *self.configured("eos_token_id"), *(self.base.stop_ids if self.base else ())])
+        ends += [*self.configured("eos_token_id"), *(self.base.stop_ids if self.base else ())]
+        return unique(ends)[:MAX_STOP_IDS]
 
     def bos(self) -> tuple[int, bool]:
         """The id of the bos token, -1 if there is none, and whether it is put in front of a text."""
@@ -1708,7 +1713,7 @@ class TokenizerFolder:
 
     def tokens(self, vocabulary: Mapping[int, Token]) -> list[Token]:
         """The vocabulary and the added tokens; special tokens and those that end a text become control tokens."""
-        rows = self.model_config.get("vocab_size")  # the model may have more, for speed
+        rows = self.model_config.get("vocab_size")  # the model may have more tokens, as padding for speed
         size = max([*vocabulary, *self.added, -1]) + 1
         tokens = [Token(b"", UNUSED)] * max(size, rows if isinstance(rows, int) and rows < 1 << 22 else 0)
         for id, token in vocabulary.items():
@@ -1761,15 +1766,15 @@ class TokenizerFolder:
 
     def of_json(self) -> Tokenizer:
         model = self.json["model"]
-        if model.get("type", "BPE") != "BPE":
-            raise ExportError(f"the tokenizer's model: expected the type BPE, found {model['type']}")
         refuse(model, "dropout", "continuing_subword_prefix", "end_of_word_suffix")
         for step in flattened(self.json.get("decoder"), "decoders"):
-            if step["type"] not in PLAIN_DECODERS and step.get("content") != " ":
+            if step["type"] not in PLAIN_DECODERS and step.get("content") != " ":  # that of a Replace of '▁'
                 step = f"{json.dumps(step):.200}"
                 say("note", f"this step of the tokenizer's decoder is left out: {step}")
-        steps = flattened(self.json.get("normalizer"), "normalizers")
-        steps += flattened(self.json.get("pre_tokenizer"), "pretokenizers")
+        normalizer = flattened(self.json.get("normalizer"), "normalizers")
+        if any(step["type"] == "ByteLevel" for step in normalizer):
+            raise ExportError("a normalizer of the type ByteLevel is not supported, only a pre_tokenizer")
+        steps = normalizer + flattened(self.json.get("pre_tokenizer"), "pretokenizers")
         byte_level = any(step["type"] == "ByteLevel" for step in steps)
         make = byte_level_token if byte_level else self.sentencepiece_token
         tokens = self.tokens({id: make(name) for name, id in self.vocab.items()})
@@ -1803,10 +1808,10 @@ class TokenizerFolder:
         return token_of(name.encode(), UNUSED if lost else type)
 
     def words(self, steps: list[Any], byte_level: bool, tokens: list[Token]) -> tuple[list[str], str]:
-        """The patterns of words, and where a space is put in front; `steps` normalise, then cut.
+        """The patterns of words, and when a text gets a space in front; `steps` normalise, then cut.
 
-        The space is put in front of the "first" text; or "always", also after an added token; neither before a space.
-        Or it is put in front of "each" text, even before a space.
+        "never"; "first": only the first text; "always": also a text after an added token; neither of these two if it
+        begins with a space; "each": all texts, even if they begin with a space.
         """
         patterns: list[str] = [] if byte_level else words_at_spaces(tokens)
         prefix, bars = "never", False  # bars: spaces have become '▁'
@@ -1819,7 +1824,7 @@ class TokenizerFolder:
                 patterns.append(DIGITS if step.get("individual_digits") else DIGITS + "+")
             elif byte_level and kind == "Split" and isolated:
                 patterns.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
-            elif kind == "ByteLevel" and not (patterns and space):
+            elif kind == "ByteLevel" and not (patterns and space):  # else each word would get a space
                 prefix = "always" if space else "never"
                 patterns += [GPT2] if step.get("use_regex", True) else []
             elif not byte_level and step == {"type": "Prepend", "prepend": BAR}:
@@ -1831,7 +1836,7 @@ class TokenizerFolder:
                 if prefix == "never":
                     prefix = step.get("prepend_scheme", "always" if space else "never")
                 patterns = [" [^ ]*|[^ ]+"] if step.get("split", True) else patterns
-            elif not (bars and kind == "Split" and pattern == {"String": " "}):
+            elif not (bars and kind == "Split" and pattern == {"String": " "}):  # no space is left to split at
                 raise ExportError(f"this step of normalizer or pre_tokenizer is not supported: {json.dumps(step):.200}")
         if byte_level:
             return patterns, prefix
@@ -1869,7 +1874,7 @@ def flattened(step: Any, inside: str) -> list[Any]:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Of a folder, or of a file that is recognised by its first bytes; llama2.c's begin with a small int32."""
+    """From a folder, or from a file that is recognised by its first bytes; llama2.c's begin with a small int32."""
     with naming(path):
         if path.is_dir():
             return TokenizerFolder(path).tokenizer()
@@ -1906,7 +1911,7 @@ TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 DEEPSEEK_CODER = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]
-DIGITS = "[[:Digits:]]"  # stands for what the pre-tokenizer Digits finds; no expression names that
+DIGITS = "[[:Digits:]]"  # stands for what the pre-tokenizer Digits finds; no regular expression finds just that
 
 GGUF_PATTERNS = {  # by llama.cpp's names of pre-tokenizers, tokenizer.ggml.pre
     name: patterns
@@ -1924,7 +1929,7 @@ GGUF_IGNORES_MERGES = GGUF_ADDS_BOS = {"llama3", "llama-v3", "llama-bpe", "falco
 
 PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}|\\[sSdD]")
 SURROGATES = slice(0xD800, 0xE000)  # code points that are no characters
-N_CLASSES = 0x110000 + 256  # code points, then bytes that are not UTF-8, which have U+FFFD's class
+N_CODES = 0x110000 + 256  # entries of char_class: code points, then bytes that are not UTF-8 (U+FFFD's class)
 
 
 @cache
@@ -2135,7 +2140,7 @@ THOUGHTS = [  # how models mark the start and the end of what they think
     *(("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")),
 ]
 # Messages that no template contains: the parts of a template are what is rendered around them.
-ANY_SYSTEM, *ANY_TURNS = ["zqsystemqz", "zquseraqz", "zqanswerbqz", "zquseradqz", "zqanswerfqz", "zquserghqz"]
+ANY_SYSTEM, *ANY_TURNS = ["zqsystemqz", "zquseraqz", "zqanswerbqz", "zqusercqz", "zqanswerdqz", "zquserezqz"]
 ANY_THOUGHT = "zqthoughtqz"
 
 
@@ -2146,7 +2151,7 @@ class ChatTemplate:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
-        # templates can get out of the sandbox of older ones
+        # templates can get out of the sandbox of older versions
         if [int(n) for n in re.findall(r"\d+", version("jinja2"))] < [3, 1, 6]:
             raise ImportError(f"expected jinja2 3.1.6 or newer, found {version('jinja2')}")
 
@@ -2197,7 +2202,7 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         chat = ChatTemplate(source, special)
         turns = ANY_TURNS
         before_user, opened = cut(chat.render(turns[:1]), turns[:1])
-        *_, tail = cut(chat.render(turns[:2]), turns[:2])
+        *_, tail = cut(chat.render(turns[:2]), turns[:2])  # what ends a conversation after an answer
         _, answered, between, _ = cut(chat.render(turns[:3]), turns[:3])
         after_user = common_start(opened, answered, added)
         after_answer = tail if between.startswith(tail) else between
@@ -2273,7 +2278,7 @@ def find_trimming(chat: ChatTemplate, system: str | None) -> int:
             spaced = f"{texts[place]}\n " if bit % 2 else f" \n{texts[place]}"
             first, *turns = [spaced if i == place else text for i, text in enumerate(texts)]
             text = chat.render(turns, first if given else None)
-            kept = text == plain.replace(texts[place], spaced) or bit >= 6  # answers may change
+            kept = text == plain.replace(texts[place], spaced) or bit >= 6  # other changes of an answer do not count
             found.add("trimmed" if text == plain else "kept" if kept else "changed")
         if found == {"trimmed"}:
             flags |= TRIMS << bit
@@ -2283,7 +2288,7 @@ def find_trimming(chat: ChatTemplate, system: str | None) -> int:
 
 
 def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
-    """Sets end_of_thought if earlier answers lose what the model thought; returns flags for spaces that go, too."""
+    """Sets end_of_thought if earlier answers lose what the model thought; returns flags for spaces lost with it."""
     for begin, end in THOUGHTS:
         said = ("" if begin in parts["opens_answer"] else begin) + ANY_THOUGHT + end
 
@@ -2298,8 +2303,7 @@ def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
         gap = "" if spaces or newlines else "\n\n"
         kept = [gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
         check_template(chat, parts, with_thoughts("\n\n"), kept=kept)
-        flags = SPACES_AFTER_THOUGHT * spaces
-        return flags | NEWLINES_AFTER_THOUGHT * (spaces or newlines)
+        return SPACES_AFTER_THOUGHT * spaces | NEWLINES_AFTER_THOUGHT * (spaces or newlines)
     return 0
 
 
@@ -2347,6 +2351,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             yield file
         os.replace(temporary, path)
     except OSError as error:
+        if error.filename not in (None, str(temporary)):  # one of the inputs
+            raise
         raise ExportError(f"cannot write: {error.strerror}", path) from None
     finally:
         with suppress(OSError):  # it has been renamed, or was never created
@@ -2361,7 +2367,7 @@ def tokenizer_path(path: Path) -> Path:
 def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     """Adds or removes tokens at the end, which no text needs, until there are as many as the model has.
 
-    Embeddings may have rows more, for a round number (as Qwen's), or lack that of an added padding token.
+    Embeddings may have more rows, to make a round number (as Qwen's), or lack that of an added padding token.
     """
     tokens, missing = tokenizer.tokens, vocab_size - len(tokenizer.tokens)
     counts = f"the model has {vocab_size} tokens, the tokenizer {len(tokens)}"
@@ -2447,9 +2453,9 @@ def prefetched(chunks: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryv
 HELP = """\
 SOURCE is one of
   DIRECTORY in Hugging Face's format: config.json; model.safetensors, pytorch_model.bin or their shards;
-      tokenizer.json, tokenizer.model, or vocab.json with merges.txt; and the other files of settings
+      tokenizer.json, tokenizer.model, or vocab.json with merges.txt; and the other settings files
         export.py SmolLM2-135M-Instruct -o smollm2.bin
-  DIRECTORY in Meta's format, as Mistral's: params.json, consolidated.*.pth or consolidated.safetensors, tokenizer.model
+  DIRECTORY in Meta's format, or Mistral's: params.json, consolidated.*.pth or consolidated.safetensors, tokenizer.model
         export.py Llama3.2-1B -o llama3.bin
   FILE.gguf of llama.cpp, quantised or not; if it is split, the first file
         export.py Qwen3-0.6B-Q8_0.gguf -o qwen3.bin

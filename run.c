@@ -680,7 +680,7 @@ static uint32_t sample(Sampler *s, const float *logits, size_t n) {
 typedef struct Options Options;     // the command line, section 8
 typedef struct Tokenizer Tokenizer; // section 5
 typedef struct Chat Chat;           // the turns of a conversation, section 6
-typedef struct Printer Printer;     // the state of standard output, section 9
+typedef struct Printer Printer;     // the state of standard output, section 6
 
 // The text that the model has read and written.
 typedef struct {
@@ -816,7 +816,7 @@ static void generate(Session *s) {
 // has prepared it so that it can be used as it is: read into memory, checked once, and searched by bisection.
 
 // The language model is complete. The rest of the program also needs these system headers, and these functions of
-// sections 7, 9, 10 and 12.
+// sections 10 and 12.
 
 #include <errno.h>
 #include <fcntl.h>
@@ -1040,7 +1040,7 @@ static void check_tokenizer_header(const char *path, const TokenizerHeader *h) {
     check(path, "n_by_text", h->n_by_text, 0, h->vocab_size);
     check(path, "n_merges", h->n_merges, 0, 1 << 24);
     check(path, "n_dfas", h->n_dfas, 0, MAX_DFAS);
-    uint32_t any_dfa = h->n_dfas > 0, any_class = h->n_classes > 0; // 0: the arrays have to be empty
+    uint32_t any_dfa = h->n_dfas > 0, any_class = h->n_classes > 0; // 0 or 1, so that the bounds below need no branches
     check(path, "n_classes", h->n_classes, 2 * any_dfa, 256);
     check(path, "n_states", h->n_states, h->n_dfas + any_dfa, 1 << 20);
     check(path, "n_class_blocks", h->n_class_blocks, any_class, N_PAGES * any_class);
@@ -1074,16 +1074,15 @@ static void check_tokenizer(const Tokenizer *t) {
         check(path, "a sorted token", t->by_text[i], 0, last_id);
         uint32_t type = t->pieces[t->by_text[i]].type;
         expect(type == NORMAL || type == USER_DEFINED || type == LATE_USER_DEFINED,
-               "%s: expected tokens of text to be sorted, found type %u", path, type);
+               "%s: expected only sorted tokens of types 1, 4 and 7, found type %u", path, type);
         expect(i == 0 || compare(piece_text(t, t->by_text[i - 1]), piece_text(t, t->by_text[i])) < 0,
-               "%s: expected tokens sorted by their bytes, found token %u too late", path, t->by_text[i]);
+               "%s: expected tokens sorted by their bytes, found token %u after a larger one", path, t->by_text[i]);
     }
     for (size_t i = 0; i < h->n_merges; i++) {
         const Merge *merge = &t->merges[i];
         check(path, "a merge", (double)max(max(merge->left, merge->right), merge->merged), 0, last_id);
         check(path, "a merge's rank", merge->rank, 0, 1 << 24); // a float is exact up to there, see push_pair
-        expect(i == 0 || compare_merges(merge - 1, merge) < 0, "%s: expected sorted merges, found merge %zu too late",
-               path, i);
+        expect(i == 0 || compare_merges(merge - 1, merge) < 0, "%s: merge %zu is out of order", path, i);
     }
     for (size_t i = 0; i < (size_t)h->n_states * h->n_classes; i++)
         check(path, "a transition", t->transitions[i], 0, 2 * (double)h->n_states - 1);
@@ -1187,7 +1186,6 @@ static Span from(Span text, size_t at) {
 // With REMOVE_EXTRA_SPACES, removes extra spaces. The result has room for a byte in front, for a space.
 static Span normalise(Tokenizer *t, Span text) {
     bool sentencepiece = t->h.kind == SENTENCEPIECE_BPE, remove = t->h.flags & REMOVE_EXTRA_SPACES;
-    t->normalised.n = 0;
     reserve(&t->normalised, text.n + 1);
     unsigned char *start = t->normalised.data + 1, *end = start;
     for (size_t at = 0; at < text.n; at++) {
@@ -1196,9 +1194,8 @@ static Span normalise(Tokenizer *t, Span text) {
             *end = ' ';
             at += 2;
         }
-        if (remove && *end == ' ' && (end == start || end[-1] == ' '))
-            continue;
-        end++;
+        if (!remove || *end != ' ' || (end > start && end[-1] != ' '))
+            end++;
     }
     if (remove && end > start && end[-1] == ' ')
         end--;
@@ -1216,7 +1213,7 @@ static void split_symbols(Tokenizer *t, Span word) {
             id = find_piece(t, text);
         }
         at += text.n;
-        if (id != NONE || t->h.kind == SENTENCEPIECE_BPE) // byte-level: a byte without a token is left out
+        if (id != NONE || t->h.kind == SENTENCEPIECE_BPE) // byte-level: a byte with no token and no unk_id is left out
             push(&t->symbols, ((Symbol){text, id, n - 1, n + 1}));
     }
 }
@@ -1290,10 +1287,10 @@ static void encode_word(Tokenizer *t, Tokens *tokens, Span word) {
 // makes the automata from the regular expressions of the tokenizer.                                   (Thompson 1968)
 //
 // A search may read far beyond the word that it finds, and the next search starts right after that word. So the state
-// in which a search reaches each character is remembered. A search that reaches a character in the same state as the
-// one before it cannot find more than that one did, and stops. Without this, the pattern "[a-z]*!|[a-z]" would take
-// quadratic time. Patterns that count, such as "(aa)*!|a", still take quadratic time, because each search reaches a
-// character in another state than the one before it.                                                        (Reps 1998)
+// in which a search reaches each character is remembered. If a search reaches a character in the same state as the
+// search before, it cannot find more than that search did, and stops. Without this, the pattern "[a-z]*!|[a-z]" would
+// take quadratic time. Patterns that count, such as "(aa)*!|a", still take quadratic time, because each search reaches
+// a character in another state than the search before.                                                      (Reps 1998)
 static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
     uint32_t *states = t->states.data + (text.bytes - t->words);
     size_t word = 0, at = 0;
@@ -1317,7 +1314,7 @@ static size_t match_word(const Tokenizer *t, uint32_t state, Span text) {
 }
 
 // Cuts a text into words. The first automaton finds words; each of them, and the text between them, is cut further by
-// the next automaton. What the last one leaves is encoded.
+// the next automaton. The pieces that the last one makes are encoded.
 static void encode_words(Tokenizer *t, Tokens *tokens, Span text, uint32_t dfa) {
     if (text.n == 0)
         return;
@@ -1329,14 +1326,12 @@ static void encode_words(Tokenizer *t, Tokens *tokens, Span text, uint32_t dfa) 
     while (at < text.n) {
         uint32_t codepoint;
         size_t n = match_word(t, 1 + dfa, from(text, at));
-        if (n == 0) {
-            at += next_char(from(text, at), &codepoint);
-            continue;
+        if (n > 0) {
+            encode_words(t, tokens, (Span){text.bytes + start, at - start}, dfa + 1);
+            encode_words(t, tokens, (Span){text.bytes + at, n}, dfa + 1);
+            start = at + n;
         }
-        encode_words(t, tokens, (Span){text.bytes + start, at - start}, dfa + 1);
-        encode_words(t, tokens, (Span){text.bytes + at, n}, dfa + 1);
-        at += n;
-        start = at;
+        at += max(n, next_char(from(text, at), &codepoint));
     }
     encode_words(t, tokens, from(text, start), dfa + 1);
 }
@@ -1390,12 +1385,11 @@ static void encode_between(Tokenizer *t, Tokens *tokens, Span text, uint32_t typ
     if (!late)
         text = normalise(t, text);
     if (t->prefix && late == prefix_late && text.n && !(late && *text.bytes == ' ')) {
-        text = (Span){text.bytes - 1, text.n + 1}; // normalise has left room
+        text = (Span){text.bytes - 1, text.n + 1}; // into the room that normalise left, or over an encoded byte
         *(unsigned char *)text.bytes = ' ';
     }
     if (late) {
         t->words = text.bytes;
-        t->states.n = 0;
         reserve(&t->states, text.n + 1);
         memset(t->states.data, 0, (text.n + 1) * sizeof *t->states.data);
         encode_words(t, tokens, text, 0);
@@ -1444,7 +1438,7 @@ static bool is_stop(const Tokenizer *t, uint32_t token) {
 // before and after what the user and the model say. The model reads the whole conversation so far in this format, and
 // its continuation is the answer. The part of the conversation that is in the KV cache already is not computed again.
 
-// The limits of --draft, because each guess takes memory for its logits, and of -j.
+// The limits of --draft (each guess takes memory for its logits) and of -j.
 enum { MAX_DRAFT = 15, MAX_THREADS = 1024 };
 
 // The values of the flags; section 8 describes them.
@@ -1504,8 +1498,8 @@ static void append_template(Session *s, size_t which) {
     }
 }
 
-// Each role has two bits of template_flags: the template trims such a text on the left (bit 2 + 2 * role), and on the
-// right (bit 3 + 2 * role).
+// Each role has two bits of template_flags. They say whether the template trims a text of this role on the left (bit
+// 2 + 2 * role) and on the right (bit 3 + 2 * role).
 typedef enum { SYSTEM_TEXT, FIRST_USER_AFTER_SYSTEM, OTHER_USER, ANSWER } Role;
 
 static Span trimmed(const Session *s, Span text, Role role) {
@@ -1518,7 +1512,7 @@ static Span trimmed(const Session *s, Span text, Role role) {
 }
 
 // Appends an earlier answer. If the template drops the model's thought, up to the last END_OF_THOUGHT, or trims the
-// answer, appends what is left as text. After a thought, TRIM_NEWLINES and TRIM_SPACES say which characters go, too.
+// answer, appends what is left as text. TRIM_NEWLINES and TRIM_SPACES say which characters after a thought go with it.
 // Otherwise, appends the tokens as they were sampled.
 static void append_answer(Session *s, Tokens answer) {
     const Tokenizer *t = s->tokenizer;
@@ -1651,14 +1645,14 @@ static void chat_turn(Session *s, Span message) {
         s->printer->skip_space = true; // space in front of an answer belongs to the template
         generate_reply(s, s->options->steps);
         keep_reply(s);
-    } else { // leaves the message out; its line ends as after an answer
+    } else { // the message is left out; its line ends as after an answer
         fputs(s->options->json ? "" : "\n", stdout);
         free(turn.user.data);
         chat->turns.n--;
     }
 }
 
-// Ctrl-C sets this. A signal handler can only reach global variables.
+// Ctrl-C sets this to 1. A signal handler can only reach global variables.
 static volatile sig_atomic_t interrupts;
 
 static bool interrupted(void) { return interrupts; }
@@ -1715,8 +1709,7 @@ static Span read_prompt(Session *s) {
         expect(text->n <= MAX_TEXT, "the prompt: expected at most %d bytes, found more", MAX_TEXT);
     }
     expect(!ferror(file), "%s: cannot read the prompt: %s", o->prompt_file, strerror(errno));
-    if (file != stdin)
-        fclose(file);
+    fclose(file);
     share_text(text, true);
     return (Span){text->data, text->n};
 }
@@ -1751,7 +1744,7 @@ static bool read_message(Chat *chat) {
         interrupts = 0;
 
         // remove the line ending; a backslash before it becomes a newline
-        if (chat->terminal && n > 0 && line[n - 1] != '\n') // Ctrl-D ends a line, too
+        if (chat->terminal && line[n - 1] != '\n') // Ctrl-D ends a line, too
             fputc('\n', stderr);
         while (message->n > start && (message->data[message->n - 1] == '\n' || message->data[message->n - 1] == '\r'))
             message->n--;
@@ -1846,7 +1839,7 @@ static void print_quoted(Span text, Style style) {
     putchar('"');
 }
 
-// Background for --probs: of the 256 colours of a terminal, some that can be read on black and on white, and the least
+// The colours of --probs: of the 256 colours of a terminal, some that can be read on black and on white, and the least
 // probability of each.
 static const struct {
     double least;
@@ -2086,12 +2079,6 @@ static void encode_text(Session *s) {
     encode(s->tokenizer, &s->context.tokens, read_prompt(s));
 }
 
-// Replaces the first token of a window on a text by bos, if the tokenizer begins texts with it.
-static void begin_with_bos(const Tokenizer *t, uint32_t *tokens) {
-    if (t->h.flags & ADD_BOS)
-        tokens[0] = (uint32_t)t->h.bos_id;
-}
-
 // Prints a result: a line, or in JSON, `separator` and then `"key": value`.
 static void print_result(bool json, const char *separator, const char *key, const char *format, double value) {
     if (json)
@@ -2132,7 +2119,8 @@ static void next(Session *s) {
     if (n < all) {
         memmove(tokens->data, tokens->data + all - n, n * sizeof *tokens->data);
         tokens->n = n;
-        begin_with_bos(s->tokenizer, tokens->data);
+        if (s->tokenizer->h.flags & ADD_BOS)
+            tokens->data[0] = (uint32_t)s->tokenizer->h.bos_id;
         fprintf(stderr, "run: the prompt has %zu tokens; the context holds only the last %zu\n", all, n);
     }
     start_model(s, n, 1);
@@ -2203,15 +2191,15 @@ static void perplexity(Session *s) {
     size_t all = s->context.tokens.n;
     context = min(context, all);
     expect(context >= 2, "the text is too short: expected at least 2 tokens, bos included, found %zu", context);
-    stride = min(stride ? stride : context - 1, context);
+    stride = stride ? stride : context - 1;
     start_model(s, context, SCORED_AT_ONCE);
     double *nll = allocate(context, sizeof *nll, "the scores of a window");
     double sum = 0, squares = 0, count = 0, bytes = 0, start = seconds();
     size_t scored = 1; // the tokens before this one have been scored; nothing precedes the first
     for (size_t at = 0; scored < all; at += stride) {
         size_t n = min(context, all - at);
-        if (!o->stride)
-            begin_with_bos(s->tokenizer, tokens + at);
+        if (!o->stride && s->tokenizer->h.flags & ADD_BOS)
+            tokens[at] = (uint32_t)s->tokenizer->h.bos_id;
         size_t first = max(scored, at + 1) - at;
         window_nll(s, nll, tokens + at, n, first);
         for (size_t i = first; i < n; i++) {
@@ -2260,9 +2248,8 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
         context = min(context, 4096);
     size_t prefill = o->prefill ? o->prefill : min(512, context);
     size_t decode = o->decode ? o->decode : min(64, context);
-    expect_usage(max(prefill, decode) <= context,
-                 "--prefill, --decode: expected at most the context of %zu tokens, found %zu", context,
-                 max(prefill, decode));
+    expect_usage(max(prefill, decode) <= context, "--prefill, --decode: expected at most %zu, the context, found %zu",
+                 context, max(prefill, decode));
     size_t tail = context - decode;
     s->context.max_tokens = context;
     start_model(s, context, 1);
@@ -2276,8 +2263,8 @@ static void prepare_bench(Session *s, Work works[N_WORKS]) {
 
     // A product with n weights takes 2n operations per token. Attention computes the dot products of each query with
     // the keys of the positions so far, (T + 1) / 2 on average, and the weighted sum of their values. The classifier
-    // has as many weights as the embedding, and runs once per prompt. Decode reads all weights, but of an embedding
-    // that is not tied only a row.
+    // has as many weights as the embedding, and runs once per prompt. Decode reads all weights, but only a row of an
+    // embedding that is not tied.
     double T = (double)prefill, layers = m->h.n_layers, embedding = (double)m->embedding.rows * m->h.dim;
     double flops = 2 * layers * ((double)layer_params(m) + (double)m->q_dim * (T + 1)) + 2 * embedding / T;
     double weights = (double)m->file.size - (m->h.flags & TIED ? 0 : 2 * embedding);
@@ -2362,7 +2349,7 @@ static const Mode *find_mode(const char *name) {
 typedef struct {
     const char *flag;
     enum { TEXT, NUMBER, INTEGER, SWITCH } kind;
-    void *target; // const char *, float, uint64_t, bool
+    void *target; // by kind: const char **, float *, uint64_t *, bool *
     long long min, max;
     const char *value, *help;
 } Option;
@@ -2387,7 +2374,7 @@ static void set_option(const Option *option, const char *text) {
 
 #define NEXT_LINE "\n                 " // in the description of a flag
 
-// Reads the command line. The table also is the text of --help; a flag that is "" is a heading there.
+// Reads the command line. The table is also the text of --help; a flag that is "" is a heading there.
 static Options parse_options(int argc, char **argv) {
     Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .steps = UINT64_MAX, .repeat = 5};
     o.seed = (uint64_t)(seconds() * 1e6);
@@ -2413,14 +2400,12 @@ static Options parse_options(int argc, char **argv) {
         {"-p", NUMBER, &o.top_p, 0, 1, "P", "top-p (default 0.9; 1: off)"},
         {"-k", INTEGER, &o.top_k, 0, INT32_MAX, "K", "top-k (default 0: off); next: tokens shown (default 10)"},
         {"-s", INTEGER, &o.seed, 0, INT64_MAX, "SEED", "random seed (default: time); same seed, same text"},
-        {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N",
-         "speculate up to N tokens per step, output unchanged (default 0)"},
+        {"--draft", INTEGER, &o.draft, 0, MAX_DRAFT, "N", "guess up to N tokens per step; same output (default 0)"},
         {"", SWITCH, NULL, 0, 0, "", "Output"},
         {"--probs", SWITCH, &o.probs, 0, 0, "", "colour tokens by probability; --json: list top K (default 5)"},
         {"--json", SWITCH, &o.json, 0, 0, "", "JSON: an object per token, or one for the result"},
         {"", SWITCH, NULL, 0, 0, "", "Measuring"},
-        {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N",
-         "perplexity: start windows N tokens apart (default: context - 1)"},
+        {"--stride", INTEGER, &o.stride, 1, INT32_MAX, "N", "perplexity: distance of windows (default: context - 1)"},
         {"--prefill", INTEGER, &o.prefill, 1, INT32_MAX, "N", "bench: tokens of the prompt (default 512)"},
         {"--decode", INTEGER, &o.decode, 1, INT32_MAX, "N", "bench: tokens to generate (default 64)"},
         {"--repeat", INTEGER, &o.repeat, 1, MAX_REPEAT, "N", "bench: repetitions (default 5)"},
@@ -2431,7 +2416,7 @@ static Options parse_options(int argc, char **argv) {
     const Option *end = options + sizeof options / sizeof *options;
     for (int i = 1; i < argc; i++) {
         const Option *option = options;
-        while (option < end && (!*option->flag || strcmp(argv[i], option->flag)))
+        while (option < end && strcmp(argv[i], option->flag))
             option++;
         if (*argv[i] != '-') {
             expect_usage(!o.model, "expected one MODEL, found '%s' and '%s'", o.model, argv[i]);
@@ -2449,7 +2434,7 @@ static Options parse_options(int argc, char **argv) {
     if (help) {
         puts("usage: run [MODEL] [options]   MODEL: weights file (default " DEFAULT_MODEL ")");
         for (const Option *option = options; option < end; option++)
-            if (option->help && !*option->flag)
+            if (!*option->flag)
                 puts(option->help);
             else if (option->help)
                 printf("  %s %-*s %s\n", option->flag, 13 - (int)strlen(option->flag), option->value, option->help);
@@ -2498,9 +2483,8 @@ static const char *tokenizer_path(const Options *o) {
         if (!access(path, F_OK))
             return path;
     }
-    die(EXIT_ERROR,
-        "%s: no tokenizer file: expected %.*s.tokenizer.bin, or tokenizer.bin beside it or here, or -z FILE", o->model,
-        stem(o->model), o->model);
+    die(EXIT_ERROR, "%s: no tokenizer file: expected %.*s.tokenizer.bin, tokenizer.bin beside it or here, or -z FILE",
+        o->model, stem(o->model), o->model);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2543,7 +2527,7 @@ static void *grow(void *data, size_t *capacity, size_t n, size_t size) {
     return data;
 }
 
-// An entry that comes before another in a heap.
+// Whether a comes before b in a heap.
 static bool heap_before(HeapEntry a, HeapEntry b) { return a.key > b.key || (a.key == b.key && a.index < b.index); }
 
 // A binary heap: the children of entry i are 2i + 1 and 2i + 2, and come after it.
@@ -2626,8 +2610,7 @@ static File map_file(const char *path, const char *magic, size_t min_size, const
     size_t size = (size_t)st.st_size;
     char start[16] = {0};
     (void)!pread(fd, start, 15, 0);
-    expect(strcmp(start, "version https:/"),
-           "%s: expected %s, found a Git LFS pointer (git lfs pull gets the file itself)", path, what);
+    expect(strcmp(start, "version https:/"), "%s: expected %s, found a Git LFS pointer: run git lfs pull", path, what);
     expect(*start != '<', "%s: expected %s, found a web page (the download failed)", path, what);
     expect(size >= min_size, "%s: expected %s of at least %zu bytes, found %zu", path, what, min_size, size);
     File f = {path, mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0), size, fd};
@@ -2757,8 +2740,7 @@ __attribute__((constructor)) static void check_cpu(void) {
         missing = "AVX2";
 #endif
     if (missing) {
-        fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU does not have: make portable\n",
-                missing);
+        fprintf(stderr, "run: this program was built for CPUs with %s, which this CPU lacks: make portable\n", missing);
         _exit(EXIT_ERROR);
     }
 }
@@ -2781,7 +2763,7 @@ __attribute__((format(printf, 3, 4))) static void read_numbers(double *a, double
 
 // Hyper-threads of a core share its arithmetic and its path to memory, so one thread per core is best.
 static size_t physical_cores(void) {
-    cpu_set_t allowed, cores; // a core is known by the number of its first hyper-thread
+    cpu_set_t allowed, cores; // a core is represented by its first hyper-thread
     CPU_ZERO(&cores);
     if (sched_getaffinity(0, sizeof allowed, &allowed))
         return 1;
@@ -2999,7 +2981,7 @@ static Dtype choose_xb_type(uint32_t weights) {
     // Linux gives the tile registers only to programs that ask for them.
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
     expect(syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0,
-           "the system does not allow AMX: %s; without: make ARCH='-march=native -mno-amx-bf16'", strerror(errno));
+           "the system does not allow AMX: %s; without it: make ARCH='-march=native -mno-amx-bf16'", strerror(errno));
     return BF16_AMX;
 #endif
     return BF16;
@@ -3076,13 +3058,12 @@ static double kv_cache_bytes(const Model *m, size_t context) {
 }
 
 // Another program that occupies a core slows down all threads: at the end of each loop, they wait for the thread that
-// has lost its core. Then fewer threads are faster, even a single one. So a smaller team is tried when a pass of one or
-// a few tokens takes longer than usual, and a larger one every quarter of a second. The fastest is kept. The size of
-// the team does not change the results. A prompt always uses all threads: its loops are so long that one wait costs
-// little.
+// has lost its core. Then fewer threads are faster, even a single one. So a smaller team is tried when a pass of one
+// token takes longer than usual, and a larger one every quarter of a second. The fastest is kept. The size of the team
+// does not change the results. A larger batch always uses all threads: its loops are so long that one wait costs little.
 struct Team {
-    size_t all, size; // the threads for a prompt, and for a few tokens
-    // In seconds: how long a pass of a few tokens takes with each size, 0: not known; when a larger team is tried again.
+    size_t all, size; // the threads for a larger batch, and for a few tokens
+    // in seconds: how long a pass of one token takes with each size, 0: not known; when a larger team is tried
     double times[MAX_THREADS + 1], next_try;
 };
 
@@ -3131,7 +3112,7 @@ static void adapt_team(struct Team *team, double took) {
     *time = (*time + took) / 2;
     times[smaller] *= 0.998; // after some hundred tokens it is tried again: another program may have ended meanwhile
     bool go_smaller = too_long || (times[smaller] > 0 && times[smaller] < 0.9 * *time);
-    if (go_smaller || times[larger] < *time || now > team->next_try) {
+    if (go_smaller || times[larger] < *time || now > team->next_try) { // an unknown time is 0, so it is tried at once
         team->size = go_smaller ? smaller : larger;
         team->next_try = now + 0.25;
     }
@@ -3148,7 +3129,7 @@ static void forward_parallel(const Model *m, RunState *s, const uint32_t *tokens
     else
 #pragma omp parallel num_threads((int)s->threads)
         forward(m, s, tokens, T, pos, n_logits);
-    if (s->adapt_threads && T <= 1 + MAX_DRAFT)
+    if (s->adapt_threads && T == 1)
         adapt_team(s->team, seconds() - start);
     check_finite(m, s->logits, n_logits, pos + T - n_logits);
 }
@@ -3175,7 +3156,7 @@ static float cached_v(const Model *m, const RunState *s, size_t layer, size_t g,
     return load_number(s->v, s->kv_type, v_index(m, s, layer, g, pos, i));
 }
 
-// ---- Vectors of any length, in the language of gcc and clang
+// ---- Vectors of any length, with the vector extensions of gcc and clang
 
 typedef uint32_t vec_u32 __attribute__((vector_size(4 * W)));
 typedef float float4 __attribute__((vector_size(16)));
@@ -3230,7 +3211,7 @@ INLINE void store_sums4(float *out, vec a, vec b, vec c, vec d, Update update) {
 // The cache lines that are prefetched while the micro-kernel works.
 typedef struct {
     const char *next, *end;
-    size_t lines; // at each step
+    size_t lines; // at each step of the micro-kernel; for a large batch, before each group of rows
 } Prefetch;
 
 INLINE void prefetch_line(Prefetch *p) {
@@ -3250,7 +3231,7 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     const size_t n = group == 1 ? chains : 1;                   // chains at a time
-    const size_t most_lines = MR * step * size_of(w_type) / 64; // of memory in a vector from each row
+    const size_t most_lines = MR * step * size_of(w_type) / 64; // that a step reads: a constant limit
     vec sums[NR][MR], chain[NR][MR][CHAINS];
     for (size_t first = 0; first < chains; first += n) {
         for (size_t t = 0; t < group; t++)
@@ -3322,12 +3303,11 @@ INLINE void gemm_blocked(float *out, size_t stride, Tensor w, Dtype w_type, Tens
                 for (size_t t = first, tokens; t < end; t += tokens) {
                     tokens = min(NR, end - t);
                     Tensor rows = slice(w, r, MR, c, n), part = slice(x, t, tokens, c, n);
+                    float *at = out + t * stride + r;
                     if (tokens > FEW)
-                        micro_kernel(out + t * stride + r, stride, rows, w_type, MR, 1, part, x_type, NR, tokens, how,
-                                     ahead);
+                        micro_kernel(at, stride, rows, w_type, MR, 1, part, x_type, NR, tokens, how, ahead);
                     else
-                        micro_kernel(out + t * stride + r, stride, rows, w_type, MR, 1, part, x_type, FEW, tokens, how,
-                                     ahead);
+                        micro_kernel(at, stride, rows, w_type, MR, 1, part, x_type, FEW, tokens, how, ahead);
                 }
             }
     }
@@ -3556,9 +3536,9 @@ INLINE void weighted_sum_typed(float *y, size_t y_stride, const float *a, size_t
 }
 
 // The weighted sums of rows that attention_block computes, for 1 or Q_TILE queries. May read up to a vector past the
-// end of x.
-static void weighted_sum(float *y, size_t y_stride, const float *a, size_t a_stride, size_t queries, const uint16_t *x,
-                         bool pairs, size_t m, size_t n) {
+// end of x. Inlined into forward, as gcc would do, its loop lacks registers: prefill of 4,096 was 4 % slower.
+__attribute__((noinline)) static void weighted_sum(float *y, size_t y_stride, const float *a, size_t a_stride,
+                                                   size_t queries, const uint16_t *x, bool pairs, size_t m, size_t n) {
     if (pairs)
         weighted_sum_typed(y, y_stride, a, a_stride, queries, x, true, m, n);
     else
@@ -3600,14 +3580,12 @@ static void attention_block(const Model *m, RunState *s, Tensor result, size_t l
     const bool pairs = P == 2; // then queries and weights are rounded to bf16, too
     const float scale = 1.0f / sqrtf((float)d);
     float *q = thread_scratch(s), *out = q + count * d; // (count, d) each: queries and output accumulators
-    size_t kv_len[Q_BLOCK];                             // the positions that each query may look at
     float largest[Q_BLOCK], sum[Q_BLOCK];
     memset(out, 0, count * d * sizeof *out);
     for (size_t i = 0; i < count; i++) {
         size_t t = (first + i) / group, head = g * group + (first + i) % group;
         const float *query = s->qkv + t * (m->q_dim + 2 * m->kv_dim) + head * d;
         convert_f32(q + i * d, pairs ? BF16 : F32, query, d);
-        kv_len[i] = pos + t + 1;
         largest[i] = -INFINITY;
         sum[i] = 0;
     }
@@ -3623,7 +3601,8 @@ static void attention_block(const Model *m, RunState *s, Tensor result, size_t l
             weighted_sum(scores[0], KV_BLOCK, q + i * d, d, queries, s->k + block, pairs, d / P, KV_BLOCK);
             size_t n_visible = 0; // grows from query to query, so that the last one's counts for all
             for (size_t j = 0; j < queries; j++) {
-                n_visible = kv_len[i + j] > start ? min(KV_BLOCK, kv_len[i + j] - start) : 0;
+                size_t kv_len = pos + (first + i + j) / group + 1; // the positions that this query may look at
+                n_visible = min(KV_BLOCK, max(kv_len, start) - start);
                 float rescale = online_softmax(scores[j], n_visible, scale, &largest[i + j], &sum[i + j]);
                 for (size_t c = 0; c < d && rescale != 1; c++)
                     out[(i + j) * d + c] *= rescale;
@@ -3732,7 +3711,7 @@ static void page_weights(Paging *p, Tensor w) {
     if (!p)
         return;
     size_t start = (size_t)((unsigned char *)w.data - p->m->file.bytes), size = w.rows * w.cols * sizeof(uint16_t);
-    if (start < p->at) { // another pass begins; in a tied model, with the classifier
+    if (start < p->at) { // another pass begins: in a tied model with the classifier, as it is the embedding
         while (p->n_used < p->n_checked)
             evict(p, p->n_used++);
         struct rusage usage;
@@ -3784,7 +3763,7 @@ static void expect_same(const char *what, const void *data, size_t size) {
             hash = hash * 31 + ((const unsigned char *)data)[i];
     uint64_t first = hash;
     share(&first, sizeof first);
-    expect(hash == first, "expected the same %s as process 0, found a different one", what);
+    expect(hash == first, "%s: expected the same as in process 0, found a difference", what);
 }
 
 #ifdef MPI

@@ -129,7 +129,7 @@ def refused(
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor: expected 1.0, found 0.5"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
-        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "expected that of llama"]),
+        ({"architectures": ["MistralForCausalLM"]}, ["found ['MistralForCausalLM']", "expected LlamaForCausalLM"]),
         ({"model_type": "qwen2", "architectures": None}, ["q_proj.bias"]),
         ({"model_type": "qwen3", "architectures": None}, ["q_norm"]),
         ({"rope_theta": 5.0}, ["is given twice", "rope_theta", "5.0"]),
@@ -137,7 +137,7 @@ def refused(
         ({"rope_parameters": {"rope_type": "linear"}}, ["factor is missing"]),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, ["low_freq_factor is missing"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
-        ({"rope_parameters": {"rope_type": 3}}, ["rope_type", "expected a text"]),
+        ({"rope_parameters": {"rope_type": 3}}, ["rope_type", "expected a string"]),
         ({"rope_parameters": [1]}, ["rope_parameters", "expected an object"]),
         ({"layer_types": ["chunked_attention"] * 3}, ["chunked_attention"]),
         (
@@ -200,7 +200,13 @@ def test_other_architectures_are_refused_by_name(bad: Path, refused: Refused, fa
 def test_not_a_json_object(bad: Path, refused: Refused, name: str, text: str) -> None:
     (bad / name).write_text(text, "latin-1")
     line = refused((bad / name).parent, bad / name)
-    assert "not JSON" in line or "expected a JSON object" in line
+    assert "expected JSON, found" in line or "expected a JSON object" in line
+
+
+def test_a_pointer_instead_of_settings(bad: Path, refused: Refused) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (bad / "hf" / "config.json").write_text(pointer)
+    refused(bad / "hf", bad / "hf" / "config.json", "expected JSON, found a Git LFS pointer")
 
 
 def test_directories_without_a_model(bad: Path, refused: Refused) -> None:
@@ -483,11 +489,11 @@ def test_meta_shards_that_do_not_fit(tmp_path: Path, refused: Refused) -> None:
     first.write_bytes(data)
     state = torch.load(second)
     torch.save({key: value for key, value in state.items() if key != "norm.weight"}, second)
-    refused(folder, second, "expected the tensors of consolidated.00.pth, but only one of both has norm.weight")
+    refused(folder, second, "the tensor norm.weight is only in one of consolidated.00.pth and this file")
     torch.save(state | {"output.weight": state["output.weight"][:-1]}, second)
-    refused(folder, second, "output.weight: expected the shape and type of consolidated.00.pth")
+    refused(folder, second, "output.weight: expected the same shape and type as in consolidated.00.pth")
     torch.save(state | {"output.weight": state["output.weight"].float()}, second)
-    refused(folder, second, "output.weight: expected the shape and type of consolidated.00.pth")
+    refused(folder, second, "output.weight: expected the same shape and type as in consolidated.00.pth")
     torch.save(state | {"output.bias": state["norm.weight"]}, first)
     torch.save(state | {"output.bias": state["norm.weight"]}, second)
     refused(folder, first, "the tensor output.bias is not supported")

@@ -461,9 +461,9 @@ def test_the_order_of_texts(victim: Victim) -> None:
     n = len(ids)
     for i in (0, 1, n // 2, n - 2):
         swapped = spoil(v, "by_text", (i, ids[i + 1]), (i + 1, ids[i]))
-        victim.bad_tokenizer(swapped, "sorted by their bytes", f"token {ids[i]} too late")
+        victim.bad_tokenizer(swapped, "sorted by their bytes", f"token {ids[i]} after a larger one")
         twice = spoil(v, "by_text", (i + 1, ids[i]))
-        victim.bad_tokenizer(twice, "sorted by their bytes", f"token {ids[i]} too late")
+        victim.bad_tokenizer(twice, "sorted by their bytes", f"token {ids[i]} after a larger one")
     for i in (0, n - 1):
         for id in (len(v), 0x7FFFFFFF, HUGE):
             data = spoil(v, "by_text", (i, id))
@@ -641,9 +641,9 @@ def test_the_order_of_merges(byte_level: ByteLevelVictim) -> None:
     rows = [v.arrays()["merges"][16 * i : 16 * i + 16] for i in range(6)]
     for i in range(5):
         swapped = [*rows[:i], rows[i + 1], rows[i], *rows[i + 2 :]]
-        byte_level.bad(v.to_bytes(merges=b"".join(swapped)), "expected sorted merges", f"merge {i + 1} too late")
+        byte_level.bad(v.to_bytes(merges=b"".join(swapped)), f"merge {i + 1} is out of order")
         twice = [*rows[: i + 1], rows[i], *rows[i + 2 :]]
-        byte_level.bad(v.to_bytes(merges=b"".join(twice)), "expected sorted merges", f"merge {i + 1} too late")
+        byte_level.bad(v.to_bytes(merges=b"".join(twice)), f"merge {i + 1} is out of order")
 
 
 def test_bad_classes_of_characters(byte_level: ByteLevelVictim) -> None:

@@ -194,3 +194,15 @@ def test_the_output_is_a_link_to_itself(tmp_path: Path, run: Any) -> None:
     status, said = run(tmp_path / "out.bin")
     assert status in (0, 1) and said.count("\n") == 1
     assert not [name for name in os.listdir(tmp_path) if ".tmp-" in name]
+
+
+def test_an_input_that_is_gone_while_the_output_is_written(folder: Path) -> None:
+    """The message names the input, and the old files stay."""
+    old = contents(folder)
+    model, tokenizer = models()[1]
+    name, tensor = list(model.tensors.items())[-1]
+    model.tensors[name] = tensor._replace(rows=lambda start, stop: np.fromfile(folder / "gone.safetensors"))
+    with pytest.raises(export.ExportError) as found, export.naming("the model"):
+        export.write_model(folder / "out.bin", model, tokenizer)
+    assert str(found.value) == f"{folder / 'gone.safetensors'}: No such file or directory"
+    assert contents(folder) == old and len(os.listdir(folder)) == 2

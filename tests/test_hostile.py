@@ -129,12 +129,12 @@ HOSTILE_TEMPLATES = {
     "surrogate": ("\ud800" + CHATML, "UnicodeEncodeError"),
     "surrogate that is made": ('{{ "\\ud800" }}' + CHATML, "UnicodeEncodeError"),
     "surrogate in an expression": ('{{ "\ud800" }}' + CHATML, "UnicodeEncodeError"),
-    "list": ("{{ [1] * 10**9 }}", "cannot be read within"),
-    "text": ("{{ 'x' * 10**10 }}", "cannot be read within"),
-    "width": ("{{ '%1000000000d' % 1 }}", "cannot be read within"),
-    "center": ("{{ 'x' | center(10**10) }}", "cannot be read within"),
+    "list": ("{{ [1] * 10**9 }}", "to read (--no-limits"),
+    "text": ("{{ 'x' * 10**10 }}", "to read (--no-limits"),
+    "width": ("{{ '%1000000000d' % 1 }}", "to read (--no-limits"),
+    "center": ("{{ 'x' | center(10**10) }}", "to read (--no-limits"),
     "range": ("{{ range(10**9) | list }}", "OverflowError"),
-    "indent": ("{{ messages | tojson(indent=10**10) }}", "cannot be read within"),
+    "indent": ("{{ messages | tojson(indent=10**10) }}", "to read (--no-limits"),
     "parentheses": ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", ""),
     "brackets": ("{{" + "[" * 5000 + "1" + "]" * 5000 + "}}", ""),
     "blocks": ("{% if 1 %}" * 5000 + "{% endif %}" * 5000, ""),
@@ -239,10 +239,10 @@ def with_pattern(folder: Path, pattern: str) -> Path:
 @pytest.mark.parametrize(
     ("pattern", "word"),
     [
-        ("(((a{100}){100}){100}){100}", "unknown pattern"),
+        ("(((a{100}){100}){100}){100}", "pattern of the pre-tokenizer is not supported"),
         ("((((((){100}){100}){100}){100}){100}){100}", ""),
         ("(?:a?){100}" * 50 + "a", ""),
-        ("(" * 5000 + "a" + ")" * 5000, "unknown pattern"),
+        ("(" * 5000 + "a" + ")" * 5000, "pattern of the pre-tokenizer is not supported"),
         ("(?:" * 90 + "a*" + ")*" * 90, ""),
         (r"\p{Foo}", "Foo"),
         (r"[\p{L}\p{Foo}]+", "Foo"),
@@ -250,7 +250,7 @@ def with_pattern(folder: Path, pattern: str) -> Path:
         ("|".join(chr(c) for c in range(0x4E00, 0x4E00 + 5000)), ""),
         ("[a-z]*" * 2000, ""),
         ("(?:.|a){100}" * 20, ""),
-        ("a{99999999999}", "unknown pattern"),
+        ("a{99999999999}", "pattern of the pre-tokenizer is not supported"),
         ("\ud800", ""),
     ],
     ids=range(13),
@@ -369,8 +369,8 @@ def test_json_without_end(exports: Exports) -> None:
     path = folder / "config.json"
     for text, word in (
         ('{"a": [' + "{}," * 20_000_000 + "{}]}", BEYOND),
-        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
-        ('{"hidden_size": ' + "9" * 100_000 + "}", "not JSON"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "expected JSON"),
+        ('{"hidden_size": ' + "9" * 100_000 + "}", "expected JSON"),
     ):
         path.write_text(text)
         exports.refused(folder, word)

@@ -140,19 +140,19 @@ def test_others_are_refused(built: Path, models: Path, tmp_path: Path) -> None:
     args = ["f16.bin", "-n", "9"]
     same = [built, *args]
     found = mpirun("-n", 1, "-wdir", models, *same, ":", "-n", 1, "-wdir", models, built, *args[:-1], "8")
-    fails(found, 1, "process 1: expected the same flags as process 0, found a different one")
+    fails(found, 1, "process 1: flags: expected the same as in process 0, found a difference")
 
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     data = bytearray((models / "f16.bin").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "f16.bin").write_bytes(data)
     both = ["-n", 2, "-wdir", models, *same, ":", "-n", 1, "-wdir", tmp_path]
-    fails(mpirun(*both, *same), 1, "process 2: expected the same weights file as process 0, found a different one")
+    fails(mpirun(*both, *same), 1, "process 2: weights file: expected the same as in process 0, found a difference")
 
     shutil.copy(models / "f16.bin", tmp_path)
     vocabulary = (tmp_path / "f16.tokenizer.bin").read_bytes()
     (tmp_path / "f16.tokenizer.bin").write_bytes(fix(patch(vocabulary, flags=ADD_BOS)))
-    fails(mpirun(*both, *same), 1, "process 2: expected the same tokenizer file as process 0, found a different one")
+    fails(mpirun(*both, *same), 1, "process 2: tokenizer file: expected the same as in process 0, found a difference")
 
     for name in ("run.c", "Makefile"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -162,7 +162,7 @@ def test_others_are_refused(built: Path, models: Path, tmp_path: Path) -> None:
         fails(
             mpirun(*both, tmp_path / "run-mpi", *args),
             1,
-            "process 2: expected the same build as process 0, found a different one",
+            "process 2: build: expected the same as in process 0, found a difference",
         )
 
 

@@ -90,6 +90,22 @@ def test_files_of_other_names(tmp_path: Path, shards: Path) -> None:
     assert contents(tmp_path, shards) == expected
 
 
+@pytest.mark.parametrize("architectures", [[], ["LlamaModel"], None])
+def test_a_base_model(tmp_path: Path, architectures: list[str] | None) -> None:
+    """AutoModelForCausalLM goes by the model_type: tied, a base model is complete."""
+    model, _, _ = random_model("tied", "bf16")
+    half(model, "bf16").save_pretrained(tmp_path / "hf")
+    expected = contents(tmp_path, tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    values = json.loads(path.read_text())
+    assert values["tie_word_embeddings"] and values["model_type"] == "llama"
+    path.write_text(json.dumps(values | {"architectures": architectures}))
+    assert contents(tmp_path, tmp_path / "hf") == expected
+    path.write_text(json.dumps(values | {"architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(export.ExportError, match="expected LlamaForCausalLM, found"):
+        export.open_source(tmp_path / "hf")
+
+
 def test_an_adapter_is_given_as_the_model(tmp_path: Path) -> None:
     """ollama 9505, Chinese-Vicuna 13: its folder has no config.json."""
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -286,6 +286,11 @@ def test_tokenizer_model_beside_the_weights(
         ("theta", {"sliding_window": 100}, 100),
         ("theta", {"sliding_window": 512}, None),
         ("theta", {"sliding_window": None}, None),
+        (
+            "theta",
+            {"sliding_window": 100, "layer_types": ["full_attention"] * 3},
+            100,
+        ),  # which Mistral does not look at
         ("bias", {"use_sliding_window": False, "sliding_window": 100, "layer_types": None}, None),
         (
             "bias",
@@ -297,6 +302,11 @@ def test_tokenizer_model_beside_the_weights(
             {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1, "layer_types": None},
             100,
         ),
+        (
+            "bias",
+            {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": None, "layer_types": None},
+            None,
+        ),  # 28, if it is absent
         (
             "bias",
             {"use_sliding_window": True, "sliding_window": 100},
@@ -338,6 +348,17 @@ def test_the_window_that_mistral_has_if_none_is_said(tmp_path: Path, exported: R
     values.pop("sliding_window")
     path.write_text(json.dumps(values))
     window = transformers.MistralConfig.from_pretrained(tmp_path / "model").sliding_window
+    assert window and f"8192 to {window} positions" in exported(tmp_path / "model")
+
+
+def test_the_window_that_qwen_has_if_none_is_said(tmp_path: Path, exported: Run) -> None:
+    model, _, _ = random_model("bias", "bf16")
+    save_safetensors(half(model, "bf16"), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text()) | {"max_position_embeddings": 8192, "use_sliding_window": True}
+    values = {key: x for key, x in values.items() if key not in ("sliding_window", "layer_types")}
+    path.write_text(json.dumps(values | {"max_window_layers": 0}))
+    window = transformers.Qwen2Config.from_pretrained(tmp_path / "model").sliding_window
     assert window and f"8192 to {window} positions" in exported(tmp_path / "model")
 
 
@@ -403,6 +424,7 @@ def meta_folder(
         whole[name.removeprefix("model.")] = array
     for i in range(shards):
         part = {"rope.freqs": torch.ones(c.head_dim // 2)}
+        part["layers.0.attention.inner_attention.rope.freqs"] = part["rope.freqs"].clone()  # as in Llama 1
         for name, array in whole.items():
             axis = 1 if ".wo." in name or ".w2." in name else 0
             axis = embedding_axis if "tok_embeddings" in name else axis

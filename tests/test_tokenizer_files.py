@@ -174,9 +174,45 @@ def test_tiktoken(tmp_path: Path) -> None:
         b"<|eot_id|>",
         b"<|eom_id|>",
     }
+    # the names that Llama 3.1's tokenizer.json has
+    assert [made.tokens[n + i].text.decode() for i in (2, 3, 4, 5, 11)] == [
+        "<|reserved_special_token_0|>",
+        "<|reserved_special_token_1|>",
+        "<|finetune_right_pad_id|>",
+        "<|reserved_special_token_2|>",
+        "<|reserved_special_token_3|>",
+    ]
     path.write_bytes(path.read_bytes().replace(b" 7\n", b" 8\n"))
     with pytest.raises(export.ExportError, match="ranks"):
         export.read_tokenizer(path)
+
+
+def test_more_stop_tokens_than_a_file_holds(tmp_path: Path) -> None:
+    """The first of them, and what ends an answer, count."""
+    library = library_of(LLAMA3)
+    names = [f"<end{i}>" for i in range(9)]
+    library.add_special_tokens([*names, "<|im_start|>", "<|im_end|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    stops = [library.token_to_id(name) for name in names]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    found = export.read_tokenizer(tmp_path)
+    assert found.template and found.stop_ids == (*stops[:6], library.token_to_id("<|im_end|>"))
+
+
+def test_a_text_file_that_is_cut_within_a_character(tmp_path: Path) -> None:
+    """Its kind is told by 512 bytes, of which a message shows 40."""
+    for n in range(30, 42):
+        path = tmp_path / "chat_template.jinja"
+        path.write_text("x" * n + "\uff5c" * 200)
+        assert export.read_text(path) == "x" * n + "\uff5c" * 200
+
+
+def test_a_gguf_tokenizer_with_a_name_that_is_not_utf8() -> None:
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "a\udcff", "b"]
+    types = [2, 3, 3, *[6] * 256, 1, 1]
+    found = export.tokenizer_of_gguf(metadata("llama", names, token_type=types, scores=[0.0] * len(names)))
+    assert found.tokens[259].text == b"a\xff"
 
 
 # ---------------------------------------------------------------------------------------------------------
