@@ -3059,8 +3059,8 @@ static double kv_cache_bytes(const Model *m, size_t context) {
 
 // Another program that occupies a core slows down all threads: at the end of each loop, they wait for the thread that
 // has lost its core. Then fewer threads are faster, even a single one. So a smaller team is tried when a pass of one
-// token takes longer than usual, and a larger one every quarter of a second. The fastest is kept. The size of the team
-// does not change the results. A larger batch always uses all threads: its loops are so long that one wait costs little.
+// token takes longer than usual, and a larger one every quarter of a second. The fastest is kept. Results do not depend
+// on the size of the team. A larger batch always uses all threads: its loops are so long that one wait costs little.
 struct Team {
     size_t all, size; // the threads for a larger batch, and for a few tokens
     // in seconds: how long a pass of one token takes with each size, 0: not known; when a larger team is tried
