@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # checks of hostile tokenizers 54, plain loops 52; and `if` in place of 79 conditional expressions. In tokens of C,
 # run.c grew by 8 %. No block of 50 lines could go without a feature, a check or speed.
 RUN_LINES = 2953
-EXPORT_LINES = 2571
+EXPORT_LINES = 2577
 
 NOT_CODE = re.compile(r"\s*(//.*|/?\*.*)?")
 COMMENT_OR_LITERAL = re.compile(
