@@ -3059,12 +3059,13 @@ static double kv_cache_bytes(const Model *m, size_t context) {
 
 // Another program that occupies a core slows down all threads: at the end of each loop, they wait for the thread that
 // has lost its core. Then fewer threads are faster, even a single one. So a smaller team is tried when a pass of one
-// token takes longer than usual, and a larger one every quarter of a second. The fastest is kept. Results do not depend
-// on the size of the team. A larger batch always uses all threads: its loops are so long that one wait costs little.
+// token takes longer than usual, or has not been tried for long, and a larger one every quarter of a second. The
+// fastest is kept. Results do not depend on the size of the team. A larger batch always uses all threads: its loops are
+// so long that one wait costs little.
 struct Team {
-    size_t all, size; // the threads for a larger batch, and for a few tokens
-    // in seconds: how long a pass of one token takes with each size, 0: not known; when a larger team is tried
-    double times[MAX_THREADS + 1], next_try;
+    size_t all, size;              // the threads for a larger batch, and for a few tokens
+    double times[MAX_THREADS + 1]; // how long a pass of one token takes with each size, in seconds; 0: not known
+    double next_try;               // when a larger team is tried again
 };
 
 // Allocates the memory for `context` positions, and for the logits of up to n_logits tokens at a time.
@@ -3231,7 +3232,7 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
     const bool pairs = w_type == BF16 && x_type == BF16;
     const size_t step = pairs ? 2 * W : W, chains = pairs ? PAIR_CHAINS : CHAINS;
     const size_t n = group == 1 ? chains : 1;                   // chains at a time
-    const size_t most_lines = MR * step * size_of(w_type) / 64; // that a step reads: a constant limit
+    const size_t most_lines = MR * step * size_of(w_type) / 64; // cache lines that a step reads
     vec sums[NR][MR], chain[NR][MR][CHAINS];
     for (size_t first = 0; first < chains; first += n) {
         for (size_t t = 0; t < group; t++)
@@ -3244,7 +3245,7 @@ INLINE void micro_kernel(float *out, size_t stride, Tensor w, Dtype w_type, size
                 for (size_t t = 0; t < group; t++)
                     token[t] = in_register(load(x.data, x_type, pairs, min(t, tokens - 1) * x.stride + i + j * step));
                 for (size_t r = 0; r < rows; r++) {
-                    if (prefetch && r < most_lines && r < prefetch->lines) // one with each row, not all at once
+                    if (prefetch && r < most_lines && r < prefetch->lines) // the first test is done by the compiler
                         prefetch_line(prefetch);
                     size_t at = r * apart * w.stride + i + j * step;
                     if (group == 1 && (W < 16 || !pairs)) // else the CPU loads far enough ahead without prefetching

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # 12), busy machines 30, CPU quotas and the check of the CPU 57, dropped thoughts and messages of several lines 50,
 # checks of hostile tokenizers 54, plain loops 52; and `if` in place of 79 conditional expressions. In tokens of C,
 # run.c grew by 8 %. No block of 50 lines could go without a feature, a check or speed.
-RUN_LINES = 2953
+RUN_LINES = 2954
 EXPORT_LINES = 2577
 
 NOT_CODE = re.compile(r"\s*(//.*|/?\*.*)?")

@@ -646,6 +646,14 @@ def test_the_order_of_merges(byte_level: ByteLevelVictim) -> None:
         byte_level.bad(v.to_bytes(merges=b"".join(twice)), f"merge {i + 1} is out of order")
 
 
+def test_a_rank_that_a_float_cannot_hold(byte_level: ByteLevelVictim) -> None:
+    v = byte_level.vocabulary
+    first, *rest = [v.arrays()["merges"][16 * i : 16 * i + 16] for i in range(6)]
+    for rank in (2**24 + 1, HUGE):
+        data = v.to_bytes(merges=b"".join([first[:12] + rank.to_bytes(4, "little"), *rest]))
+        byte_level.bad(data, "a merge's rank", f"expected 0 to {2**24}", f"found {rank}")
+
+
 def test_bad_classes_of_characters(byte_level: ByteLevelVictim) -> None:
     v = byte_level.vocabulary
     classes = v.char_class()
@@ -704,6 +712,15 @@ def test_bad_templates(byte_level: ByteLevelVictim) -> None:
             byte_level.bad(data, "a template's text", "expected 0", f"found {bad}")
         data = spoil(v, "template_items", (token, HUGE), (offset, n_text - 4), (length, 5))
         byte_level.bad(data, "a template's text", "expected 0 to 4", "found 5")
+
+
+def test_the_end_of_a_thought_is_a_text(byte_level: ByteLevelVictim) -> None:
+    """It is searched for in what the model said: a token, or no text, would be found everywhere."""
+    start, _ = TOKENIZER_FIELDS["template_ends"]
+    data = bytearray(byte_level.vocabulary.to_bytes())
+    *_, n_items = struct.unpack_from("<10I", data, start)
+    struct.pack_into("<10I", data, start, *[0] * 9, n_items)  # now all items are those of the thought
+    byte_level.bad(fix(bytes(data)), "a template's text", "expected 1 to", "found 0")
 
 
 def test_ends_of_templates(byte_level: ByteLevelVictim) -> None:
