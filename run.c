@@ -1761,22 +1761,23 @@ static bool read_message(Chat *chat) {
 
 // Answers -i, and then each message from the terminal, from standard input, or from -f.
 static void chat(Session *s) {
-    Tokenizer *t = s->tokenizer;
-    expect(t->h.template_flags & HAS_TEMPLATE,
+    const Options *o = s->options;
+    const char *path = s->tokenizer->file.path;
+    TokenizerHeader *h = &s->tokenizer->h;
+    expect(h->template_flags & HAS_TEMPLATE,
            "%s: -m chat: expected a chat template, found none: export.py found none, or one that it cannot store",
-           t->file.path);
-    expect(!s->options->system || t->h.template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system prompt",
-           t->file.path);
-    expect(!s->options->no_think || t->h.template_flags & HAS_NO_THINK,
-           "%s: --no-think: its chat template has no such option", t->file.path);
-    t->h.flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
+           path);
+    expect(!o->system || h->template_flags & HAS_SYSTEM, "%s: -y: its chat template takes no system prompt", path);
+    expect(!o->no_think || h->template_flags & HAS_NO_THINK, "%s: --no-think: its chat template has no such option",
+           path);
+    h->flags &= ~(uint32_t)ADD_BOS; // bos is part of the template
     s->chat = allocate(1, sizeof *s->chat, "the conversation");
-    *s->chat = (Chat){.input = open_text(s->options->prompt_file)};
+    *s->chat = (Chat){.input = open_text(o->prompt_file)};
     s->chat->terminal = isatty(fileno(s->chat->input)) && isatty(STDERR_FILENO);
     start_run(s, s->context.max_tokens);
     install_sigint(SA_RESTART);
-    if (s->options->prompt)
-        chat_turn(s, span_of(s->options->prompt));
+    if (o->prompt)
+        chat_turn(s, span_of(o->prompt));
     Bytes *message = &s->chat->message;
     while (read_message(s->chat))
         chat_turn(s, (Span){message->data, message->n});
@@ -1792,10 +1793,6 @@ static double log_sum_exp(const float *logits, size_t n) {
     for (size_t i = 0; i < n; i++)
         sum += exp((double)logits[i] - largest);
     return largest + log(sum);
-}
-
-static double log_probability(const float *logits, size_t n, uint32_t token) {
-    return (double)logits[token] - log_sum_exp(logits, n);
 }
 
 static void flush_output(void) {
@@ -1979,7 +1976,7 @@ static void print_token(Session *s, uint32_t token, const float *logits) {
     size_t pos = s->context.n_past;
     double logprob = 0;
     if (o->json || s->printer->colours) // else not computed, as it takes as long as a layer of a small model
-        logprob = log_probability(logits, s->model.h.vocab_size, token);
+        logprob = (double)logits[token] - log_sum_exp(logits, s->model.h.vocab_size);
     if (o->json) {
         print_token_json(s->tokenizer, token, pos, logprob);
         if (o->probs) {
@@ -2169,7 +2166,7 @@ static void window_nll(Session *s, double *nll, const uint32_t *tokens, size_t n
 #pragma omp for
                 for (size_t j = 0; j < count; j++) {
                     const float *logits = run->logits + j * vocab_size;
-                    nll[i + j] = -log_probability(logits, vocab_size, tokens[i + j]);
+                    nll[i + j] = log_sum_exp(logits, vocab_size) - (double)logits[tokens[i + j]];
                 }
             }
             check_finite(m, run->logits, count, i - 1);
@@ -3109,10 +3106,9 @@ static void adapt_team(struct Team *team, double took) {
     double *times = team->times, *time = &times[team->size], now = seconds();
     if (*time == 0)
         *time = took;
-    bool too_long = times[smaller] == 0 && took > 1.05 * *time;
-    *time = (*time + took) / 2;
     times[smaller] *= 0.998; // after some hundred tokens it is tried again: another program may have ended meanwhile
-    bool go_smaller = too_long || (times[smaller] > 0 && times[smaller] < 0.9 * *time);
+    bool go_smaller = times[smaller] > 0 ? times[smaller] < 0.9 * *time : took > 1.05 * *time;
+    *time = (*time + took) / 2;
     if (go_smaller || times[larger] < *time || now > team->next_try) { // an unknown time is 0, so it is tried at once
         team->size = go_smaller ? smaller : larger;
         team->next_try = now + 0.25;
