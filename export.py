@@ -171,6 +171,7 @@ FILE_KINDS = [  # (pattern of the first bytes, description)
     (rb".{257}ustar", "a tar archive (unpack it)"),
     (rb"%PDF|\x89PNG|\xff\xd8\xff", "a document or an image"),
     (rb"\s*<(!doctype|html|\?xml)", "a web page instead of the file (the download failed)"),
+    (rb"\s*\{\s*\"config\":\s*\{\s*\"pattern\"", "a tekken vocabulary, as written by Mistral"),
     (rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[}\]]", "a JSON file"),
     (rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", "a tiktoken vocabulary"),
     (rb"\n.\n", "a SentencePiece model"),
@@ -915,8 +916,8 @@ def open_meta(folder: Path) -> Model:
         found_columns = f"found {columns} in {len(shards)} (are shards missing?)"
         raise ExportError(f"expected {config.q_dim} columns of wo in all shards, {found_columns}", folder)
     found = {name: rotated_by_halves(name, tensor, config) for name, tensor in found.items()}
-    tokenizer = folder / "tokenizer.model"
-    return Model(folder, config, found, (), window, tokenizer if tokenizer.exists() else None)
+    tokenizers = [*folder.glob("tokenizer.model*"), *folder.glob("tekken.json")]
+    return Model(folder, config, found, (), window, next(iter(tokenizers), None))
 
 
 def rotated_by_halves(name: str, tensor: Tensor, config: Config) -> Tensor:
@@ -1515,25 +1516,51 @@ LLAMA3_SPECIAL |= {7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag
 
 
 def tokenizer_of_tiktoken(data: bytes) -> Tokenizer:
-    """From Meta's tokenizer.model for Llama 3: lines of base64 and a rank, which is the id. Adds 256 special tokens.
+    """From Meta's tokenizer.model for Llama 3: lines of base64 and a rank. 256 special tokens follow the others."""
+    lines = [line.split() for line in data.splitlines() if line]
+    reserved = (f"reserved_special_token_{i}" for i in range(256))
+    special = [f"<|{LLAMA3_SPECIAL.get(i) or next(reserved)}|>" for i in range(256)]
+    n = len(lines)
+    settings = {"bos_id": n, "stop_ids": (n + 1, n + 9, n + 8)}
+    return tiktoken([(line[0], int(line[1])) for line in lines], [], special, LLAMA3, **settings)
+
+
+TEKKEN_SPECIAL = """
+    <unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG]
+    <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]
+""".split()  # noqa: SIM905 of files that do not list them
+
+
+def tokenizer_of_tekken(s: Settings) -> Tokenizer:
+    """From Mistral's tekken.json. Its special tokens come before the others; more of these are listed than are used."""
+    config = setting(s, "config", dict)
+    n_special = setting(config, "default_num_special_tokens", int)
+    n = setting(config, "default_vocab_size", int) - n_special
+    given = [token["token_str"] for token in s.get("special_tokens") or ()] or TEKKEN_SPECIAL
+    special = given + [f"<SPECIAL_{i}>" for i in range(len(given), n_special)]
+    ranked = [(token["token_bytes"], token["rank"]) for token in setting(s, "vocab", list)[:n]]
+    return tiktoken(ranked, special, [], setting(config, "pattern", str), bos_id=1, stop_ids=(2,))
+
+
+def tiktoken(
+    ranked: list[tuple[str | bytes, int]], before: list[str], after: list[str], pattern: str, **settings: Any
+) -> Tokenizer:
+    """From a token for each rank, in base64, and the special tokens that come before and after these.
 
     tiktoken merges any two tokens that form a token, the lowest rank first. So each way to cut a token is a merge.
     """
-    texts = [base64.b64decode(line.split()[0]) for line in data.splitlines() if line]
-    if [int(line.split()[1]) for line in data.splitlines() if line] != list(range(len(texts))):
+    if [rank for _, rank in ranked] != list(range(len(ranked))):
         raise ExportError("a tiktoken vocabulary: expected the ranks 0, 1, 2 and so on, found others")
-    ids = {text: id for id, text in enumerate(texts)}
+    texts = [base64.b64decode(text) for text, _ in ranked]
+    ids = {text: id for id, text in enumerate(texts, len(before))}
     merges = []
-    for merged, text in enumerate(texts):
+    for text, merged in ids.items():
         halves = [(ids.get(text[:i], NONE), ids.get(text[i:], NONE)) for i in range(1, len(text))]
         merges += [Merge(*pair, merged) for pair in sorted(halves) if NONE not in pair]
-    n = len(texts)
-    tokens = [Token(text, BYTE if len(text) == 1 else NORMAL) for text in texts]
-    reserved = (f"reserved_special_token_{i}" for i in range(256))
-    names = [LLAMA3_SPECIAL.get(i) or next(reserved) for i in range(256)]
-    tokens += [Token(f"<|{name}|>".encode(), CONTROL) for name in names]
-    settings: dict[str, Any] = {"bos_id": n, "unk_id": -1, "stop_ids": (n + 1, n + 9, n + 8), "add_bos": True}
-    return ranked_bpe(tokens, tuple(merges), [LLAMA3], add_dummy_prefix=False, ignore_merges=True, **settings)
+    first, last = ([Token(name.encode(), CONTROL) for name in names] for names in (before, after))
+    tokens = first + [Token(text, BYTE if len(text) == 1 else NORMAL) for text in texts] + last
+    settings |= {"unk_id": -1, "add_bos": True, "add_dummy_prefix": False, "ignore_merges": True}
+    return ranked_bpe(tokens, tuple(merges), [pattern], **settings)
 
 
 # Names of tokens that end the model's text, as in llama.cpp, whatever type a GGUF file gives them
@@ -1594,7 +1621,7 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
 # ---- the files of a Hugging Face tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them has the vocabulary
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")  # one has the vocabulary
 PLAIN_DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip")  # need no note
 
 
@@ -1612,16 +1639,18 @@ class TokenizerFolder:
         self.generation = self.read("generation_config.json")
         self.special_map = self.read("special_tokens_map.json")
         self.json: dict[str, Any] = {}
-        self.base: Tokenizer | None = None  # tokenizer.model, if that has the vocabulary
+        self.base: Tokenizer | None = None  # tokenizer.model or tekken.json, if that has the vocabulary
         present = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
         main = main or next(iter(present), folder / TOKENIZER_FILES[0])
-        if main.name == "tokenizer.model":
+        if main.name in ("tokenizer.model", "tekken.json"):
             self.base = read_tokenizer(main)
             texts = [token.text.decode(errors="replace") for token in self.base.tokens]
             self.vocab = {text: id for id, text in reversed(list(enumerate(texts)))}  # the first of equal texts
         else:
             self.json = self.of_plain_files() if main.name == "vocab.json" else read_json(main)
-            if (kind := self.json["model"].get("type", "BPE")) != "BPE":
+            if "model" not in self.json:
+                raise ExportError("expected a tokenizer.json, found JSON without a model")
+            if (kind := setting(self.json, "model", dict).get("type", "BPE")) != "BPE":
                 raise ExportError(f"the tokenizer's model: expected the type BPE, found {kind}")
             self.vocab = dict(self.json["model"]["vocab"])
         self.added: dict[int, dict[str, Any]] = self.added_tokens()
@@ -1888,6 +1917,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
             return Tokenizer.from_bytes(data)
         if kind == "a tiktoken vocabulary":
             return tokenizer_of_tiktoken(data)
+        if kind == "a tekken vocabulary, as written by Mistral":
+            return tokenizer_of_tekken(read_json(path))
         if kind == "a SentencePiece model":
             return tokenizer_of_model(data)
         if kind is None and data[2:4] == b"\0\0":
@@ -2453,9 +2484,10 @@ def prefetched(chunks: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryv
 HELP = """\
 SOURCE is one of
   DIRECTORY in Hugging Face's format: config.json; model.safetensors, pytorch_model.bin or their shards;
-      tokenizer.json, tokenizer.model, or vocab.json with merges.txt; and the other settings files
+      tokenizer.json, tokenizer.model, tekken.json, or vocab.json with merges.txt; and the other settings files
         export.py SmolLM2-135M-Instruct -o smollm2.bin
   DIRECTORY in Meta's format, or Mistral's: params.json, consolidated.*.pth or consolidated.safetensors, tokenizer.model
+      or tekken.json
         export.py Llama3.2-1B -o llama3.bin
   FILE.gguf of llama.cpp, quantised or not; if it is split, the first file
         export.py Qwen3-0.6B-Q8_0.gguf -o qwen3.bin
@@ -2543,7 +2575,7 @@ def main() -> int:
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a checkpoint, see below")
     beside = "weights file; OUT.tokenizer.bin is written beside it"
     parser.add_argument("-o", dest="output", metavar="OUT.bin", type=Path, required=True, help=beside)
-    kinds = "tokenizer.json, .model (SentencePiece, tiktoken), .gguf, llama2.c's .bin, a folder, or .tokenizer.bin"
+    kinds = "tokenizer.json, tekken.json, .model (SentencePiece or tiktoken), .gguf, llama2.c's .bin, or a folder"
     parser.add_argument("--tokenizer", metavar="FILE", type=Path, help=kinds)
     loses_least = "type of the weights (default: auto, which loses least)"
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=loses_least)

@@ -187,6 +187,43 @@ def test_tiktoken(tmp_path: Path) -> None:
         export.read_tokenizer(path)
 
 
+def test_tekken(tmp_path: Path) -> None:
+    """Mistral's tekken.json of a vocabulary that was trained; the last three tokens are listed, but not used."""
+    library = library_of(export.TEKKEN)
+    table = export.byte_of_character()
+    vocab = [bytes(table[c] for c in name) for name, _ in sorted(library.get_vocab().items(), key=lambda x: x[1])[1:]]
+    listed = [{"rank": rank, "token_bytes": base64.b64encode(text).decode()} for rank, text in enumerate(vocab)]
+    more = [{"rank": len(vocab) + i, "token_bytes": "eHl6"} for i in range(3)]
+    n = 30  # special tokens, of which 20 have names
+    config = {"pattern": export.TEKKEN, "default_vocab_size": n + len(vocab), "default_num_special_tokens": n}
+    path = tmp_path / "tekken.json"
+    path.write_text(json.dumps({"config": config, "vocab": listed + more}))
+    texts = [*TEXTS, *corpus()[:10], "[INST]"]
+    assert ids(path, *texts) == [[id - 1 + n for id in library.encode(text).ids] for text in texts]
+    made = export.read_tokenizer(path)
+    assert (len(made.tokens), made.bos_id, made.stop_ids, made.add_bos) == (n + len(vocab), 1, (2,), True)
+    assert [made.tokens[i].text for i in (0, 1, 2, 3, 19, 20, 29)] == [
+        *(b"<unk>", b"<s>", b"</s>", b"[INST]", b"[TOOL_CONTENT]", b"<SPECIAL_20>", b"<SPECIAL_29>"),
+    ]
+    assert export.read_tokenizer(tmp_path).tokens == made.tokens  # a directory that has no other tokenizer
+    # later versions list the special tokens
+    special = [{"rank": i, "token_str": f"[{i}]", "is_control": True} for i in range(n)]
+    path.write_text(json.dumps({"config": config, "vocab": listed, "special_tokens": special}))
+    assert export.read_tokenizer(path).tokens[29].text == b"[29]"
+    path.write_text(json.dumps({"config": config, "vocab": listed[::-1]}))
+    with pytest.raises(export.ExportError, match="ranks"):
+        export.read_tokenizer(path)
+
+
+def test_json_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"add_bos_token": True}))
+    with pytest.raises(
+        export.ExportError, match=r"tokenizer_config\.json: expected a tokenizer\.json, found JSON without"
+    ):
+        export.read_tokenizer(path)
+
+
 def test_more_stop_tokens_than_a_file_holds(tmp_path: Path) -> None:
     """The first of them, and what ends an answer, count."""
     library = library_of(LLAMA3)
