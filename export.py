@@ -98,7 +98,7 @@ def naming(about: object) -> Iterator[None]:
         raise ExportError(words, about) from None
 
 
-READ_SECONDS, READ_BYTES = 9, 800 << 20  # limits on CPU time and on memory, see limited()
+READ_SECONDS, READ_BYTES = 20, 800 << 20  # limits on CPU time and on memory, see limited()
 BEYOND = f"takes more than {READ_SECONDS} s or {READ_BYTES >> 20} MB to read (--no-limits, if you trust it)"
 
 
@@ -290,11 +290,17 @@ class Config:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
-        """Checks what the layout of the file needs; run.c checks its own limits."""
-        for name, value in list(vars(self).items())[:8]:  # dim to max_seq_len
-            limit = 1 << (28 if name == "max_seq_len" else 24)
-            if not 1 <= value <= limit:
-                raise ExportError(f"{name}: expected 1 to {limit}, found {value}")
+        """Checks what the layout of the file and RoPE need; run.c has more limits, such as for memory."""
+        limits: dict[str, tuple[float, float]] = dict.fromkeys(list(vars(self))[:7], (1, 1 << 24))  # dim to vocab_size
+        limits |= {"max_seq_len": (1, 1 << 28), "norm_eps": (0, 1), "rope_theta": (1, 1e38)}
+        if self.rope_scaling:
+            limits["rope_factor"] = (1, 1e38)
+        if self.rope_scaling == 2:
+            limits["rope_low_freq_factor"] = (1e-37, 1e6)
+            limits["rope_high_freq_factor"] = (self.rope_low_freq_factor * 1.01, 1e7)
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ExportError(f"{name}: expected {low:.10g} to {high:.10g}, found {getattr(self, name)}")
         if self.n_heads % self.n_kv_heads:
             raise ExportError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -523,7 +529,7 @@ class Model:
             if tensor.shape != shape:
                 raise ExportError(f"tensor {name}: expected the shape {shape}, found {tensor.shape}", tensor.path)
         for name, tensor in others.items():
-            is_bias = name.endswith(".bias") and tensor.dtype in STORED  # a bias of zeros has no effect
+            is_bias = name.endswith(".bias") and tensor.shape and tensor.dtype in STORED  # zeros have no effect
             zeros = is_bias and not any(map(np.any, tensor.pieces()))
             if not zeros and not BUFFER.fullmatch(name):
                 raise ExportError(f"the tensor {name} is not supported", tensor.path)
@@ -715,7 +721,7 @@ SETTINGS = {  # a field of Config: its name in Hugging Face's, Meta's and GGUF's
     "n_heads": ("num_attention_heads", "n_heads", "attention.head_count"),
     "n_kv_heads": ("num_key_value_heads", "n_kv_heads", "attention.head_count_kv"),
     "head_dim": ("head_dim", "head_dim", "attention.key_length"),
-    "vocab_size": ("vocab_size", "vocab_size", "vocab_size"),
+    "vocab_size": ("vocab_size", "vocab_size", ""),  # llama.cpp counts the tokens
     "max_seq_len": ("max_position_embeddings", "max_seq_len", "context_length"),
     "norm_eps": ("rms_norm_eps", "norm_eps", "attention.layer_norm_rms_epsilon"),
 }
@@ -775,13 +781,15 @@ def open_hugging_face(folder: Path) -> Model:
         architectures = [str(one).lower() for one in setting(s, "architectures", list, [])]
         if architectures not in ([], [f"{name}forcausallm"], [f"{name}model"]):
             raise ExportError(f"architectures: expected {name.title()}ForCausalLM, found {s['architectures']}")
-        refuse(s, "mlp_bias", "quantization_config", "quantization")
+        refuse(s, "mlp_bias", "quantization_config", "quantization", "per_layer_config")
+        if not s.get("is_causal", True):
+            raise ExportError(f"is_causal: expected true, found {s['is_causal']!r}")
         known_setting(s, "hidden_act", ["silu", "swish"], "silu")
         tied = setting(s, "tie_word_embeddings", bool, False)
         if tied:
             share_embedding(found)
         others: dict[str, Any] = {"tied": tied, "norm_eps": 1e-6, **FAMILIES[name]}
-        others["qkv_bias"] = name == "qwen2" or setting(s, "attention_bias", bool, False)
+        others["qkv_bias"] = name == "qwen2" or (name != "mistral" and setting(s, "attention_bias", bool, False))
         others["qk_norm"] = name == "qwen3"
         config = config_of(HUGGING_FACE, s, found, **others, **hugging_face_rope(s))
         window = sliding_window(name, s, config)
@@ -818,8 +826,9 @@ def hugging_face_rope(s: Settings) -> dict[str, Any]:
                 raise ExportError(f"RoPE that differs from layer to layer ({key}) is not supported")
             if value is not None and rope.setdefault(key, value) != value:
                 raise ExportError(f"{key} is given twice, as {rope[key]!r} and as {value!r}")
-    for key in ("original_max_position_embeddings", "partial_rotary_factor"):
-        rope.setdefault(key, s.get(key))
+    rope.setdefault("partial_rotary_factor", s.get("partial_rotary_factor"))
+    original = "original_max_position_embeddings"  # outside, it takes precedence
+    rope[original] = s.get(original, rope.get(original, s.get("max_position_embeddings")))
     known_setting(rope, "partial_rotary_factor", [1.0], 1.0)
     kind = known_setting(rope, "rope_type", ["default", "linear", "llama3"], "default")
     theta = {"rope_theta": setting(rope, "rope_theta", float, 10000.0)}
@@ -829,7 +838,7 @@ def hugging_face_rope(s: Settings) -> dict[str, Any]:
     if kind == "linear":
         return theta | {"rope_scaling": 1, "rope_factor": factor}
     low, high = setting(rope, "low_freq_factor", float), setting(rope, "high_freq_factor", float)
-    return theta | llama3_rope(factor, setting(rope, "original_max_position_embeddings", int), low, high)
+    return theta | llama3_rope(factor, round(setting(rope, original, float)), low, high)
 
 
 def llama3_rope(factor: float, original: int = 8192, low: float = 1.0, high: float = 4.0) -> dict[str, Any]:
@@ -883,6 +892,7 @@ def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
 META_SETTINGS = """
     dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta use_scaled_rope
     rope_scaling_factor rope_high_freq_factor head_dim hidden_dim max_seq_len max_batch_size sliding_window model_type
+    max_position_embeddings tied_embeddings
 """.split()  # noqa: SIM905 the settings of params.json that are known; others are refused
 
 
@@ -965,6 +975,8 @@ def joined(name: str, shards: list[Tensor]) -> Tensor:
 
 def meta_context(s: Settings) -> int:
     """Guesses the context length, which params.json does not state, from settings that only some versions have."""
+    if "max_position_embeddings" in s:
+        return int(setting(s, "max_position_embeddings", int))  # Mistral
     if setting(s, "use_scaled_rope", bool, False):
         return 131072  # Llama 3.1 and later
     if "rope_theta" in s:
@@ -991,6 +1003,8 @@ def open_gguf(path: Path) -> Model:
     with naming(path):
         architecture = known_setting(s, "general.architecture", ["llama", "qwen2", "qwen3"])
         own = {key.removeprefix(f"{architecture}."): same_in_all_layers(value) for key, value in s.items()}
+        known_setting(own, "attention.causal", [True], True)
+        known_setting(own, "rope.scaling.attn_factor", [1.0], 1.0)
         refuse(own, "expert_count", "logit_scale", "residual_scale", "embedding_scale", "attention.scale")
         factors = found.pop("rope_freqs.weight", None)
         found = by_hugging_face_names(found, setting(own, "block_count", int))
@@ -1136,6 +1150,8 @@ def adapted(tensor: Tensor, name: str, pair: dict[str, Tensor], rank: int, scale
     for x, shape in shapes.items():
         if x not in pair:
             raise ExportError(f"lora_{x} of {name} is missing", path)
+        if pair[x].dtype not in STORED:
+            raise ExportError(f"lora_{x} of {name}: expected the type {', '.join(STORED)}, found {pair[x].dtype}", path)
         if pair[x].shape != shape:
             raise ExportError(f"lora_{x} of {name}: expected the shape {shape}, found {pair[x].shape}", path)
     a, scaled = pair["A"].whole(), np.float32(scale) * pair["B"].whole()
@@ -1357,6 +1373,8 @@ class Tokenizer:
 
         The first token after an answer ends the model's text.
         """
+        # whitespace stays text, because it may form one token with the whitespace of a message beside it
+        added = {name: id for name, id in added.items() if not name.isspace()}
         template = find_template(source, special, added) if source else None
         if template is None:
             return self
@@ -1596,7 +1614,7 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     for id in (bos, *stop_ids):  # control tokens whatever their type, but not GPT-2's comma
         if 0 <= id < len(names) and len(names[id]) > 1:
             types[id] = CONTROL
-    prefix, pre = setting(s, "ggml.add_space_prefix", bool, not byte_level), s.get("ggml.pre", "")
+    prefix, pre = not byte_level and setting(s, "ggml.add_space_prefix", bool, True), s.get("ggml.pre", "")
     add_bos = bos >= 0 and setting(s, "ggml.add_bos_token", bool, not byte_level or pre in GGUF_ADDS_BOS)
     settings: dict[str, Any] = {"bos_id": bos, "stop_ids": stop_ids, "add_bos": add_bos}
     settings |= {"add_dummy_prefix": prefix, "prefix_after_special": prefix}
@@ -1609,19 +1627,20 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             note_nfc()
         named = zip(names, types, strict=True)
         tokens = [byte_level_token(x) if t == NORMAL else token_of(bytes_of(x), t) for x, t in named]
-        merges = merges_of(s.get("ggml.merges", ()), ids, tokens)
+        merges = merges_of(dict.fromkeys(setting(s, "ggml.merges", list)), ids, tokens)  # the first of equal ones
         # as in llama.cpp, bytes without a token are left out
         settings |= {"unk_id": -1, "ignore_merges": pre in GGUF_IGNORES_MERGES}
         found = ranked_bpe(tokens, merges, GGUF_PATTERNS[pre], **settings)
     added = {name: id for name, id in ids.items() if types[id] in (CONTROL, USER_DEFINED)}
     special_ids = {"bos_token": bos, "eos_token": eos, "unk_token": s.get("ggml.unknown_token_id", -1)}
-    special = {key: names[id] for key, id in special_ids.items() if id >= 0}
+    special = {key: names[id] for key, id in special_ids.items() if 0 <= id < len(names)}
     return found.with_template(s.get("chat_template"), special, added)
 
 
 # ---- the files of a Hugging Face tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")  # one has the vocabulary
+MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # lists in the settings files
 PLAIN_DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip")  # need no note
 
 
@@ -1660,11 +1679,15 @@ class TokenizerFolder:
     def read(self, name: str) -> dict[str, Any]:
         return read_json(self.folder / name) if (self.folder / name).is_file() else {}
 
+    def class_name(self) -> str:
+        """The tokenizer's class in transformers."""
+        name = str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
+        qwen = not name and self.model_config.get("model_type") in ("qwen2", "qwen3")
+        return "Qwen2Tokenizer" if qwen else name
+
     def of_plain_files(self) -> dict[str, Any]:
         """GPT-2's and Qwen's vocab.json and merges.txt, as a tokenizer.json would have them."""
-        name = str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
-        if not name and self.model_config.get("model_type") in ("qwen2", "qwen3"):
-            name = "Qwen2Tokenizer"
+        name = self.class_name()
         if name not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
             expected = "expected GPT2Tokenizer or Qwen2Tokenizer"
             raise ExportError(f"tokenizer_class: {expected} with vocab.json, found {name!r}")
@@ -1685,6 +1708,12 @@ class TokenizerFolder:
         found = {token["id"]: token for token in self.json.get("added_tokens") or []}
         for id, token in (self.config.get("added_tokens_decoder") or {}).items():
             found.setdefault(int(id), token)
+        for entry in chain.from_iterable(
+            c.get(key) or () for c in (self.special_map, self.config) for key in MORE_SPECIAL
+        ):
+            text = entry.get("content") if isinstance(entry, dict) else entry
+            if text in self.vocab:
+                found.setdefault(self.vocab[text], {"content": text, "special": True})
         special = self.special().values()
         for name, id in self.read("added_tokens.json").items():
             found.setdefault(id, {"content": name, "special": name in special})
@@ -1699,6 +1728,9 @@ class TokenizerFolder:
             ids = {"bos_token": self.base.bos_id, "unk_token": self.base.unk_id}
             ids["eos_token"] = (*self.base.stop_ids, -1)[0]
             found = {key: self.base.tokens[id].text.decode() for key, id in ids.items() if id >= 0}
+        elif self.class_name() in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+            names = {*self.vocab, *(token["content"] for token in self.json.get("added_tokens") or ())}
+            found = {"eos_token": "<|endoftext|>"} if "<|endoftext|>" in names else {}  # their default
         for config in (self.special_map, self.config):
             for key, value in config.items():
                 text = value.get("content") if isinstance(value, dict) else value
@@ -1766,6 +1798,8 @@ class TokenizerFolder:
     def tokenizer(self) -> Tokenizer:
         plain = self.of_model(self.base) if self.base else self.of_json()
         special = {name: self.ids[name] for name in self.special().values() if name in self.ids}
+        if self.base:
+            special |= {t.text.decode(): id for id, t in enumerate(self.base.tokens) if t.type == CONTROL}
         chat = plain.with_template(self.chat_template(), self.special(), special | self.added_ids)
         used = {item for script in chat.template.parts for item in script} if chat.template else set()
         for id, token in self.added.items():
@@ -1847,6 +1881,8 @@ class TokenizerFolder:
         for step in steps:
             kind, pattern, space = step["type"], step.get("pattern"), step.get("add_prefix_space", True)
             isolated = step.get("behavior") == "Isolated" and not step.get("invert")
+            if step.get("behavior") == "Removed" and step.get("invert"):  # the same if the pattern leaves nothing out
+                isolated = bool(np.all(characters(f"(?:{step['pattern'].get('Regex', '(?!)')})")[: SURROGATES.start]))
             if kind == "NFC":
                 note_nfc()
             elif byte_level and kind == "Digits":
@@ -1885,8 +1921,8 @@ class TokenizerFolder:
         if (self.folder / "chat_template.jinja").is_file():
             return read_text(self.folder / "chat_template.jinja")
         found = self.config.get("chat_template") or self.read("chat_template.json").get("chat_template")
-        if isinstance(found, list):  # several of them, by name
-            names = {str(t.get("name")): t.get("template") for t in found}
+        if isinstance(found, (list, dict)):  # several of them, by name
+            names = found if isinstance(found, dict) else {str(t.get("name")): t.get("template") for t in found}
             found = names.get("default")
             if found is None:
                 say("note", f"no chat template is stored: none is named default, found {', '.join(names)}")
@@ -1942,21 +1978,36 @@ TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 DEEPSEEK_CODER = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]
+CASED = (  # letters that have a case, as in DeepSeek-LLM's tokenizer
+    r"A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ"
+    r"-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-"
+    r"ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+DEEPSEEK_LLM = [
+    r"[\r\n]",
+    rf"\s?[{CASED}]+",
+    r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+    r"\s+$",
+    DEEPSEEK_CODER[3],
+    r"\p{N}+",
+]
 DIGITS = "[[:Digits:]]"  # stands for what the pre-tokenizer Digits finds; no regular expression finds just that
 
 GGUF_PATTERNS = {  # by llama.cpp's names of pre-tokenizers, tokenizer.ggml.pre
     name: patterns
     for names, patterns in [
-        ("gpt-2 gpt2 phi-2 mpt olmo jais trillion granite-docling", [GPT2]),
-        ("llama3 llama-v3 llama-bpe falcon3 pixtral dbrx smaug-bpe", [LLAMA3]),
-        ("qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan", [QWEN2]),
+        ("gpt-2 gpt2 phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4", [GPT2]),
+        ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe", [LLAMA3]),
+        ("qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan kormo f2llmv2 solar-open", [QWEN2]),
         ("tekken", [TEKKEN]),
         ("deepseek-coder", DEEPSEEK_CODER),
-        ("smollm starcoder refact command-r codeshell minerva-7b", [DIGITS, GPT2]),
+        ("deepseek-llm", DEEPSEEK_LLM),
+        ("smollm starcoder refact command-r codeshell minerva-7b exaone mellum2", [DIGITS, GPT2]),
     ]
     for name in names.split()
 }
-GGUF_IGNORES_MERGES = GGUF_ADDS_BOS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
+GGUF_ADDS_BOS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+GGUF_IGNORES_MERGES = GGUF_ADDS_BOS
 
 PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}|\\[sSdD]")
 SURROGATES = slice(0xD800, 0xE000)  # code points that are no characters
@@ -1988,7 +2039,9 @@ def characters(expression: str) -> NDArray[np.bool_]:
 
 
 ESCAPED = r"\\[pP]\{\^?\w+\}|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[rntfvsSdD]|\\[^\w]"
-SET = rf"{re.escape(DIGITS)}|\[(?:\^(?!\])|(?![\^\]]))(?:{ESCAPED}|[^\\\[\]&])+\]|{ESCAPED}|[^\\\[\](){{}}?*+|.^$]"
+SET = (
+    rf"{re.escape(DIGITS)}|\[(?:\^(?!\])|(?![\^\]]))(?:{ESCAPED}|[^\\\[\]&]|&(?!&))+\]|{ESCAPED}|[^\\\[\](){{}}?*+|.^$]"
+)
 # `{1,3}+` means other things to other engines
 STRUCTURE = r"\(\?(?:i?:|[!=])|\{\d+(?:,\d*)?\}(?!\+)|[()|?*+$]"
 PRIVATE = 0xF0000  # private-use characters, each of which stands for a set
@@ -2163,11 +2216,12 @@ TEMPLATE_PARTS = (
     "end_of_thought",  # a mark: an earlier answer loses everything up to its last occurrence
 )
 HAS_TEMPLATE, HAS_SYSTEM = 1, 2
+SYSTEM_LAST, NO_EMPTY_SYSTEM = 1 << 13, 1 << 14  # the system text stands in the last turn; an empty one is left out
 TRIMS = 4  # the lowest of the 8 flags of find_trimming
 NEWLINES_AFTER_THOUGHT, SPACES_AFTER_THOUGHT, HAS_NO_THINK = 1 << 10, 1 << 11, 1 << 12
 
 THOUGHTS = [  # how models mark the start and the end of what they think
-    *((f"<{word}>", f"</{word}>") for word in ("think", "thinking", "thought", "seed:think", "reasoning")),
+    *((f"<{word}>", f"</{word}>") for word in ("think", "thinking", "thought", "seed:think", "mm:think", "reasoning")),
     *(("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")),
 ]
 # Messages that no template contains: the parts of a template are what is rendered around them.
@@ -2208,10 +2262,15 @@ class ChatTemplate:
         messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
         given: dict[str, Any] = {"messages": messages, "tools": None, "documents": None}
         given["add_generation_prompt"] = len(turns) % 2 == 1
-        with naming(None):
+        try:
             text = self.template.render(**given, **self.special, **options)
             text.encode()  # fails for half a surrogate pair, which is no text
             return text
+        except (ExportError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001
+            message = str(error).partition("\n")[0]
+            raise ExportError(f"it fails for plain messages ({type(error).__name__}: {message})") from None
 
 
 def cut(text: str, marks: Sequence[str]) -> list[str]:
@@ -2247,11 +2306,14 @@ def find_template(source: str, special: Mapping[str, str], added: Mapping[str, i
         try:
             before_system, after_system, _ = cut(chat.render(turns[:1], ANY_SYSTEM), [ANY_SYSTEM, turns[0]])
             with_system = parts | {"before_system": before_system, "after_system": after_system}
-            check_template(chat, with_system, turns, ANY_SYSTEM)
-            parts, flags = with_system, flags | HAS_SYSTEM
+            three = chat.render(turns[:3], ANY_SYSTEM)
+            last = before_system == before_user and three.startswith(before_user + turns[0])
+            check_template(chat, with_system, turns, ANY_SYSTEM, system_last=last)
+            left_out = chat.render(turns[:3], "") == chat.render(turns[:3])
+            parts, flags = with_system, flags | HAS_SYSTEM | SYSTEM_LAST * last | NO_EMPTY_SYSTEM * left_out
         except ExportError as error:
             say("note", f"the chat template takes no system message: {error}")
-        flags |= find_trimming(chat, ANY_SYSTEM if flags & HAS_SYSTEM else None)
+        flags |= find_trimming(chat, ANY_SYSTEM if flags & HAS_SYSTEM else None, bool(flags & SYSTEM_LAST))
         flags |= find_thoughts(chat, parts)
         flags |= find_no_think(chat, parts)
         if "strftime_now" in source:
@@ -2275,17 +2337,19 @@ def check_template(
 ) -> None:
     """Checks that the parts, joined as run.c joins them, give what the template renders.
 
-    The option `kept` is what should be left of each turn in the history; by default, all of it.
+    The option `kept` is what should be left of each turn in the history; by default, all of it. With `system_last`,
+    the system text stands in the last turn instead of the first.
     """
-    kept = options.pop("kept", turns)
+    kept, last = options.pop("kept", turns), options.pop("system_last", False)
     for length in range(1, len(turns) + 1, 2):  # conversations that end with the user's turn
-        expected = parts["before_user"]
-        if system is not None:
-            expected = parts["before_system"] + system + parts["after_system"]
+        expected = parts["before_user" if system is None else "before_system"]
         ends = []
         for i, turn in enumerate(kept[:length]):
             before = "before_answer" if i % 2 else "next_user" if i else ""
-            expected += parts.get(before, "") + turn + parts["after_answer" if i % 2 else "after_user"]
+            expected += parts.get(before, "")
+            if system is not None and i == (length - 1 if last else 0):
+                expected += system + parts["after_system"]
+            expected += turn + parts["after_answer" if i % 2 else "after_user"]
             ends.append(len(expected))
         expected += parts["opens_answer"]
         found = chat.render(turns[:length], system, **options)
@@ -2297,7 +2361,7 @@ def check_template(
             raise ExportError(f"it does not treat all turns of a conversation alike: {where}")
 
 
-def find_trimming(chat: ChatTemplate, system: str | None) -> int:
+def find_trimming(chat: ChatTemplate, system: str | None, last: bool) -> int:
     """Flags for what is trimmed at the start and at the end: system, user after system, other user, answer."""
     flags = 0
     texts = [ANY_SYSTEM, *ANY_TURNS[:3]]
@@ -2305,7 +2369,7 @@ def find_trimming(chat: ChatTemplate, system: str | None) -> int:
         given = system if bit < 4 else None
         plain = chat.render(ANY_TURNS[:3], given)
         found = set()
-        for place in ([0], [1], [1, 3], [2])[bit // 2]:
+        for place in ([0], [3] if last else [1], [1, 3], [2])[bit // 2]:
             spaced = f"{texts[place]}\n " if bit % 2 else f" \n{texts[place]}"
             first, *turns = [spaced if i == place else text for i, text in enumerate(texts)]
             text = chat.render(turns, first if given else None)
@@ -2321,21 +2385,32 @@ def find_trimming(chat: ChatTemplate, system: str | None) -> int:
 def find_thoughts(chat: ChatTemplate, parts: dict[str, str]) -> int:
     """Sets end_of_thought if earlier answers lose what the model thought; returns flags for spaces lost with it."""
     for begin, end in THOUGHTS:
-        said = ("" if begin in parts["opens_answer"] else begin) + ANY_THOUGHT + end
+        if end not in chat.source:
+            continue
+        _, opened, inside = (parts["after_user"] + parts["opens_answer"]).rpartition(begin)
+        said = ("" if opened and end not in inside else begin) + ANY_THOUGHT + end
 
         def with_thoughts(gap: str, said: str = said) -> list[str]:
             return [said + gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
 
-        if end not in chat.source or ANY_THOUGHT in chat.render(with_thoughts("")[:3]):
+        if ANY_THOUGHT in chat.render(with_thoughts("\n\n")):  # then it must keep all of it as it is
+            check_thoughts(chat, parts, with_thoughts("\n\n"))
             continue
         plain = chat.render(ANY_TURNS[:3])
         newlines, spaces = (chat.render(with_thoughts(gap)[:3]) == plain for gap in ("\n\n", " \n\t"))
         parts["end_of_thought"] = end
         gap = "" if spaces or newlines else "\n\n"
         kept = [gap + turn if i % 2 else turn for i, turn in enumerate(ANY_TURNS)]
-        check_template(chat, parts, with_thoughts("\n\n"), kept=kept)
+        check_thoughts(chat, parts, with_thoughts("\n\n"), kept=kept)
         return SPACES_AFTER_THOUGHT * spaces | NEWLINES_AFTER_THOUGHT * (spaces or newlines)
     return 0
+
+
+def check_thoughts(chat: ChatTemplate, parts: dict[str, str], turns: list[str], **options: Any) -> None:
+    try:
+        check_template(chat, parts, turns, **options)
+    except ExportError as error:
+        raise ExportError(f"it changes what the model has thought: {error}") from None
 
 
 def find_no_think(chat: ChatTemplate, parts: dict[str, str]) -> int:

@@ -887,7 +887,7 @@ enum { BEFORE_USER, BEFORE_SYSTEM, AFTER_SYSTEM, AFTER_USER, BEFORE_ANSWER, AFTE
 enum { OPENS_ANSWER = NEXT_USER + 1, OPENS_ANSWER_NO_THINK, END_OF_THOUGHT, N_TEMPLATES };
 // TokenizerHeader.template_flags; append_answer explains TRIM_NEWLINES and TRIM_SPACES.
 enum { HAS_TEMPLATE = 1, HAS_SYSTEM = 2, TRIM_NEWLINES = 1024, TRIM_SPACES = 2048, HAS_NO_THINK = 4096 };
-enum { ALL_TEMPLATE_FLAGS = 8191 };
+enum { SYSTEM_LAST = 8192, NO_EMPTY_SYSTEM = 16384, ALL_TEMPLATE_FLAGS = 32767 }; // see render_chat
 
 #define NONE UINT32_MAX // no token, no symbol
 
@@ -1478,7 +1478,18 @@ struct Chat {
     Bytes message;      // the message that is being read
 };
 
-static bool is_space(unsigned char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+// The length of the whitespace character, of those of Unicode, that a text starts with; 0 if there is none.
+static size_t leading_space(Span text) {
+    if (text.n == 0)
+        return 0;
+    uint32_t c;
+    size_t n = next_char(text, &c);
+    bool ascii = (c >= '\t' && c <= '\r') || (c >= 0x1c && c <= ' ');
+    bool wide = c == 0x1680 || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f;
+    if (ascii || wide || c == 0x85 || c == 0xa0 || c == 0x3000)
+        return n;
+    return 0;
+}
 
 static void encode_pending(Session *s) {
     encode(s->tokenizer, &s->context.tokens, (Span){s->chat->pending.data, s->chat->pending.n});
@@ -1500,27 +1511,46 @@ static void append_template(Session *s, size_t which) {
 
 // Each role has two bits of template_flags. They say whether the template trims a text of this role on the left (bit
 // 2 + 2 * role) and on the right (bit 3 + 2 * role).
-typedef enum { SYSTEM_TEXT, FIRST_USER_AFTER_SYSTEM, OTHER_USER, ANSWER } Role;
+typedef enum { SYSTEM_TEXT, USER_AFTER_SYSTEM, OTHER_USER, ANSWER } Role;
 
 static Span trimmed(const Session *s, Span text, Role role) {
     uint32_t trim = s->tokenizer->h.template_flags >> (2 + 2 * role);
-    while (trim & 1 && text.n && is_space(*text.bytes))
-        text = from(text, 1);
-    while (trim & 2 && text.n && is_space(text.bytes[text.n - 1]))
-        text.n--;
+    for (size_t n; trim & 1 && (n = leading_space(text)) > 0;)
+        text = from(text, n);
+    while (trim & 2 && text.n) {
+        size_t last = text.n - 1; // where the last character starts
+        while (last > 0 && (text.bytes[last] & 0xc0) == 0x80)
+            last--;
+        if (leading_space(from(text, last)) != text.n - last)
+            break;
+        text.n = last;
+    }
     return text;
 }
 
+// Whether a text starts with what the template puts in front of an answer in the history.
+static bool has_before_answer(const Tokenizer *t, Span text) {
+    for (size_t i = t->h.template_ends[BEFORE_ANSWER - 1]; i < t->h.template_ends[BEFORE_ANSWER]; i++) {
+        TemplateItem item = t->items[i];
+        Span part = item.token == NONE ? (Span){t->text + item.offset, item.length} : piece_text(t, item.token);
+        if (text.n < part.n || memcmp(text.bytes, part.bytes, part.n))
+            return false;
+        text = from(text, part.n);
+    }
+    return true;
+}
+
 // Appends an earlier answer. If the template drops the model's thought, up to the last END_OF_THOUGHT, or trims the
-// answer, appends what is left as text. TRIM_NEWLINES and TRIM_SPACES say which characters after a thought go with it.
-// Otherwise, appends the tokens as they were sampled.
+// answer, or adds something in front that the model has not said, appends what it makes of the answer as text.
+// TRIM_NEWLINES and TRIM_SPACES say which characters after a thought go with it. Otherwise, appends the tokens as they
+// were sampled.
 static void append_answer(Session *s, Tokens answer) {
     const Tokenizer *t = s->tokenizer;
     const uint32_t *ends = t->h.template_ends;
     Bytes said = {0};
     for (size_t i = 0; i < answer.n; i++)
         append_bytes(&said, piece_text(t, answer.data[i]));
-    Span text = {said.data, said.n}, rest = text;
+    Span text = trimmed(s, (Span){said.data, said.n}, ANSWER), rest = text;
     if (ends[END_OF_THOUGHT] > ends[END_OF_THOUGHT - 1]) {
         TemplateItem end = t->items[ends[END_OF_THOUGHT - 1]];
         for (size_t i = 0; i + end.length <= text.n; i++)
@@ -1528,14 +1558,13 @@ static void append_answer(Session *s, Tokens answer) {
                 rest = from(text, i + end.length);
     }
     bool dropped = rest.n < text.n;
-    while (dropped && rest.n && is_space(*rest.bytes) &&
-           t->h.template_flags & (*rest.bytes == '\n' ? TRIM_NEWLINES : TRIM_SPACES))
-        rest = from(rest, 1);
-    rest = trimmed(s, rest, ANSWER);
-    if (rest.n < text.n) {
+    for (size_t n; dropped && (n = leading_space(rest)) > 0; rest = from(rest, n))
+        if (!(t->h.template_flags & (*rest.bytes == '\n' ? TRIM_NEWLINES : TRIM_SPACES)))
+            break;
+    if (rest.n < said.n || !has_before_answer(t, rest)) {
         append_template(s, BEFORE_ANSWER);
         append_bytes(&s->chat->pending, rest);
-    } else { // the model has said itself what BEFORE_ANSWER adds, such as a space
+    } else { // the model itself has said what BEFORE_ANSWER adds, such as a space
         encode_pending(s);
         for (size_t i = 0; i < answer.n; i++)
             push(&s->context.tokens, answer.data[i]);
@@ -1544,21 +1573,26 @@ static void append_answer(Session *s, Tokens answer) {
 }
 
 // Renders the conversation to tokens, from turn `first` on. Messages are encoded as text only, so they cannot become
-// control tokens.
+// control tokens. The system text stands before the first message, with SYSTEM_LAST before the last one. With
+// NO_EMPTY_SYSTEM, an empty one is left out.
 static void render_chat(Session *s, size_t first) {
     Chat *chat = s->chat;
     Context *c = &s->context;
     const char *system = s->options->system;
+    uint32_t flags = s->tokenizer->h.template_flags;
+    if (system && !*system && flags & NO_EMPTY_SYSTEM)
+        system = NULL;
     const Tokens old = c->tokens;
     c->tokens = (Tokens){0};
     append_template(s, system ? BEFORE_SYSTEM : BEFORE_USER);
-    if (system) {
-        append_bytes(&chat->pending, trimmed(s, span_of(system), SYSTEM_TEXT));
-        append_template(s, AFTER_SYSTEM);
-    }
     for (size_t i = first; i < chat->turns.n; i++) {
         const Turn *turn = &chat->turns.data[i];
-        Role role = system && i == first ? FIRST_USER_AFTER_SYSTEM : OTHER_USER;
+        Role role = OTHER_USER;
+        if (system && i == (flags & SYSTEM_LAST ? chat->turns.n - 1 : first)) {
+            append_bytes(&chat->pending, trimmed(s, span_of(system), SYSTEM_TEXT));
+            append_template(s, AFTER_SYSTEM);
+            role = USER_AFTER_SYSTEM;
+        }
         append_bytes(&chat->pending, trimmed(s, (Span){turn->user.data, turn->user.n}, role));
         append_template(s, AFTER_USER);
         if (i + 1 < chat->turns.n) {
@@ -1877,8 +1911,8 @@ static size_t n_incomplete(Span text) {
 // Prints a text piece by piece without splitting a character: the bytes of an incomplete one wait for the next piece.
 // The text has one colour, 0: none. At the `end`, all bytes are printed.
 static void stream_text(Printer *p, Span text, int colour, bool end) {
-    while (p->skip_space && text.n && is_space(*text.bytes))
-        text = from(text, 1);
+    for (size_t n; p->skip_space && (n = leading_space(text)) > 0;)
+        text = from(text, n);
     p->skip_space = p->skip_space && text.n == 0 && !end;
     if (p->pending.n == 0)
         p->colour = colour;

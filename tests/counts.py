@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What the two programs have now, and must not exceed. The aims of the second edition were 2,200 and 1,650. The first
 # had 2,561 lines of run.c, of which some 280 went. What came, in lines: several machines 84 (53 of them in section
-# 12), busy machines 30, CPU quotas and the check of the CPU 57, dropped thoughts and messages of several lines 50,
-# checks of hostile tokenizers 54, plain loops 52; and `if` in place of 79 conditional expressions. In tokens of C,
-# run.c grew by 8 %. No block of 50 lines could go without a feature, a check or speed.
-RUN_LINES = 2954
-EXPORT_LINES = 2577
+# 12), busy machines 29, CPU quotas and the check of the CPU 57, dropped thoughts and messages of several lines 50,
+# whitespace of Unicode and templates that add to an answer or move the system prompt 29, checks of hostile tokenizers
+# 54, plain loops 52; and `if` in place of 79 conditional expressions. In tokens of C, run.c grew by 9 %. No block of 50
+# lines could go without a feature, a check or speed.
+RUN_LINES = 2980
+EXPORT_LINES = 2684
 
 NOT_CODE = re.compile(r"\s*(//.*|/?\*.*)?")
 COMMENT_OR_LITERAL = re.compile(

@@ -123,6 +123,17 @@ def refused(
         ({"vocab_size": 132}, ["embed_tokens", "(132, 64)", "(131, 64)"]),
         ({"hidden_act": "gelu"}, ["hidden_act: expected silu, swish, found 'gelu'"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"is_causal": False}, ["is_causal: expected true, found False"]),
+        ({"per_layer_config": {"1": {}}}, ["per_layer_config"]),
+        ({"rms_norm_eps": -1.0}, ["norm_eps: expected 0 to 1, found -1.0"]),
+        ({"rms_norm_eps": float("nan")}, ["norm_eps: expected 0 to 1, found nan"]),
+        ({"rope_parameters": {"rope_theta": 0.0}, "rope_theta": None}, ["rope_theta: expected 1 to 1e+38, found 0.0"]),
+        ({"rope_parameters": {"rope_theta": 1e39}, "rope_theta": None}, ["rope_theta", "found 1e+39"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, ["rope_factor: expected 1 to 1e+38, found 0.5"]),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+            ["rope_high_freq_factor: expected 4.04 to 10000000, found 4.0"],
+        ),
         ({"attention_bias": True}, ["q_proj.bias"]),
         ({"tie_word_embeddings": True}, ["tie_word_embeddings", "lm_head.weight differs"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "true or false"]),
@@ -518,6 +529,8 @@ def test_meta_shards_that_do_not_fit(tmp_path: Path, refused: Refused) -> None:
         ({"llama__context_length": "long"}, ["context_length", "expected a whole number"]),
         ({"split__count": 2}, ["expected the first of 2 files", "-00001-of-00002.gguf"]),
         ({"general__alignment": 0}, ["alignment"]),
+        ({"llama__attention__causal": False}, ["attention.causal: expected True, found False"]),
+        ({"llama__rope__scaling__attn_factor": 0.5}, ["attn_factor: expected 1.0, found 0.5"]),
     ],
 )
 def test_gguf_settings(tmp_path: Path, refused: Refused, fields: dict[str, Any], words: list[str]) -> None:
@@ -830,6 +843,7 @@ def test_adapter_settings(
         ),
         ("lora_A", lambda h, k: h[k].update(shape=h[k]["shape"][::-1]), ["lora_A", "(4, 64), found (64, 4)"]),
         ("lora_B", lambda h, k: h[k].update(shape=h[k]["shape"][::-1]), ["lora_B", "(64, 4), found (4, 64)"]),
+        ("lora_B", lambda h, k: h[k].update(dtype="I32"), ["lora_B", "expected the type BF16, F16", "found I32"]),
     ],
 )
 def test_adapter_tensors(

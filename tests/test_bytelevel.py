@@ -79,6 +79,15 @@ PRE_TOKENIZERS: dict[str, Any] = {
             *(pre_tokenizers.Digits(individual_digits=True), bytes_of()),
         ]
     ),
+    "deepseek-llm of llama.cpp": lambda: after(*export.DEEPSEEK_LLM),
+    "deepseek-v3": lambda: after(
+        *(r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"),
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "all but the gaps is removed": lambda: pre_tokenizers.Sequence(  # as made of tiktoken's files
+        [pre_tokenizers.Split(Regex(LLAMA3), "removed", invert=True), bytes_of(use_regex=False)]
+    ),
     "tekken": lambda: after(TEKKEN),
     "far ahead": lambda: after(r"[a-z ]*!|[a-z]", r"\d*%|\s+$|\d"),
     "ends of lines": lambda: after(r"[a-z ]+$|\s+$", r"b+|\d$"),
@@ -394,7 +403,7 @@ def gguf(found: Peer, pre: str) -> dict[str, Any]:
     ("name", "pre"),
     [
         *(("gpt2", "gpt-2"), ("llama3", "llama-bpe"), ("qwen2", "qwen2"), ("smollm2", "smollm")),
-        *(("tekken", "tekken"), ("deepseek-coder", "deepseek-coder")),
+        *(("tekken", "tekken"), ("deepseek-coder", "deepseek-coder"), ("deepseek-llm of llama.cpp", "deepseek-llm")),
     ],
 )
 def test_gguf(tmp_path: Path, name: str, pre: str) -> None:
@@ -430,6 +439,29 @@ def test_what_ends_a_text_cannot_be_typed_whatever_gguf_says_of_it(tmp_path: Pat
         for end in (SPECIAL[0], SPECIAL[2]):
             assert ours(end) == found.library.encode(end).ids
         ours.close()
+
+
+def test_gguf_with_odd_settings(tmp_path: Path) -> None:
+    """llama.cpp takes the first of equal merges, and adds no space to text of bytes."""
+    with peer(make("gpt2"), tmp_path) as found:
+        metadata = gguf(found, "gpt-2")
+        plain = export.tokenizer_of_gguf(metadata)
+        merges = metadata["tokenizer.ggml.merges"]
+        odd = {"merges": [*merges, *merges[:40]], "add_space_prefix": True, "unknown_token_id": len(plain.tokens)}
+        assert export.tokenizer_of_gguf(metadata | {f"tokenizer.ggml.{key}": x for key, x in odd.items()}) == plain
+        metadata.pop("tokenizer.ggml.merges")
+        with pytest.raises(export.ExportError, match="merges is missing"):
+            export.tokenizer_of_gguf(metadata)
+
+
+@pytest.mark.parametrize("pattern", [r"\w+", r"\p{L}+|\s", "a"])
+def test_a_split_that_removes_text(tmp_path: Path, pattern: str) -> None:
+    library = Tokenizer.from_str(plain().to_str())
+    split = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    library.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of(use_regex=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(export.ExportError, match="pre_tokenizer is not supported"):
+        export.read_tokenizer(tmp_path)
 
 
 def test_gguf_without_a_pre_tokenizer(tmp_path: Path) -> None:
@@ -557,7 +589,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"dropout": 0.1}}, "dropout"),
     ({"model": {"merges": [["a", "qqq"]]}}, "merge"),
     ({"model": {"merges": None}}, "not supported"),
-    ({"model": 7}, "not supported"),
+    ({"model": 7}, "model: expected an object, found 7"),
     ({"pre_tokenizer": {}, "normalizer": 3}, "not supported"),
     *(
         (

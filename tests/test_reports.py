@@ -15,8 +15,8 @@ from files import ROOT, Program, chain_model, read_tokenizer
 from peers import LLAMA3
 from test_export import sentencepiece_model
 from test_reference import SHAPE, VOCAB, random_model
-from test_sources import half, save_bin_shards, save_shards
-from test_template import LLAMA3_CHAT, byte_level
+from test_sources import assert_agrees, gguf_file, half, meta_folder, save_bin_shards, save_shards
+from test_template import CHATML, LLAMA3_CHAT, byte_level
 from test_tokenizer_files import ids, library_of
 
 import export
@@ -260,6 +260,107 @@ def test_bos_is_there_once(tmp_path: Path, run: Program) -> None:
     lines = run.ok(path, "-m", "chat", "--json", "-t", 0, stdin=b"Hi\n").stdout.splitlines()
     found = next(value["prompt_tokens"] for value in map(json.loads, lines) if "prompt_tokens" in value)
     assert found == expected and found.count(bos) == 1
+
+
+def test_tokens_that_only_the_settings_call_special(tmp_path: Path) -> None:
+    """transformers 27132, axolotl 1221: additional_special_tokens are in the vocabulary as ordinary tokens."""
+    library = library_of(LLAMA3)
+    data = json.loads(library.to_str())
+    names = ["<|im_start|>", "<|im_end|>"]
+    vocab = data["model"]["vocab"]
+    data["model"]["vocab"] |= {name: len(vocab) + len(data["added_tokens"]) + i for i, name in enumerate(names)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    config = {"additional_special_tokens": names, "chat_template": CHATML}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    made = export.read_tokenizer(tmp_path)
+    start, end = (theirs.convert_tokens_to_ids(name) for name in names)
+    assert made.template and made.template.parts[0] == (start, "user\n") and end in made.template.parts[3]
+    assert [made.tokens[id].type for id in (start, end)] == [export.CONTROL] * 2
+    assert ids(tmp_path, "a<|im_end|>b") != [theirs.encode("a<|im_end|>b", add_special_tokens=False)]  # cannot be typed
+
+
+def test_control_pieces_in_a_template(tmp_path: Path) -> None:
+    """FastChat 488: those of tokenizer.model become single tokens in a chat, too."""
+    shutil.copy(sentencepiece_model(tmp_path, control_symbols=["[INST]", "[/INST]"]), tmp_path / "tokenizer.model")
+    template = "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m.content + '[/INST]' }}{% endfor %}"
+    template = template.replace("m.content + '[/INST]'", "m.content + ('[/INST]' if m.role == 'user' else '</s>')")
+    template = template.replace("'[INST] '", "('[INST] ' if m.role == 'user' else '')")
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    made = export.read_tokenizer(tmp_path)
+    names = [token.text for token in made.tokens]
+    inst, end = names.index(b"[INST]"), names.index(b"[/INST]")
+    assert made.template and made.template.parts[0] == (1, inst, " ") and made.template.parts[3] == (end,)
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_the_end_that_a_class_of_tokenizers_has(tmp_path: Path, name: str) -> None:
+    library = library_of(LLAMA3)
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token == "<|endoftext|>"
+    assert export.read_tokenizer(tmp_path).stop_ids == (library.token_to_id("<|endoftext|>"),)
+
+
+def test_templates_by_name(tmp_path: Path) -> None:
+    library = library_of(LLAMA3)
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"tool": "x", "default": CHATML}}))
+    assert export.read_tokenizer(tmp_path).template
+
+
+@pytest.mark.parametrize("inner", [64, None])
+@pytest.mark.parametrize("outer", [256, 64.0, None])
+def test_where_llama3_says_the_first_length(tmp_path: Path, inner: int | None, outer: float | None) -> None:
+    """It takes precedence outside of rope_scaling; absent, it is max_position_embeddings."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model, _, _ = random_model("gqa", "bf16")
+    half(model, "bf16").save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    values = json.loads(path.read_text())
+    values |= {"rope_scaling": rope, "rope_theta": 10000.0, "original_max_position_embeddings": outer}
+    values.pop("rope_parameters", None)
+    if inner:
+        rope["original_max_position_embeddings"] = inner
+    if not outer:
+        values.pop("original_max_position_embeddings")
+    path.write_text(json.dumps(values))
+    found = export.open_source(tmp_path / "hf").config
+    assert found.rope_original_max_seq_len == (outer or inner or found.max_seq_len)
+    contents(tmp_path, tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert_agrees(tmp_path / "out.bin", found, theirs)
+
+
+def test_mistral_has_no_biases(tmp_path: Path) -> None:
+    """transformers 29553: whatever attention_bias says."""
+    fields = {key: value for key, value in SHAPE.items() if key != "attention_bias"}
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**fields)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    expected = contents(tmp_path, tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": True}))
+    assert contents(tmp_path, tmp_path / "hf") == expected
+
+
+def test_a_vocabulary_size_that_is_out_of_date(tmp_path: Path) -> None:
+    """llama.cpp 5910: llama.cpp counts the tokens."""
+    _, config, arrays = random_model("gqa", "bf16")
+    gguf_file(tmp_path / "m.gguf", "gqa", config, arrays, llama__vocab_size=100)
+    assert export.open_source(tmp_path / "m.gguf").config.vocab_size == VOCAB
+
+
+def test_mistrals_params_and_tokenizers(tmp_path: Path) -> None:
+    _, config, arrays = random_model("gqa", "bf16")
+    more = {"max_seq_len": None, "max_position_embeddings": 96, "tied_embeddings": False}
+    folder = meta_folder(tmp_path / "m", config, arrays, 1, **more)
+    model = export.open_source(folder)
+    assert (model.config.max_seq_len, model.tokenizer_file) == (96, None)
+    for name in ("tekken.json", "tokenizer.model.v3"):  # the second has precedence
+        (folder / name).touch()
+        assert export.open_source(folder).tokenizer_file == folder / name
 
 
 # ---------------------------------------------------------------------------------------------------------
