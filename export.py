@@ -2266,8 +2266,10 @@ class ChatTemplate:
             text = self.template.render(**given, **self.special, **options)
             text.encode()  # fails for half a surrogate pair, which is no text
             return text
-        except (ExportError, MemoryError):
+        except ExportError:
             raise
+        except MemoryError:
+            raise ExportError(BEYOND) from None
         except Exception as error:  # noqa: BLE001
             message = str(error).partition("\n")[0]
             raise ExportError(f"it fails for plain messages ({type(error).__name__}: {message})") from None

@@ -366,7 +366,7 @@ def test_a_tokenizer_that_is_too_long(victim: Victim) -> None:
         *[("n_classes", v, f"n_classes: expected 0 to 256, found {v}") for v in (257, HUGE)],
         *[("n_classes", v, "n_class_blocks: expected 1 to 4353, found 0") for v in (1, 256)],
         *[("n_states", v, f"n_states: expected 0 to 1048576, found {v}") for v in ((1 << 20) + 1, HUGE)],
-        *[("template_flags", v, f"template_flags: expected 0 to 8191, found {v}") for v in (8192, HUGE)],
+        *[("template_flags", v, f"template_flags: expected 0 to 32767, found {v}") for v in (32768, HUGE)],
         *[("template_ends", v, "a template's end: expected") for v in (1, HUGE)],
         *[("n_class_blocks", v, f"n_class_blocks: expected 0, found {v}") for v in (1, HUGE)],
         *[("n_text", v, "found") for v in (0, 1, 10**6, HUGE)],
@@ -607,7 +607,7 @@ def test_any_flipped_bit_of_an_array(byte_level: ByteLevelVictim) -> None:
         ("n_class_blocks", [0, 4, 6, 4353, 4354, 1 << 30, HUGE]),
         ("n_text", [0, 1, 1 << 20, HUGE]),
         ("template_ends", [3, 6, HUGE]),
-        ("template_flags", [8192, HUGE]),
+        ("template_flags", [32768, HUGE]),
         ("hash", [0, 1, 2**64 - 1]),
     ],
 )

@@ -170,7 +170,8 @@ def test_templates_without_end(exports: Exports, name: str) -> None:
     assert any(BEYOND in line for line in lines), found
 
 
-def test_the_limit_of_a_user(tmp_path: Path) -> None:
+def test_the_limit_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS", export.READ_SECONDS + 2)
     exports = Exports(tmp_path, export.READ_SECONDS)
     tokenizer = folder_with_template(tmp_path / "t", ENDLESS_TEMPLATES["nested ranges"])
     exports.refused(None, BEYOND, options=("--tokenizer", tokenizer))
