@@ -828,7 +828,7 @@ def hugging_face_rope(s: Settings) -> dict[str, Any]:
                 raise ExportError(f"{key} is given twice, as {rope[key]!r} and as {value!r}")
     rope.setdefault("partial_rotary_factor", s.get("partial_rotary_factor"))
     original = "original_max_position_embeddings"  # outside, it takes precedence
-    rope[original] = s.get(original, rope.get(original, s.get("max_position_embeddings")))
+    rope[original] = s.get(original) or rope.get(original) or s.get("max_position_embeddings")
     known_setting(rope, "partial_rotary_factor", [1.0], 1.0)
     kind = known_setting(rope, "rope_type", ["default", "linear", "llama3"], "default")
     theta = {"rope_theta": setting(rope, "rope_theta", float, 10000.0)}
@@ -926,7 +926,7 @@ def open_meta(folder: Path) -> Model:
         found_columns = f"found {columns} in {len(shards)} (are shards missing?)"
         raise ExportError(f"expected {config.q_dim} columns of wo in all shards, {found_columns}", folder)
     found = {name: rotated_by_halves(name, tensor, config) for name, tensor in found.items()}
-    tokenizers = [*folder.glob("tokenizer.model*"), *folder.glob("tekken.json")]
+    tokenizers = [*sorted(folder.glob("tokenizer.model*")), *folder.glob("tekken.json")]
     return Model(folder, config, found, (), window, next(iter(tokenizers), None))
 
 

@@ -1478,7 +1478,7 @@ struct Chat {
     Bytes message;      // the message that is being read
 };
 
-// The length of the whitespace character, of those of Unicode, that a text starts with; 0 if there is none.
+// Returns the length in bytes of the whitespace character of Unicode that a text starts with, 0 if there is none.
 static size_t leading_space(Span text) {
     if (text.n == 0)
         return 0;
@@ -1528,7 +1528,7 @@ static Span trimmed(const Session *s, Span text, Role role) {
     return text;
 }
 
-// Whether a text starts with what the template puts in front of an answer in the history.
+// Returns whether a text starts with what the template puts in front of an earlier answer.
 static bool has_before_answer(const Tokenizer *t, Span text) {
     for (size_t i = t->h.template_ends[BEFORE_ANSWER - 1]; i < t->h.template_ends[BEFORE_ANSWER]; i++) {
         TemplateItem item = t->items[i];
@@ -1541,7 +1541,7 @@ static bool has_before_answer(const Tokenizer *t, Span text) {
 }
 
 // Appends an earlier answer. If the template drops the model's thought, up to the last END_OF_THOUGHT, or trims the
-// answer, or adds something in front that the model has not said, appends what it makes of the answer as text.
+// answer, or adds something in front that the model has not said, appends the result as text.
 // TRIM_NEWLINES and TRIM_SPACES say which characters after a thought go with it. Otherwise, appends the tokens as they
 // were sampled.
 static void append_answer(Session *s, Tokens answer) {
@@ -3578,7 +3578,7 @@ __attribute__((noinline)) static void weighted_sum(float *y, size_t y_stride, co
 
 // One step of the online softmax: the scores of a block of keys become exp(score - max), and the running maximum and
 // sum are updated. Returns the factor by which earlier partial results must be rescaled. Keys from n_visible on get no
-// weight. Inlined into forward, its last additions are not vector code: decode at position 1,000 was 4 % slower.
+// weight. If gcc inlines it, its last additions are not vector code: decode at position 1,000 was 4 % slower.
 //                                                                                   (Milakov and Gimelshein 2018)
 __attribute__((noinline)) static float online_softmax(float score[KV_BLOCK], size_t n_visible, float scale,
                                                       float *largest, float *sum) {
