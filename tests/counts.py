@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # had 2,561 lines of run.c, of which some 280 went. What came, in lines: several machines 84 (53 of them in section
 # 12), busy machines 30, CPU quotas and the check of the CPU 57, dropped thoughts and messages of several lines 50,
 # whitespace of Unicode and templates that add to an answer or move the system prompt 29, checks of hostile tokenizers
-# 54, plain loops 52; and `if` in place of 79 conditional expressions. Before these 29, run.c had grown by 8 % in tokens of
-# C. No block of 50 lines could go without a feature, a check or speed.
+# 54, plain loops 52; and `if` in place of 79 conditional expressions. Before these 29, run.c had grown by 8 % in tokens
+# of C. No block of 50 lines could go without a feature, a check or speed.
 RUN_LINES = 2981
 EXPORT_LINES = 2686
 
